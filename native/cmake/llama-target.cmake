@@ -1,0 +1,13 @@
+# Adds our sources to upstream's llama target: one libllama exports llama_* and xkv_*.
+
+file(GLOB xkv_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/src/*.cpp" "${PROJECT_SOURCE_DIR}/native/src/*.h")
+list(APPEND xkv_sources "${XKV_GENERATED_DIR}/xkv-build-id.cpp")
+
+# the command that writes the build id belongs to this directory, the target to upstream's
+add_custom_target(xkv-build-id DEPENDS "${XKV_GENERATED_DIR}/xkv-build-id.cpp")
+add_dependencies(llama xkv-build-id)
+set_source_files_properties("${XKV_GENERATED_DIR}/xkv-build-id.cpp" TARGET_DIRECTORY llama PROPERTIES GENERATED ON)
+
+target_sources(llama PRIVATE ${xkv_sources})
+target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native/src")
+set_source_files_properties(${xkv_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)

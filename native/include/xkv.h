@@ -1,0 +1,115 @@
+// xkv.h - C API of the xKV cache, beside llama.h in the same shared library
+//
+// Plain types and status codes only: no C++ exception leaves these functions. Every function that returns an
+// xkv_status leaves a one-line text in xkv_last_error() when it fails. The text is per thread.
+//
+// The block between the CFFI markers is read by the Python package as it stands: no preprocessor lines inside.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef _WIN32
+#    define XKV_API __declspec(dllexport)
+#else
+#    define XKV_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_model;
+struct llama_context;
+
+// CFFI-BEGIN
+
+enum xkv_status {
+    XKV_STATUS_OK               = 0,
+    XKV_STATUS_INVALID_ARGUMENT = 1, // a value that is out of range; the text names it, what was found, what was expected
+    XKV_STATUS_IO               = 2, // the sidecar cannot be opened
+    XKV_STATUS_FORMAT           = 3, // the sidecar is not one, is truncated, or holds impossible values
+    XKV_STATUS_VERSION          = 4, // the sidecar's format version is newer than this library
+    XKV_STATUS_MODEL_MISMATCH   = 5, // the sidecar's shapes are not the model's
+    XKV_STATUS_UNSUPPORTED      = 6, // the model's architecture or a context setting cannot be used with xkv
+    XKV_STATUS_NO_MEMORY        = 7,
+    XKV_STATUS_INTERNAL         = 8,
+};
+
+// How the next llama_context of this thread keeps its KV cache. Sizes are in tokens.
+struct xkv_params {
+    const char *     sidecar;     // path of the sidecar GGUF file
+    const uint32_t * rank_k;      // [n_group] ranks to use, or NULL for the sidecar's own plan
+    const uint32_t * rank_v;      // [n_group]
+    uint32_t         n_group;     // length of rank_k and rank_v (0 when they are NULL)
+    int32_t          n_sink;      // first tokens of a sequence that stay exact
+    int32_t          n_window;    // most recent tokens that stay exact
+    int32_t          n_block;     // tokens that leave the window together; a multiple of the sidecar's frame
+    int32_t          n_absorb;    // most queries per sequence of a micro-batch for which attention is absorbed
+    int32_t          type_coef_k; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0
+    int32_t          type_coef_v;
+    int32_t          type_basis;  // ggml_type of the bases: F32, F16, Q8_0
+};
+
+// One line of a memory report: bytes that are allocated now.
+struct xkv_report_part {
+    char     name[32];
+    uint64_t bytes;
+};
+
+// What the cache of one layer looks like, for calibration and for predicting sizes.
+struct xkv_layer_info {
+    uint32_t n_embd_k; // K numbers per token: n_head_kv * n_embd_head_k
+    uint32_t n_embd_v; // V numbers per token
+};
+
+struct xkv_capture;
+
+// the commit or content hash this library was built from; the Python package holds the same text
+const char * xkv_build_id(void);
+
+// the last failure on this thread, "" when there was none
+const char * xkv_last_error(void);
+
+// 0 when the model can be used with xkv, else XKV_STATUS_UNSUPPORTED with the reason
+int xkv_model_check(const struct llama_model * model);
+
+// fills layers[0 .. *n_layer - 1]; *n_layer is the room on entry and the number of layers on return
+int xkv_model_layers(const struct llama_model * model, struct xkv_layer_info * layers, uint32_t * n_layer);
+
+// between begin and end, a llama_context that this thread creates keeps its KV cache as xkv
+int  xkv_scope_begin(const struct xkv_params * params);
+void xkv_scope_end(void);
+
+// 1 when the context's memory is an xkv cache
+int xkv_context_is_xkv(const struct llama_context * ctx);
+
+// fills parts[0 .. *n_parts - 1] for any kind of KV cache; *n_parts is the room on entry and the count on return
+int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
+
+// tokens of a sequence by where they are kept: exact (sinks and window) and compressed
+int xkv_seq_tokens(const struct llama_context * ctx, int32_t seq_id, uint32_t * n_exact, uint32_t * n_stored);
+
+// the text of the operation that an xkv context refused since the last call, "" when there was none
+const char * xkv_context_refusal(struct llama_context * ctx);
+
+// Calibration: Gram matrices of chunk-frame K and of V, per group of layers, taken from a plain f16 or f32 cache.
+// Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out.
+int  xkv_capture_new(struct llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group,
+                     uint32_t frame, uint32_t n_sink, struct xkv_capture ** capture);
+void xkv_capture_free(struct xkv_capture * capture);
+
+// adds the tokens that sequence seq_id holds in the cache now
+int xkv_capture_add(struct xkv_capture * capture, int32_t seq_id);
+
+// reads the sums so far. kind 0 = K, 1 = V; D = sum of n_embd over the group's layers.
+// gram [D*D] row-major sum of x x^T, sum [D] sum of x, n_tokens: tokens added
+int xkv_capture_read(const struct xkv_capture * capture, uint32_t group, int32_t kind,
+                     double * gram, double * sum, uint64_t * n_tokens);
+
+// CFFI-END
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,39 @@
+"""Exceptions that xkv-gguf raises. Every message is one line: object, found, expected, fix."""
+
+from __future__ import annotations
+
+
+class XkvError(Exception):
+    """Base of all errors that a user can cause or repair."""
+
+
+class ModelError(XkvError):
+    """The model file is missing, unreadable, or not a GGUF model."""
+
+
+class UnsupportedError(XkvError):
+    """The model, setting or operation is not supported with an xkv cache."""
+
+
+class SidecarError(XkvError):
+    """The sidecar is missing, truncated, damaged, or malformed."""
+
+
+class SidecarVersionError(SidecarError):
+    """The sidecar was written by a newer version of the format."""
+
+
+class SidecarMismatchError(SidecarError):
+    """The sidecar belongs to another model."""
+
+
+class OptionError(XkvError, ValueError):
+    """An option has a value that cannot be used."""
+
+
+class CalibrationError(XkvError):
+    """The calibration text or its captured statistics cannot be used."""
+
+
+class LibraryError(XkvError, ImportError):
+    """The patched llama.cpp library is missing, is another build, or is loaded twice."""
