@@ -1,0 +1,30 @@
+#pragma once
+
+#include "llama-graph.h"
+
+#include <map>
+
+class llama_kv_cache_xkv_context;
+
+// Inputs that all layers of a graph share: what the queries of the micro-batch see of the store.
+class llm_graph_input_xkv : public llm_graph_input_i {
+public:
+    llm_graph_input_xkv(const llama_kv_cache_xkv_context * mctx, bool absorb);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    ggml_tensor * origin = nullptr; // I32, absorbed: [n_chunk*n_stream] minus the chunk's position; else [n_slot*n_stream] plus
+    ggml_tensor * mask   = nullptr; // F16 [n_slot, n_tokens/n_stream, 1, n_stream]
+
+    // nodes that are built once per graph
+    ggml_tensor *                     mask_all = nullptr; // mask of store and window
+    std::map<uint32_t, ggml_tensor *> coef_k;             // per group: f32 [rank_k, n_slot, n_stream]
+    std::map<uint32_t, ggml_tensor *> coef_v;             // per group: f32 [rank_v, n_slot, n_stream]
+
+    const llama_kv_cache_xkv_context * mctx;
+
+    const uint32_t n_slot;
+    const bool     absorb;
+};

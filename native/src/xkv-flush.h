@@ -1,0 +1,44 @@
+#pragma once
+
+#include "xkv-graph.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <vector>
+
+class llama_kv_cache_xkv;
+
+// Moves tokens between window and store: projection onto the bases, and back.
+class xkv_flush {
+public:
+    // tokens that fill one chunk
+    struct job {
+        uint32_t              ic;    // chunk
+        llama_pos             pos;   // of the first token
+        std::vector<uint32_t> cells; // in the window, at most n_chunk
+    };
+
+    explicit xkv_flush(const llama_kv_cache_xkv & cache) : cache(cache) {}
+
+    // writes the coefficients of the jobs' tokens into their chunks; throws xkv_error
+    void compress(llama_context * lctx, uint32_t stream, const std::vector<job> & jobs);
+
+    // writes K and V of the tokens at offsets of a chunk into cells of the window; throws xkv_error
+    void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & offsets,
+                 const std::vector<uint32_t> & cells);
+
+    std::map<ggml_backend_buffer_type_t, size_t> buffers() const { return graph.buffers(); }
+
+private:
+    const llama_kv_cache_xkv & cache;
+
+    xkv_graph graph;
+
+    void compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job);
+
+    // rows of 32 coefficients of V: [n_row] I64 or I32, for chunks ics
+    ggml_tensor * input_v_rows(ggml_type type, const std::vector<uint32_t> & ics, uint32_t rank);
+
+    size_t n_node() const;
+};

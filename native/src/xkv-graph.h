@@ -1,0 +1,40 @@
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+struct llama_context;
+
+// A graph of the cache's own, run on the backends of a llama_context between its micro-batches. It has a scheduler and
+// compute buffers of its own, so that the context's graphs stay valid and can be reused.
+class xkv_graph {
+public:
+    // starts a new graph; the previous one is dropped
+    void begin(llama_context * lctx, size_t n_node);
+
+    // an input of type I32 or I64; data is copied when the graph runs
+    ggml_tensor * input(ggml_type type, std::vector<int64_t> data);
+
+    void expand(ggml_tensor * t);
+
+    // allocates, sets the inputs, computes and waits; throws xkv_error
+    void run();
+
+    // compute buffers
+    std::map<ggml_backend_buffer_type_t, size_t> buffers() const;
+
+    ggml_context * ctx() const { return context.get(); }
+
+private:
+    ggml_context_ptr       context;
+    ggml_backend_sched_ptr sched;
+    ggml_cgraph *          gf         = nullptr;
+    size_t                 n_node_max = 0;
+
+    std::vector<std::pair<ggml_tensor *, std::vector<int64_t>>> inputs;
+};

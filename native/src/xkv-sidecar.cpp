@@ -1,0 +1,158 @@
+#include "xkv-sidecar.h"
+
+#include "xkv-error.h"
+
+#include "ggml-cpp.h"
+#include "ggml.h"
+#include "gguf.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+static const uint32_t XKV_FORMAT_VERSION = 1;
+
+using file_ptr = std::unique_ptr<FILE, int (*)(FILE *)>;
+
+static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
+    const int64_t id = gguf_find_key(ctx, key);
+    if (id < 0) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s is missing; run xkv-gguf convert again", sc.path.c_str(), key);
+    }
+    if (gguf_get_kv_type(ctx, id) != type) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s has type %s, expected %s", sc.path.c_str(), key,
+                  gguf_type_name(gguf_get_kv_type(ctx, id)), gguf_type_name(type));
+    }
+    return id;
+}
+
+static uint32_t xkv_get_u32(const xkv_sidecar & sc, const gguf_context * ctx, const char * key) {
+    return gguf_get_val_u32(ctx, xkv_find_key(sc, ctx, key, GGUF_TYPE_UINT32));
+}
+
+static std::vector<uint32_t> xkv_get_u32s(const xkv_sidecar & sc, const gguf_context * ctx, const char * key) {
+    const int64_t id = xkv_find_key(sc, ctx, key, GGUF_TYPE_ARRAY);
+    if (gguf_get_arr_type(ctx, id) != GGUF_TYPE_UINT32) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s holds %s, expected u32", sc.path.c_str(), key,
+                  gguf_type_name(gguf_get_arr_type(ctx, id)));
+    }
+    const uint32_t * data = (const uint32_t *) gguf_get_arr_data(ctx, id);
+    return std::vector<uint32_t>(data, data + gguf_get_arr_n(ctx, id));
+}
+
+xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
+    file_ptr file(fopen(path.c_str(), "rb"), fclose);
+    if (!file) {
+        xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot be opened", path.c_str());
+    }
+    fseek(file.get(), 0, SEEK_END);
+    const uint64_t size = (uint64_t) ftell(file.get());
+
+    gguf_context_ptr ctx(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    if (!ctx) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: not a readable GGUF file", path.c_str());
+    }
+    const int64_t id_arch = xkv_find_key(*this, ctx.get(), "general.architecture", GGUF_TYPE_STRING);
+    if (strcmp(gguf_get_val_str(ctx.get(), id_arch), "xkv") != 0) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: general.architecture is %s, expected xkv; pass the file that xkv-gguf convert wrote",
+                  path.c_str(), gguf_get_val_str(ctx.get(), id_arch));
+    }
+    const uint32_t version = xkv_get_u32(*this, ctx.get(), "xkv.format_version");
+    if (version > XKV_FORMAT_VERSION) {
+        xkv_throw(XKV_STATUS_VERSION, "sidecar %s: format version %u, this library reads up to %u; upgrade xkv-gguf",
+                  path.c_str(), version, XKV_FORMAT_VERSION);
+    }
+
+    frame     = xkv_get_u32(*this, ctx.get(), "xkv.frame");
+    n_sink    = xkv_get_u32(*this, ctx.get(), "xkv.n_sink");
+    n_embd[K] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_k");
+    n_embd[V] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_v");
+
+    if (frame != 32 && frame != 64 && frame != 128 && frame != 256) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
+    }
+
+    const auto first  = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
+    const auto count  = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
+    const auto rank_k = xkv_get_u32s(*this, ctx.get(), "xkv.group.rank_k");
+    const auto rank_v = xkv_get_u32s(*this, ctx.get(), "xkv.group.rank_v");
+
+    if (first.empty() || count.size() != first.size() || rank_k.size() != first.size() || rank_v.size() != first.size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu, %zu, %zu and %zu entries, expected equal lengths",
+                  path.c_str(), first.size(), count.size(), rank_k.size(), rank_v.size());
+    }
+
+    uint32_t next = 0;
+    for (size_t g = 0; g < first.size(); ++g) {
+        group gr = { first[g], count[g], { rank_k[g], rank_v[g] }, { 0, 0 } };
+
+        const size_t n_layer = std::min(n_embd[K].size(), n_embd[V].size());
+        if (gr.first != next || gr.count == 0 || (uint64_t) gr.first + gr.count > n_layer) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group %zu holds layers %u + %u, expected to start at layer %u and end within %zu layers",
+                      path.c_str(), g, gr.first, gr.count, next, n_layer);
+        }
+        next = gr.first + gr.count;
+
+        for (int kd = K; kd <= V; ++kd) {
+            for (uint32_t il = gr.first; il < next; ++il) {
+                gr.dim[kd] += n_embd[kd][il];
+            }
+            for (bool is_basis : { true, false }) {
+                char name[64];
+                snprintf(name, sizeof(name), "group.%zu.%c.%s", g, kd == K ? 'k' : 'v', is_basis ? "basis" : "mean");
+
+                const int64_t id = gguf_find_tensor(ctx.get(), name);
+                if (id < 0) {
+                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s is missing", path.c_str(), name);
+                }
+                const ggml_type type  = gguf_get_tensor_type(ctx.get(), id);
+                const uint64_t  n_num = is_basis ? (uint64_t) gr.dim[kd]*gr.dim[kd] : gr.dim[kd];
+                if ((type != GGML_TYPE_F32 && type != GGML_TYPE_F16) || gguf_get_tensor_size(ctx.get(), id) != n_num*ggml_type_size(type)) {
+                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s and %zu bytes, expected %llu numbers of f32 or f16",
+                              path.c_str(), name, ggml_type_name(type), gguf_get_tensor_size(ctx.get(), id), (unsigned long long) n_num);
+                }
+                const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id) };
+                if (t.offset + n_num*ggml_type_size(type) > size) {
+                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated",
+                              path.c_str(), name, (unsigned long long) size);
+                }
+                (is_basis ? bases : means)[kd].push_back(t);
+            }
+            if (gr.rank[kd] == 0 || gr.rank[kd] > gr.dim[kd]) {
+                xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group %zu has rank %u for %c, expected 1 to %u", path.c_str(), g,
+                          gr.rank[kd], kd == K ? 'K' : 'V', gr.dim[kd]);
+            }
+        }
+        groups.push_back(gr);
+    }
+    if (next != n_embd[K].size() || next != n_embd[V].size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: groups cover %u layers, expected %zu", path.c_str(), next, n_embd[K].size());
+    }
+}
+
+std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n) const {
+    file_ptr file(fopen(path.c_str(), "rb"), fclose);
+
+    std::vector<float>       res(n);
+    std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
+
+    void * dst = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
+    if (!file || fseek(file.get(), (long) t.offset, SEEK_SET) != 0 ||
+        fread(dst, ggml_type_size((ggml_type) t.type), n, file.get()) != n) {
+        xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n,
+                  (unsigned long long) t.offset);
+    }
+    if (t.type == GGML_TYPE_F16) {
+        ggml_fp16_to_fp32_row(half.data(), res.data(), n);
+    }
+    return res;
+}
+
+std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row) const {
+    return read(bases[kd][g], (uint64_t) n_row*groups[g].dim[kd]);
+}
+
+std::vector<float> xkv_sidecar::mean(uint32_t g, kind kd) const {
+    return read(means[kd][g], groups[g].dim[kd]);
+}

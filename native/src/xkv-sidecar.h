@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// The sidecar file of a model (convert/FORMAT.md): bases, means and ranks per group of layers.
+// The constructor reads and checks the metadata, the tensors are read on demand.
+class xkv_sidecar {
+public:
+    enum kind { K = 0, V = 1 };
+
+    struct group {
+        uint32_t first;    // first layer
+        uint32_t count;    // number of layers
+        uint32_t rank[2];  // planned ranks of K and V
+        uint32_t dim[2];   // numbers per token of all layers together
+    };
+
+    // throws xkv_error
+    explicit xkv_sidecar(const std::string & path);
+
+    // the first n_row directions, each dim numbers, [n_row*dim]; throws xkv_error
+    std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row) const;
+
+    // [dim]; throws xkv_error
+    std::vector<float> mean(uint32_t g, kind kd) const;
+
+    const std::string path;
+
+    uint32_t              frame  = 0; // chunk length in tokens
+    uint32_t              n_sink = 0; // tokens left out of calibration
+    std::vector<uint32_t> n_embd[2];  // per layer: numbers per token of K and V
+    std::vector<group>    groups;
+
+private:
+    struct tensor {
+        int      type;
+        uint64_t offset; // from the start of the file
+    };
+
+    std::vector<tensor> bases[2]; // per group
+    std::vector<tensor> means[2];
+
+    std::vector<float> read(const tensor & t, uint64_t n) const;
+};
