@@ -35,5 +35,13 @@ class CalibrationError(XkvError):
     """The calibration text or its captured statistics cannot be used."""
 
 
+class DecodeError(XkvError, RuntimeError):
+    """The model could not evaluate a batch, for example because the context is full."""
+
+
+class OutOfMemoryError(XkvError, MemoryError):
+    """The cache or the context does not fit into memory."""
+
+
 class LibraryError(XkvError, ImportError):
     """The patched llama.cpp library is missing, is another build, or is loaded twice."""

@@ -1,0 +1,187 @@
+"""Binding of the C API in ``xkv.h`` to the libllama that llama_cpp runs on.
+
+Pointers of llama_cpp (plain integers) are taken as they are and cast here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import cffi
+
+from . import _loader
+from .errors import (
+    OptionError,
+    OutOfMemoryError,
+    SidecarError,
+    SidecarMismatchError,
+    SidecarVersionError,
+    UnsupportedError,
+    XkvError,
+)
+
+CDEF_BEGIN = "// CFFI-BEGIN"
+CDEF_END = "// CFFI-END"
+OPAQUE_TYPES = "struct llama_model;\nstruct llama_context;\n"
+
+STATUS_OK = 0
+# enum xkv_status
+EXCEPTIONS: dict[int, type[XkvError]] = {
+    1: OptionError,
+    2: SidecarError,
+    3: SidecarError,
+    4: SidecarVersionError,
+    5: SidecarMismatchError,
+    6: UnsupportedError,
+    7: OutOfMemoryError,
+    8: XkvError,
+}
+
+# enum ggml_type
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8}
+
+
+@dataclass(frozen=True)
+class ScopeParams:
+    """What `struct xkv_params` holds, in Python types; ranks None for the sidecar's own plan."""
+
+    sidecar: str
+    n_sink: int
+    n_window: int
+    n_block: int
+    n_absorb: int
+    type_coef_k: str
+    type_coef_v: str
+    type_basis: str
+    ranks: tuple[Sequence[int], Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Native:
+    """The C API: `ffi` makes and casts values, `lib` holds the functions."""
+
+    ffi: cffi.FFI
+    lib: Any
+
+    def model(self, pointer: int) -> Any:
+        """Cast a `llama_model_p` of llama_cpp."""
+        return self.ffi.cast("struct llama_model *", _address(pointer))
+
+    def context(self, pointer: int) -> Any:
+        """Cast a `llama_context_p` of llama_cpp."""
+        return self.ffi.cast("struct llama_context *", _address(pointer))
+
+    def text(self, pointer: Any) -> str:
+        """Copy a C string."""
+        return bytes(self.ffi.string(pointer)).decode("utf-8", errors="replace")
+
+
+def declarations(header: str) -> str:
+    """Cut the declarations for cffi out of the text of ``xkv.h``."""
+    return OPAQUE_TYPES + header.partition(CDEF_BEGIN)[2].partition(CDEF_END)[0]
+
+
+@functools.cache
+def native() -> Native:
+    """Load the library and bind it; later calls return the same object.
+
+    Raises
+    ------
+    LibraryError
+        See `_loader.load`.
+    """
+    library = _loader.load()
+    ffi = cffi.FFI()
+    ffi.cdef(declarations(library.header.read_text(encoding="utf-8")))
+    return Native(ffi, ffi.dlopen(str(library.path)))
+
+
+def last_error() -> str:
+    """Text of the last failure on this thread, "" when there was none."""
+    api = native()
+    return api.text(api.lib.xkv_last_error())
+
+
+def check_status(code: int) -> None:
+    """Raise the exception that belongs to a status code, with the library's text; do nothing for OK."""
+    if code == STATUS_OK:
+        return
+    raise EXCEPTIONS.get(code, XkvError)(last_error() or f"the native library failed with status {code}")
+
+
+@contextmanager
+def scope(params: ScopeParams) -> Iterator[None]:
+    """Make the contexts that this thread creates inside keep their KV cache as xkv.
+
+    Raises
+    ------
+    XkvError
+        The sidecar or a parameter cannot be used.
+    """
+    api = native()
+    fields: dict[str, Any] = {
+        "n_sink": params.n_sink,
+        "n_window": params.n_window,
+        "n_block": params.n_block,
+        "n_absorb": params.n_absorb,
+        "type_coef_k": GGML_TYPES[params.type_coef_k],
+        "type_coef_v": GGML_TYPES[params.type_coef_v],
+        "type_basis": GGML_TYPES[params.type_basis],
+    }
+    # cffi keeps no reference to what a struct's pointers point to: these names do
+    sidecar = api.ffi.new("char[]", params.sidecar.encode())
+    fields["sidecar"] = sidecar
+    if params.ranks is not None:
+        rank_k, rank_v = (api.ffi.new("uint32_t[]", list(ranks)) for ranks in params.ranks)
+        fields.update(rank_k=rank_k, rank_v=rank_v, n_group=len(rank_k))
+    check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
+    try:
+        yield
+    finally:
+        api.lib.xkv_scope_end()
+
+
+def check_model(model: int) -> None:
+    """Raise UnsupportedError, with the reason, when a loaded model cannot be used with xkv."""
+    api = native()
+    check_status(api.lib.xkv_model_check(api.model(model)))
+
+
+def is_xkv(context: int) -> bool:
+    """Whether a context's memory is an xkv cache."""
+    api = native()
+    return bool(api.lib.xkv_context_is_xkv(api.context(context)))
+
+
+def report(context: int) -> list[tuple[str, int]]:
+    """Parts of a context's KV cache of any kind: name and bytes allocated."""
+    api = native()
+    ctx = api.context(context)
+    count = api.ffi.new("uint32_t *", 0)
+    check_status(api.lib.xkv_report(ctx, api.ffi.NULL, count))
+    parts = api.ffi.new("struct xkv_report_part[]", count[0])
+    check_status(api.lib.xkv_report(ctx, parts, count))
+    return [(api.text(part.name), int(part.bytes)) for part in parts]
+
+
+def seq_tokens(context: int, seq_id: int) -> tuple[int, int]:
+    """Tokens of a sequence in an xkv cache: exact (sinks and window) and compressed."""
+    api = native()
+    n_exact, n_stored = api.ffi.new("uint32_t *"), api.ffi.new("uint32_t *")
+    check_status(api.lib.xkv_seq_tokens(api.context(context), seq_id, n_exact, n_stored))
+    return int(n_exact[0]), int(n_stored[0])
+
+
+def take_refusal(context: int) -> str:
+    """Text of the operation that an xkv context refused since the last call, "" when there was none."""
+    api = native()
+    return api.text(api.lib.xkv_context_refusal(api.context(context)))
+
+
+def _address(pointer: Any) -> int:
+    """Address of a ctypes pointer or of the integer that llama_cpp uses for one."""
+    return int(getattr(pointer, "value", pointer) or 0)

@@ -1,0 +1,132 @@
+"""``xkv-gguf chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._files import read_text
+from ..errors import XkvError
+from ._model import Answer, add_model_arguments, answer_chat, open_llama, sampling, write
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+COMMANDS = """\
+/file PATH  put a text file in front of the next message
+/stats      tokens, speed and the cache's memory
+/reset      forget the conversation
+/help       this list
+/exit       leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+@dataclass
+class Chat:
+    """A conversation with its pending file."""
+
+    llm: Llama
+    args: argparse.Namespace
+    messages: list[dict[str, str]] = field(default_factory=list)
+    attached: str | None = None
+    last: Answer | None = None
+
+    def start(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [{"role": "system", "content": self.args.system}] if self.args.system else []
+        self.attached = None
+        self.last = None
+
+    def say(self, text: str) -> None:
+        """Send a message and print the answer. A message that fails is taken back."""
+        content = text if self.attached is None else f"{self.attached}\n\n{text}"
+        self.messages.append({"role": "user", "content": content})
+        try:
+            answer = answer_chat(self.llm, self.messages, sampling(self.args, None), write)
+        except XkvError as error:
+            self.messages.pop()
+            print(f"{error} (/reset forgets the conversation)")
+            return
+        print()
+        self.attached = None
+        self.last = answer
+        self.messages.append({"role": "assistant", "content": answer.text})
+        if answer.finish_reason == "length":
+            print(f"[the context of {self.llm.n_ctx()} tokens is full: /reset, or start with a larger --n-ctx]")
+
+    def attach(self, path: str) -> None:
+        """Read a file for the next message."""
+        text = read_text(path).strip()
+        n_tokens = len(self.llm.tokenize(text.encode(), add_bos=False))
+        if n_tokens >= self.llm.n_ctx():
+            print(f"{path}: {n_tokens} tokens do not fit, n_ctx is {self.llm.n_ctx()}: start with a larger --n-ctx")
+            return
+        self.attached = text
+        print(f"{path}: {n_tokens} tokens; now ask about it")
+
+    def stats(self) -> None:
+        """Print what the conversation and the cache take."""
+        if self.last is not None:
+            print(self.last)
+        print(f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens in use")
+        print(self.llm.kv_report())
+
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with a slash says; False for /exit."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/exit":
+            return False
+        if name == "/reset":
+            self.start()
+            print("the conversation is forgotten")
+        elif name == "/stats":
+            self.stats()
+        elif name == "/file" and rest:
+            self.attach(rest)
+        elif name == "/file":
+            print("/file: which one? /file PATH")
+        else:
+            if name != "/help":
+                print(f"{name} is unknown")
+            print(COMMANDS)
+        return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's own)")
+    add_model_arguments(parser, temp=0.7)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Chat until /exit or the end of input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input())
+    llm = open_llama(args)
+    chat = Chat(llm, args)
+    chat.start()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{llm.kv_report()}\n/help lists the commands")
+    try:
+        while True:
+            try:
+                line = input("> " if interactive else "").strip()
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                print()
+                continue
+            try:
+                if line.startswith("/"):
+                    if not chat.command(line):
+                        return 0
+                elif line:
+                    chat.say(line)
+            except XkvError as error:
+                print(error)
+    finally:
+        llm.close()

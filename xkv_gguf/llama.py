@@ -1,0 +1,279 @@
+"""`llama_cpp.Llama` with a choice of KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from . import _loader
+
+_loader.load()  # before llama_cpp is imported anywhere
+
+import llama_cpp  # noqa: E402
+from llama_cpp._internals import LlamaContext  # noqa: E402
+
+from . import _arguments, _log, _native, _sidecars  # noqa: E402
+from ._context import CheckedContext  # noqa: E402
+from ._model_file import ModelFile, open_model  # noqa: E402
+from .errors import (  # noqa: E402
+    DecodeError,
+    ModelError,
+    OptionError,
+    OutOfMemoryError,
+    UnsupportedError,
+    XkvError,
+)
+from .options import XkvOptions, check_kv_mode  # noqa: E402
+from .report import KvPart, KvReport  # noqa: E402
+
+PARENT_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+# an xkv window is exact
+CACHE_TYPES = {
+    "xkv": llama_cpp.GGML_TYPE_F16,
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
+}
+
+
+class Llama(llama_cpp.Llama):
+    """A GGUF model with its context, as in llama-cpp-python, on a KV cache of choice.
+
+    Everything that `llama_cpp.Llama` offers works as it does there, unless an error says otherwise. Flash attention
+    is on in every mode, since xkv and quantized caches need it and f16 is their measure; only f16 runs without it
+    (``flash_attn=False``).
+
+    Parameters
+    ----------
+    model_path : str or path
+        GGUF file; of a split model, the first part.
+    kv_mode : str
+        xkv (cross-layer low-rank cache), f16, q8_0 or q4_0.
+    xkv : XkvOptions or dict, optional
+        Options of an xkv cache. The sidecar is found beside the model or in the cache folder, or made on first use.
+    **kwargs
+        As in `llama_cpp.Llama`. ``n_ctx`` is 4096 unless given (at most the model's own), and is rounded up to a
+        multiple of 256. Unknown names are refused, and so are ``type_k`` and ``type_v``, which follow from `kv_mode`.
+
+    Raises
+    ------
+    OptionError
+        An argument is unknown or has a value that cannot be used.
+    ModelError
+        The model is missing, is no GGUF model, or llama.cpp cannot load it.
+    SidecarError
+        The sidecar is missing, damaged, newer, or of another model.
+    UnsupportedError
+        The model's architecture or a setting cannot be used with the cache.
+    OutOfMemoryError
+        The context does not fit into memory.
+
+    Examples
+    --------
+    >>> from xkv_gguf import Llama
+    >>> llm = Llama("model.gguf", n_ctx=8192, xkv={"ratio": 6})
+    >>> print(llm.kv_report())
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        kv_mode: str = "xkv",
+        xkv: XkvOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._stack = contextlib.ExitStack()  # close() needs it when a check below fails
+        self.n_prompt_tokens = 0  # of the last call of generate()
+        _loader.verify()
+        self.kv_mode = check_kv_mode(kv_mode)
+        if xkv is not None and kv_mode != "xkv":
+            raise OptionError(f"xkv: options are given, but kv_mode is {kv_mode}")
+        self.xkv_options = XkvOptions.of(xkv)
+        _arguments.check_names(kwargs, PARENT_ARGUMENTS)
+        _arguments.check_values(kwargs)
+        _arguments.check_mode(kv_mode, kwargs)
+        model = open_model(model_path)
+        settings = self._settings(kwargs, model)
+        params = self._prepare(model, settings)
+        with contextlib.ExitStack() as around:
+            if params is not None:
+                around.enter_context(_native.scope(params))
+            errors = around.enter_context(_log.collect(quiet=not settings["verbose"]))
+            try:
+                super().__init__(str(model.path), **settings)
+                self._check_context()
+            except Exception as error:
+                better = self._explain(error, model, errors)
+                self.close()
+                if better is error:
+                    raise
+                raise better from error
+
+    def _settings(self, kwargs: Mapping[str, Any], model: ModelFile) -> dict[str, Any]:
+        """Arguments of the parent, with this class's defaults."""
+        n_ctx = _arguments.resolve_ctx(kwargs.get("n_ctx"), model)
+        settings = {"flash_attn": True, "verbose": True, **kwargs}
+        settings["n_ctx"] = n_ctx
+        # the parent allocates logits for n_batch as it is given
+        settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
+        settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
+        return settings
+
+    def _prepare(self, model: ModelFile, settings: Mapping[str, Any]) -> _native.ScopeParams | None:
+        """Find the sidecar, and check sizes before anything large is allocated."""
+        n_ctx = settings["n_ctx"]
+        on_cpu = settings.get("n_gpu_layers", 0) == 0
+        if self.kv_mode != "xkv":
+            if on_cpu:
+                _arguments.check_memory(model.plain_bytes(self.kv_mode, n_ctx), n_ctx, self.kv_mode)
+            return None
+        _arguments.check_ctx_for_xkv(n_ctx, self.xkv_options)
+        sidecar = _sidecars.open_sidecar(model.path, self.xkv_options, settings.get("n_threads_batch") or None)
+        params = _sidecars.scope_params(sidecar, self.xkv_options)
+        if on_cpu:
+            n_ubatch = min(settings["n_batch"], settings.get("n_ubatch", 512))
+            _arguments.check_memory(_sidecars.predicted_bytes(sidecar, params, n_ctx, n_ubatch), n_ctx, "xkv")
+        return params
+
+    def _check_context(self) -> None:
+        """Check what the parent made, and let failures of the context speak."""
+        if self.kv_mode == "xkv" and not _native.is_xkv(self._ctx.ctx):
+            raise UnsupportedError(f"architecture {self._architecture()} did not take an xkv cache; use kv_mode='f16'")
+        if self.lora_path and not self._lora_adapter:
+            raise ModelError(f"lora_path {self.lora_path}: llama.cpp cannot load it")
+        self._ctx.__class__ = CheckedContext
+
+    def _architecture(self) -> str:
+        return str(getattr(self, "metadata", {}).get("general.architecture", "of this model"))
+
+    def _explain(self, error: Exception, model: ModelFile, errors: Sequence[str]) -> Exception:
+        """The typed error behind a failure of the parent's constructor."""
+        if isinstance(error, XkvError):
+            return error
+        why = _log.reason(errors)
+        if isinstance(error, MemoryError) or "alloc" in why:
+            return OutOfMemoryError(f"the context does not fit into memory ({why or error}); lower n_ctx")
+        loaded = getattr(self, "_model", None)
+        if loaded is None:
+            if "Failed to load model" not in str(error):
+                return error
+            kind = UnsupportedError if "unknown model architecture" in why else ModelError
+            return kind(f"model {model.path}: llama.cpp cannot load it: {why or 'no reason given'}")
+        if "llama_context" not in str(error):
+            return error
+        if self.kv_mode == "xkv":
+            try:
+                _native.check_model(loaded.model)
+            except XkvError as unsupported:
+                return unsupported
+            why = _native.last_error() or why
+        return UnsupportedError(why or f"llama.cpp cannot make a context with kv_mode {self.kv_mode}")
+
+    def kv_report(self) -> KvReport:
+        """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
+        parts = tuple(KvPart(name, size) for name, size in _native.report(self._ctx.ctx))
+        n_exact, n_stored = self.n_tokens, 0
+        if self.kv_mode == "xkv":
+            n_exact, n_stored = _native.seq_tokens(self._ctx.ctx, 0)
+        return KvReport(self.kv_mode, self.n_ctx(), parts, n_exact, n_stored)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after those that the context holds.
+
+        Raises
+        ------
+        DecodeError
+            There is no room for them, a token does not exist, or the cache refused.
+        """
+        room = self._n_ctx - self.n_tokens
+        if len(tokens) > room:
+            raise DecodeError(f"{len(tokens)} tokens do not fit: the context of {self._n_ctx} has room for {room}")
+        super().eval(tokens)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """Generate tokens after a prompt, as in `llama_cpp.Llama.generate`.
+
+        Raises
+        ------
+        OptionError
+            The prompt is empty, so that there is nothing to continue.
+        """
+        tokens = list(tokens)
+        if not tokens and (self.n_tokens == 0 or kwargs.get("reset", True)):
+            raise OptionError("prompt: no tokens, expected at least one")
+        self.n_prompt_tokens = len(tokens)
+        generator: Generator[int, Sequence[int] | None, None] = super().generate(tokens, *args, **kwargs)
+        return generator
+
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """Bytes of some tokens.
+
+        Raises
+        ------
+        OptionError
+            A token does not exist.
+        """
+        self._check_tokens("tokens", tokens)
+        return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special))
+
+    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """Embed texts, as in `llama_cpp.Llama.embed`; not on an xkv cache.
+
+        Raises
+        ------
+        OptionError
+            There is no text, or an empty one.
+        """
+        texts = [input] if isinstance(input, str) else input
+        if not texts or not all(self.tokenize(text.encode()) for text in texts):
+            raise OptionError("input: no text or an empty one, expected at least one token each")
+        return super().embed(input, *args, **kwargs)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("logit_bias"):
+            self._check_tokens("logit_bias", [int(token) for token in kwargs["logit_bias"]])
+        return super()._create_completion(*args, **kwargs)
+
+    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
+        # ids out of range abort the process in llama.cpp
+        for token in tokens:
+            if not 0 <= token < self._n_vocab:
+                raise OptionError(f"{what}: token {token}, expected 0 to {self._n_vocab - 1}")
+
+    def set_cache(self, cache: Any) -> None:
+        """Keep states of earlier prompts in a cache; not on an xkv cache, whose state cannot be saved yet."""
+        if cache is not None:
+            self._refuse_state("set_cache")
+        super().set_cache(cache)
+
+    def save_state(self) -> Any:
+        """Copy the state of the context; not of an xkv cache yet."""
+        self._refuse_state("save_state")
+        return super().save_state()
+
+    def load_state(self, state: Any) -> None:
+        """Put a copied state back; not into an xkv cache yet."""
+        self._refuse_state("load_state")
+        super().load_state(state)
+
+    def _refuse_state(self, what: str) -> None:
+        if self.kv_mode == "xkv":
+            raise UnsupportedError(f"{what}: an xkv cache's state cannot be saved or loaded yet; use kv_mode='f16'")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        del state["type_k"], state["type_v"]
+        options = self.xkv_options if self.kv_mode == "xkv" else None
+        return {**state, "kv_mode": self.kv_mode, "xkv": options}
+
+
+# CheckedContext takes the place of an object of this class, see Llama._check_context
+assert issubclass(CheckedContext, LlamaContext)

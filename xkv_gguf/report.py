@@ -1,0 +1,96 @@
+"""What a KV cache takes in memory, as an object, a table and JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True)
+class KvPart:
+    """One part of a cache: its name and the bytes that are allocated for it."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class KvReport:
+    """The memory of one context's KV cache.
+
+    Attributes
+    ----------
+    kv_mode : str
+        xkv, f16, q8_0 or q4_0.
+    n_ctx : int
+        Tokens that the cache has room for.
+    parts : tuple of KvPart
+        Everything that is allocated; the sum is `total_bytes`.
+    n_exact, n_stored : int
+        Tokens that are held now, exact and compressed. A plain cache holds all of them exact.
+    """
+
+    kv_mode: str
+    n_ctx: int
+    parts: tuple[KvPart, ...]
+    n_exact: int = 0
+    n_stored: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes allocated for the cache."""
+        return sum(part.bytes for part in self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: kv_mode, n_ctx, total_bytes, parts (name to bytes), n_exact, n_stored."""
+        return {
+            "kv_mode": self.kv_mode,
+            "n_ctx": self.n_ctx,
+            "total_bytes": self.total_bytes,
+            "parts": {part.name: part.bytes for part in self.parts},
+            "n_exact": self.n_exact,
+            "n_stored": self.n_stored,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        head = f"KV cache {self.kv_mode}, n_ctx {self.n_ctx}: {self.n_exact} tokens exact, {self.n_stored} compressed"
+        rows = [[part.name, format_bytes(part.bytes)] for part in self.parts]
+        rows.append(["total", format_bytes(self.total_bytes)])
+        return head + "\n" + "\n".join("  " + line for line in format_table(rows, "<>"))
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people: MiB with one decimal above 0.1 MiB, KiB below."""
+    if count >= 0.1 * MIB:
+        return f"{count / MIB:.1f} MiB"
+    return f"{count / KIB:.1f} KiB"
+
+
+def format_table(rows: list[list[str]], align: str) -> list[str]:
+    """Lay out cells in columns.
+
+    Parameters
+    ----------
+    rows : list of list of str
+        Cells; all rows have the same length.
+    align : str
+        One of ``<`` and ``>`` per column.
+
+    Returns
+    -------
+    list of str
+        One line per row, columns two spaces apart.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(align))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    ]
