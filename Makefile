@@ -9,7 +9,7 @@ PYTEST     ?=
 VENV  := .venv
 STAMP := $(VENV)/.stamps
 PY    := $(VENV)/bin/python
-PIP   := $(PY) -m pip --disable-pip-version-check -q
+PIP   := $(PY) -m pip --disable-pip-version-check -qq
 UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
 
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json README.md LICENSE native convert xkv_gguf \

@@ -161,8 +161,8 @@ def apply_patch(patch: Path, folder: Path) -> None:
     # inside a work tree git skips files without an error
     skipped = [line for line in done.stderr.splitlines() if line.startswith("Skipped patch")]
     if done.returncode or skipped:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")] + skipped
-        detail = "; ".join(errors) or done.stderr.strip()
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ") and line[-1] != ":"]
+        detail = "; ".join(errors + skipped) or done.stderr.strip()
         raise UpstreamError(f"{patch.name} does not apply to llama.cpp: {detail}; see `make refresh-patches`")
 
 
