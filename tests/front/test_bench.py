@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xkv_gguf.cli import bench, main
+
+pytestmark = pytest.mark.model
+
+
+def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "bench.json"
+    options = ["--caches", "f16,xkv:8", "--depths", "0,600", "--reps", "1", "--n-ctx", "2048", "--json", str(out)]
+    assert main(["bench", str(demo_model), "--sidecar", str(sidecar), *options]) == 0
+    result = json.loads(out.read_text())
+    assert [(row["cache"], row["depth"]) for row in result["rows"]] == [
+        ("f16", 0),
+        ("xkv:8", 0),
+        ("f16", 600),
+        ("xkv:8", 600),
+    ]
+    for row in result["rows"]:
+        assert row["prefill_tps"] > 0 and row["decode_tps"] > 0
+        assert row["cache_bytes"] == sum(row["cache_parts"].values())
+        # the model alone takes 90 MiB, its process with all imports some hundred
+        assert 90 * 2**20 < row["peak_rss_bytes"] < 2 * 2**30
+    f16, xkv = result["rows"][:2]
+    assert f16["cache_bytes"] == 2 * 2048 * 30 * 2 * 3 * 64
+    assert set(xkv["cache_parts"]) != set(f16["cache_parts"])
+    assert result["machine"]["cores"] == os.cpu_count()
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert "xkv:8" in capsys.readouterr().out
+
+
+def test_an_error_in_a_worker_is_one_line(demo_model: Path, sidecar: Path, capsys: Any) -> None:
+    options = ["--caches", "f16,xkv:100000", "--depths", "0", "--sidecar", str(sidecar)]
+    assert main(["bench", str(demo_model), *options]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("xkv-gguf: cache xkv:100000: ratio 100000: ")
+    assert "Traceback" not in err
+
+
+def test_a_worker_that_dies_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(bench, "START_WORKER", "import sys; sys.exit(3)")
+    assert main(["bench", "--caches", "f16", "--depths", "0"]) == 1
+    assert capsys.readouterr().err == "xkv-gguf: cache f16: its process ended with status 3\n"

@@ -1,0 +1,293 @@
+"""What the front refuses, each with one line and a typed exception, and without harm to the process."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_cpp.llama_cache import LlamaRAMCache
+
+from xkv_gguf import Llama
+from xkv_gguf.convert.sidecar import DIGEST_AT, file_digest, read_sidecar
+from xkv_gguf.errors import (
+    DecodeError,
+    ModelError,
+    OptionError,
+    OutOfMemoryError,
+    SidecarError,
+    SidecarMismatchError,
+    SidecarVersionError,
+    UnsupportedError,
+    XkvError,
+)
+
+from .conftest import Open
+from .tiny_models import write_sliding_window_model
+
+
+def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None:
+    """`act` raises `kind` itself, with one line that holds `expected`."""
+    with pytest.raises(kind) as caught:
+        act()
+    assert type(caught.value) is kind
+    text = str(caught.value)
+    assert expected in text, text
+    assert "\n" not in text
+
+
+# ---- arguments: none of these gets as far as loading the model
+
+
+@pytest.mark.parametrize(
+    "kind, kwargs, expected",
+    [
+        (OptionError, {"kv_mode": "q5_0"}, "kv_mode: 'q5_0' is unknown, expected one of xkv, f16, q8_0, q4_0"),
+        (OptionError, {"kv_mode": None}, "kv_mode: None is unknown"),
+        (OptionError, {"kv_mod": "f16"}, "argument 'kv_mod' of Llama is unknown, did you mean 'kv_mode'?"),
+        (OptionError, {"n_contxt": 99}, "argument 'n_contxt' of Llama is unknown"),
+        (OptionError, {"type_k": 1}, "type_k: the type of the cache follows from kv_mode"),
+        (OptionError, {"kv_mode": "f16", "type_v": 8}, "type_v: the type of the cache follows from kv_mode"),
+        (OptionError, {"kv_mode": "f16", "xkv": {}}, "xkv: options are given, but kv_mode is f16"),
+        (OptionError, {"xkv": {"windw": 1}}, "xkv option 'windw' is unknown, did you mean 'n_window'?"),
+        (OptionError, {"xkv": 7}, "xkv: int, expected XkvOptions or a dict"),
+        (OptionError, {"flash_attn": False}, "flash_attn: False, but kv_mode xkv needs flash attention"),
+        (OptionError, {"kv_mode": "q8_0", "flash_attn": False}, "kv_mode q8_0 needs flash attention"),
+        (OptionError, {"kv_mode": "q4_0", "flash_attn": False}, "kv_mode q4_0 needs flash attention"),
+        (UnsupportedError, {"embedding": True}, "embedding: an xkv cache is for text generation"),
+        (UnsupportedError, {"attention_type": 1}, "attention_type: non-causal"),
+        (OptionError, {"n_ctx": -1}, "n_ctx: -1, expected a whole number from 0"),
+        (OptionError, {"n_ctx": 2**31}, "n_ctx: 2147483648, expected a whole number"),
+        (OptionError, {"n_ctx": 4096.0}, "n_ctx: 4096.0, expected a whole number"),
+        (OptionError, {"n_ctx": 512}, "n_ctx: 512, expected more than sinks + window + block = 4 + 256 + 256"),
+        (OptionError, {"n_ctx": 2048, "xkv": {"n_window": 1900}}, "n_ctx: 2048, expected more than"),
+        (OptionError, {"n_batch": 0}, "n_batch: 0, expected a whole number from 1"),
+        (OptionError, {"n_ubatch": 0}, "n_ubatch: 0, expected a whole number from 1"),
+        (OptionError, {"n_threads": -1}, "n_threads: -1, expected a whole number from 0 to 512"),
+        (OptionError, {"n_threads_batch": 1000}, "n_threads_batch: 1000, expected"),
+        (OptionError, {"pooling_type": 77}, "pooling_type: 77, expected a whole number from -1 to 4"),
+        (OptionError, {"pooling_type": 4}, "pooling_type: rank gives scores"),
+        (OptionError, {"rope_scaling_type": 9}, "rope_scaling_type: 9"),
+        (OptionError, {"rope_freq_base": -1.0}, "rope_freq_base: -1.0, expected a number not below 0"),
+        (OptionError, {"rope_freq_base": float("nan")}, "rope_freq_base: nan, expected a finite number"),
+        (OptionError, {"split_mode": "layer"}, "split_mode: 'layer', expected a whole number"),
+        (OptionError, {"last_n_tokens_size": -7}, "last_n_tokens_size: -7"),
+        (OptionError, {"seed": 1.5}, "seed: 1.5"),
+        (ModelError, {"lora_path": "no/such/adapter.gguf"}, "lora_path no/such/adapter.gguf: cannot be read"),
+        (SidecarError, {"xkv": {"sidecar": "no/such.xkv.gguf"}}, "sidecar no/such.xkv.gguf: no such file"),
+    ],
+)
+def test_arguments(kind: type[XkvError], kwargs: dict[str, Any], expected: str, demo_model: Path) -> None:
+    refused(kind, expected, lambda: Llama(demo_model, **{"verbose": False, **kwargs}))
+
+
+def test_a_model_is_no_adapter(demo_model: Path) -> None:
+    refused(
+        ModelError, "general.type is 'model', 'adapter' expected", lambda: Llama(demo_model, lora_path=str(demo_model))
+    )
+
+
+def test_a_cache_beyond_the_machines_memory(demo_model: Path) -> None:
+    refused(OutOfMemoryError, "lower n_ctx", lambda: Llama(demo_model, kv_mode="f16", n_ctx=2**31 - 512, verbose=False))
+
+
+# ---- models
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"", "is empty"),
+        (b"PK\3\4 something else", "does not begin with the GGUF magic number"),
+        (b"GGUF\3\0\0\0", "ends inside the tensor count"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+def test_files_that_are_no_models(mode: str, data: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    refused(ModelError, expected, lambda: Llama(path, kv_mode=mode))
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    refused(ModelError, "no such file", lambda: Llama(tmp_path / "missing.gguf"))
+    refused(ModelError, "cannot be read", lambda: Llama(tmp_path))
+    refused(ModelError, "expected the path of a GGUF file", lambda: Llama("a\0b"))
+    refused(ModelError, "expected the path of a GGUF file", lambda: Llama(None))  # type: ignore[arg-type]
+
+
+def test_a_truncated_model(demo_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with demo_model.open("rb") as file:
+        path.write_bytes(file.read(20_000_000))
+    refused(ModelError, "ends inside the tensor", lambda: Llama(path, kv_mode="f16"))
+
+
+def test_a_sidecar_is_no_model(sidecar: Path) -> None:
+    refused(ModelError, "is an xkv sidecar; name the model file instead", lambda: Llama(sidecar))
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> Path:
+    path = tmp_path / "gemma.gguf"
+    write_sliding_window_model(path)
+    return path
+
+
+@pytest.mark.model
+def test_an_architecture_without_support(
+    gemma: Path, sidecar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = Llama(gemma, kv_mode="f16", n_ctx=256, verbose=False)
+    llm.eval([3, 4, 5])
+    llm.close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    why = "architecture gemma2 has sliding-window layers, which an xkv cache does not support yet"
+    refused(UnsupportedError, why, lambda: Llama(gemma, verbose=False))
+    assert not list((tmp_path / "cache").rglob("*.gguf*"))
+
+
+# ---- sidecars
+
+
+def damaged(sidecar: Path, to: Path, change: Callable[[bytearray], None], sign: bool = False) -> dict[str, str]:
+    """Options with a changed copy of the sidecar; with `sign`, its digest fits again."""
+    data = bytearray(sidecar.read_bytes())
+    change(data)
+    to.write_bytes(data)
+    if sign:
+        data[DIGEST_AT : DIGEST_AT + 64] = file_digest(to).encode()
+        to.write_bytes(data)
+    return {"sidecar": str(to)}
+
+
+def test_a_truncated_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
+    for size in (3, 100, sidecar.stat().st_size - 1):
+        options = damaged(sidecar, tmp_path / "t.xkv.gguf", lambda data, size=size: data.__delitem__(slice(size, None)))
+        with pytest.raises(SidecarError, match=r"truncated|not a GGUF") as caught:
+            Llama(demo_model, xkv=options)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
+    def flip(data: bytearray) -> None:
+        data[len(data) // 2] ^= 16
+
+    options = damaged(sidecar, tmp_path / "f.xkv.gguf", flip)
+    refused(SidecarError, "truncated or damaged", lambda: Llama(demo_model, xkv=options))
+
+
+def test_a_newer_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
+    key = b"xkv.format_version"
+
+    def renumber(data: bytearray) -> None:
+        data[data.index(key) + len(key) + 4] = 99
+
+    options = damaged(sidecar, tmp_path / "n.xkv.gguf", renumber, sign=True)
+    refused(SidecarVersionError, "format version 99", lambda: Llama(demo_model, xkv=options))
+
+
+def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
+    fingerprint = read_sidecar(sidecar).info.fingerprint.encode()
+
+    def rename(data: bytearray) -> None:
+        at = data.index(fingerprint)
+        data[at : at + 8] = b"00000000"
+
+    options = damaged(sidecar, tmp_path / "o.xkv.gguf", rename, sign=True)
+    refused(SidecarMismatchError, "made for a model with fingerprint 00000000", lambda: Llama(demo_model, xkv=options))
+
+
+@pytest.mark.parametrize("ratio", [0.01, 1e5])
+def test_a_ratio_that_cannot_be_met(ratio: float, demo_model: Path, sidecar: Path) -> None:
+    options = {"sidecar": str(sidecar), "ratio": ratio}
+    refused(OptionError, "(full rank) to", lambda: Llama(demo_model, xkv=options, verbose=False))
+
+
+def test_a_block_that_is_no_multiple_of_the_frame(demo_model: Path, sidecar: Path) -> None:
+    frame = read_sidecar(sidecar).info.frame
+    options = {"sidecar": str(sidecar), "n_block": frame + 32}
+    refused(OptionError, f"expected a multiple of the sidecar's frame, {frame}", lambda: Llama(demo_model, xkv=options))
+
+
+# ---- operations
+
+
+@pytest.mark.model
+def test_states_of_an_xkv_cache(open_llama: Open) -> None:
+    llm = open_llama("xkv")
+    llm("Hello", max_tokens=2)
+    refused(UnsupportedError, "save_state: an xkv cache's state cannot be saved", llm.save_state)
+    state: Any = dataclasses.make_dataclass("State", [])()
+    refused(UnsupportedError, "load_state: ", lambda: llm.load_state(state))
+    refused(UnsupportedError, "set_cache: ", lambda: llm.set_cache(LlamaRAMCache()))
+    llm.set_cache(None)
+
+
+@pytest.mark.model
+def test_shifting_an_xkv_cache(open_llama: Open) -> None:
+    llm = open_llama("xkv")
+    tokens = llm.tokenize(b"The capital of France is")
+    llm.eval(tokens)
+    why = "shifting positions (sequence 0, 2 to"
+    refused(UnsupportedError, why, lambda: llm._ctx.kv_cache_seq_shift(0, 2, -1, -1))
+    # what was refused is not forgotten: the caller may have gone on as if it had worked
+    refused(DecodeError, why, lambda: llm.eval(tokens))
+    llm._ctx.kv_cache_clear()
+    llm.reset()
+    llm.eval(tokens)
+    assert llm.n_tokens == len(tokens)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+def test_prompts(mode: str, open_llama: Open) -> None:
+    llm = open_llama(mode)
+    refused(OptionError, "prompt: no tokens", lambda: llm(""))
+    refused(OptionError, "prompt: no tokens", lambda: llm.create_completion([], max_tokens=2))
+    with pytest.raises(ValueError, match="exceed context window of 1024"):
+        llm.create_completion([1] * 1024)
+    refused(DecodeError, "1025 tokens do not fit: the context of 1024 has room for 1024", lambda: llm.eval([1] * 1025))
+    refused(DecodeError, "cannot be evaluated", lambda: llm.create_completion([llm.n_vocab()], max_tokens=2))
+    refused(DecodeError, "cannot be evaluated", lambda: llm.create_completion([-1], max_tokens=2))
+    refused(OptionError, "tokens: token 999999, expected 0 to 49151", lambda: llm.detokenize([999999]))
+    refused(OptionError, "logit_bias: token 49152", lambda: llm("Hello", logit_bias={49152: 1.0}))
+    # none of this harms the model
+    reply: Any = llm("The capital of France is", max_tokens=2, temperature=0.0)
+    assert "Paris" in reply["choices"][0]["text"]
+
+
+@pytest.mark.model
+def test_embedding_nothing(open_llama: Open) -> None:
+    llm = open_llama("f16", embedding=True, pooling_type=1)
+    refused(OptionError, "input: no text or an empty one", lambda: llm.embed(""))
+    refused(OptionError, "input: no text or an empty one", lambda: llm.embed([]))
+    refused(OptionError, "input: no text or an empty one", lambda: llm.embed(["a", ""]))
+
+
+LIBRARY_LOADED_BEFORE = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1])
+try:
+    from xkv_gguf import Llama
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_second_library(tmp_path: Path) -> None:
+    from xkv_gguf import _loader
+
+    other = tmp_path / "libllama.so"
+    other.write_bytes(next(_loader.LIB_DIR.glob("libllama.*")).read_bytes())
+    for name in ("libggml", "libggml-base", "libggml-cpu"):
+        for file in _loader.LIB_DIR.glob(f"{name}.*"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    command = [sys.executable, "-c", LIBRARY_LOADED_BEFORE, str(other)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("LibraryError "), done.stderr
+    assert str(tmp_path) in done.stdout

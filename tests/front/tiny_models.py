@@ -1,0 +1,59 @@
+"""Tiny GGUF models with random weights, for architectures that no test model has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+
+N_EMBD = 64
+N_HEAD = 2
+N_FF = 64
+N_VOCAB = 32
+N_LAYER = 2
+
+
+def write_sliding_window_model(path: Path) -> None:
+    """A gemma2 model: every other layer attends to a sliding window."""
+    rng = np.random.default_rng(0)
+    writer = GGUFWriter(path, "gemma2")
+    writer.add_context_length(1024)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_block_count(N_LAYER)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(N_HEAD)
+    writer.add_head_count_kv(N_HEAD)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_key_length(N_EMBD // N_HEAD)
+    writer.add_value_length(N_EMBD // N_HEAD)
+    writer.add_sliding_window(128)
+    writer.add_attn_logit_softcapping(50.0)
+    writer.add_final_logit_softcapping(30.0)
+    _add_vocabulary(writer)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (N_VOCAB, N_EMBD), "output_norm": (N_EMBD,)}
+    for layer in range(N_LAYER):
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            shapes[f"blk.{layer}.{name}"] = (N_EMBD,)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            shapes[f"blk.{layer}.{name}"] = (N_EMBD, N_EMBD)
+        for name in ("ffn_gate", "ffn_up"):
+            shapes[f"blk.{layer}.{name}"] = (N_FF, N_EMBD)
+        shapes[f"blk.{layer}.ffn_down"] = (N_EMBD, N_FF)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.1, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_vocabulary(writer: GGUFWriter) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(N_VOCAB - 3))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types([2, 3, 3] + [6] * (N_VOCAB - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
