@@ -292,7 +292,9 @@ llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv)
     llama_kv_cache_context(xkv->get_window()), xkv(xkv), n_slot(xkv->store->n_slot) {}
 
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv, std::vector<llama_ubatch> ubatches) :
-    llama_kv_cache_context(xkv->get_window(), slot_info_vec_t(ubatches.size()), std::move(ubatches)), xkv(xkv) {}
+    llama_kv_cache_context(xkv->get_window(), {}, std::move(ubatches)), xkv(xkv) {
+    sinfos.resize(this->ubatches.size()); // found micro-batch by micro-batch, after room was made
+}
 
 bool llama_kv_cache_xkv_context::apply() {
     const auto & ubatch = ubatches[i_cur];
