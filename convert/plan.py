@@ -75,9 +75,20 @@ def energy_kept(spectrum: Spectrum, rank: int) -> float:
     return float(np.sum(spectrum[:rank], dtype=np.float64)) / total if total > 0 else 1.0
 
 
-def full_ratio(dims_k: Sequence[int], dims_v: Sequence[int], bpc_k: float, bpc_v: float) -> float:
-    """Ratio to f16 with every rank at its dimension: the smallest that can be asked for."""
-    return 2.0 * (sum(dims_k) + sum(dims_v)) / (bpc_k * sum(dims_k) + bpc_v * sum(dims_v))
+def ratio_range(dims_k: Sequence[int], dims_v: Sequence[int], bpc_k: float, bpc_v: float) -> tuple[float, float]:
+    """Smallest and largest ratio to f16: every rank at its dimension, and every rank at 32.
+
+    Parameters
+    ----------
+    dims_k, dims_v : sequence of int
+        Dimensions of the groups.
+    bpc_k, bpc_v : float
+        Bytes of one coefficient of K and of V.
+    """
+    plain = 2.0 * (sum(dims_k) + sum(dims_v))
+    full = bpc_k * sum(dims_k) + bpc_v * sum(dims_v)
+    least = bpc_k * sum(min(RANK_STEP, d) for d in dims_k) + bpc_v * sum(min(RANK_STEP, d) for d in dims_v)
+    return plain / full, plain / least
 
 
 def plan_ranks(
@@ -120,8 +131,7 @@ def plan_ranks(
     plain = 2.0 * sum(dims)
     ranks = [min(RANK_STEP, d) for d in dims]
     spent = sum(r * c for r, c in zip(ranks, cost, strict=True))
-    lowest = full_ratio(dims_k, dims_v, bytes_per_coef_k, bytes_per_coef_v)
-    highest = plain / spent
+    lowest, highest = ratio_range(dims_k, dims_v, bytes_per_coef_k, bytes_per_coef_v)
     slack = 1e-9
     if not lowest * (1 - slack) <= ratio <= highest * (1 + slack):
         # rounded inwards, so that the printed ends can be asked for

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +14,7 @@ import numpy.typing as npt
 from xkv_gguf.errors import CalibrationError
 
 F64 = npt.NDArray[np.float64]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -19,14 +23,14 @@ class Basis:
 
     Attributes
     ----------
-    basis : ndarray of float64, shape (D, D)
+    basis : ndarray, shape (D, D)
         Row i is the i-th unit eigenvector of the covariance, by descending variance.
     mean : ndarray of float64, shape (D,)
     spectrum : ndarray of float64, shape (D,)
         Variance along each direction, descending, never negative.
     """
 
-    basis: F64
+    basis: npt.NDArray[np.floating]
     mean: F64
     spectrum: F64
 
@@ -99,7 +103,83 @@ def solve_gram(gram: F64, total: F64, n_tokens: int, what: str) -> Basis:
     return Basis(basis, mean, np.ascontiguousarray(spectrum))
 
 
-def residual_energy(gram: F64, total: F64, n_tokens: int, basis: F64, mean: F64, rank: int) -> float:
+class Solver(Generic[Key]):
+    """Solves several problems at a time, each on one thread.
+
+    The results do not depend on the number of threads, unlike those of a threaded eigenproblem.
+
+    Parameters
+    ----------
+    threads : int
+        Problems at a time; no more of them are in memory.
+    basis_type : str
+        "f16" or "f32": what finished bases are rounded to.
+    progress : callable
+        Called without arguments when a problem is solved.
+    """
+
+    def __init__(self, threads: int, basis_type: str, progress: Callable[[], object]) -> None:
+        import torch
+
+        self._threads = threads
+        self._dtype = np.float16 if basis_type == "f16" else np.float32
+        self._progress = progress
+        self._running: dict[Future[Basis], Key] = {}
+        self._done: dict[Key, Basis] = {}
+        self._order: list[Key] = []
+        self._torch_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> Solver[Key]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        import torch
+
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+    def submit(self, key: Key, gram: F64, total: F64, n_tokens: int, what: str) -> None:
+        """Add a problem, see `solve_gram`; waits while as many as there are threads are in work.
+
+        Raises
+        ------
+        CalibrationError
+            An earlier problem cannot be solved.
+        """
+        while len(self._running) >= self._threads:
+            self._collect()
+        self._order.append(key)
+        self._running[self._pool.submit(self._solve, gram, total, n_tokens, what)] = key
+
+    def results(self) -> dict[Key, Basis]:
+        """Wait for all problems; the results are in the order of `submit`.
+
+        Raises
+        ------
+        CalibrationError
+            A problem cannot be solved.
+        """
+        while self._running:
+            self._collect()
+        return {key: self._done[key] for key in self._order}
+
+    def _collect(self) -> None:
+        for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+            self._done[self._running.pop(future)] = future.result()
+            self._progress()
+
+    def _solve(self, gram: F64, total: F64, n_tokens: int, what: str) -> Basis:
+        import torch
+
+        torch.set_num_threads(1)  # of this pool thread
+        basis = solve_gram(gram, total, n_tokens, what)
+        return replace(basis, basis=basis.basis.astype(self._dtype))
+
+
+def residual_energy(
+    gram: F64, total: F64, n_tokens: int, basis: npt.NDArray[np.floating], mean: F64, rank: int
+) -> float:
     """Share of a text's variance that a basis made elsewhere loses.
 
     Parameters

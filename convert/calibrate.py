@@ -1,0 +1,146 @@
+"""Runs a model over calibration text and collects the sums that bases need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xkv_gguf.convert.capture import Capture, Sums
+from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.sample import write_text
+from xkv_gguf.convert.settings import Settings
+from xkv_gguf.convert.sidecar_info import KINDS, Kind
+from xkv_gguf.convert.text import cut_texts, read_texts
+
+FILE_LEN = 2048
+"""Tokens per sequence of text from files."""
+
+SELF_LEN = 512
+"""Tokens per sequence of text that the model writes."""
+
+SELF_SEQS = 32
+"""Sequences that are written side by side."""
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Consecutive groups of layers and their numbers per token by kind."""
+
+    first: list[int]
+    count: list[int]
+    dims: dict[Kind, list[int]]
+
+    @classmethod
+    def of(cls, first: list[int], count: list[int], embd_k: Sequence[int], embd_v: Sequence[int]) -> LayerGroups:
+        """Add up the dimensions."""
+
+        def dims(embd: Sequence[int]) -> list[int]:
+            return [sum(embd[f : f + c]) for f, c in zip(first, count, strict=True)]
+
+        return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)})
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What was run: tokens in the sums, longest sequence in tokens, and the hash of the text."""
+
+    n_tokens: int
+    n_len: int
+    sha256: str
+
+
+def file_sequences(engine: Engine, settings: Settings) -> list[list[int]]:
+    """Token ids of the sequences that `settings.data` gives.
+
+    Raises
+    ------
+    OptionError, CalibrationError
+        A file cannot be used, or there is too little text.
+    """
+    n_len = min(FILE_LEN, engine.n_ctx_train)
+    texts = read_texts(settings.data)
+    return cut_texts(texts, engine.tokenize, engine.bos(), settings.tokens, n_len, settings.seed)
+
+
+def self_shape(engine: Engine, tokens: int) -> tuple[int, int, int]:
+    """Sequences side by side, tokens per sequence and rounds for text that the model writes."""
+    n_len = min(SELF_LEN, engine.n_ctx_train)
+    n_seq = max(1, min(SELF_SEQS, tokens // n_len))
+    return n_seq, n_len, max(1, round(tokens / (n_seq * n_len)))
+
+
+def _run_files(engine: Engine, capture: Capture, texts: list[list[int]], progress: Progress) -> None:
+    for text in texts:
+        for start in range(0, len(text), engine.n_batch):
+            part = text[start : start + engine.n_batch]
+            engine.decode(part, [0] * len(part), list(range(start, start + len(part))), outputs=False)
+            progress(len(part))
+        capture.add(0)
+        engine.clear()
+
+
+def _run_self(
+    engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress
+) -> Iterator[list[int]]:
+    n_seq, n_len, n_round = shape
+    for i in range(n_round):
+        texts = write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
+        for seq in range(n_seq):
+            capture.add(seq)
+        engine.clear()
+        yield from texts
+
+
+def collect(
+    engine: Engine,
+    groups: LayerGroups,
+    settings: Settings,
+    texts: list[list[int]] | None,
+    progress: Progress,
+    use: Callable[[int, Kind, Sums], object],
+) -> TextInfo:
+    """Run the calibration text and hand over the sums over it, one kind of one group at a time.
+
+    Parameters
+    ----------
+    engine : Engine
+    groups : LayerGroups
+    settings : Settings
+    texts : list of list of int, optional
+        Sequences from files, see `file_sequences`. None: the model writes its own.
+    progress : callable
+        Gets the number of tokens after each batch.
+    use : callable
+        Gets group, kind and sums when all text has been run.
+
+    Returns
+    -------
+    TextInfo
+
+    Raises
+    ------
+    CalibrationError
+        The model fails on the text.
+    """
+    digest = hashlib.sha256()
+    n_tokens = 0
+    shape = self_shape(engine, settings.tokens)
+    n_seq, n_len = (1, max(map(len, texts))) if texts is not None else shape[:2]
+    engine.open_context(n_seq, n_len)
+    with Capture(engine, groups.first, groups.count, groups.dims, settings.frame, settings.n_sink) as capture:
+        if texts is not None:
+            _run_files(engine, capture, texts, progress)
+        for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress):
+            digest.update(np.asarray(text, dtype="<i4").tobytes())
+        for g in range(len(groups.first)):
+            for kind in KINDS:
+                sums = capture.read(g, kind)
+                n_tokens = sums.n_tokens
+                use(g, kind, sums)
+    engine.close_context()
+    return TextInfo(n_tokens, n_len, digest.hexdigest())

@@ -1,0 +1,105 @@
+"""Gram sums of chunk-frame K and of V, collected by the native library while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xkv_gguf import _native
+from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.sidecar_info import KINDS, Kind
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens of one kind of one group: x x^T in `gram` (D, D), x in `total` (D,)."""
+
+    gram: F64
+    total: F64
+    n_tokens: int
+
+
+def model_layers(engine: Engine) -> tuple[list[int], list[int]]:
+    """K and V numbers per token of every layer.
+
+    Raises
+    ------
+    UnsupportedError
+        An xkv cache cannot be used with the model; the text says why.
+    """
+    _native.check_model(engine.model_pointer)
+    api = _native.native()
+    model = api.model(engine.model_pointer)
+    count = api.ffi.new("uint32_t *", 0)
+    _native.check_status(api.lib.xkv_model_layers(model, api.ffi.NULL, count))
+    layers = api.ffi.new("struct xkv_layer_info[]", count[0])
+    _native.check_status(api.lib.xkv_model_layers(model, layers, count))
+    return [int(layer.n_embd_k) for layer in layers], [int(layer.n_embd_v) for layer in layers]
+
+
+class Capture:
+    """Sums over everything that was added so far. Their size does not depend on the number of tokens.
+
+    Parameters
+    ----------
+    engine : Engine
+        With an open context.
+    first, count : sequence of int
+        Groups of layers.
+    dims : dict of str to sequence of int
+        Numbers per token of each group, by kind.
+    frame, n_sink : int
+        Chunk length of the keys' frame; first tokens of each sequence that are left out.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        first: Sequence[int],
+        count: Sequence[int],
+        dims: dict[Kind, list[int]],
+        frame: int,
+        n_sink: int,
+    ) -> None:
+        self._api = _native.native()
+        self._dims = dims
+        out = self._api.ffi.new("struct xkv_capture **")
+        status = self._api.lib.xkv_capture_new(
+            self._api.context(engine.context_pointer), list(first), list(count), len(first), frame, n_sink, out
+        )
+        _native.check_status(status)
+        self._capture: Any = out[0]
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._api.lib.xkv_capture_free(self._capture)
+        self._capture = self._api.ffi.NULL
+
+    def add(self, seq: int) -> None:
+        """Add the tokens that a sequence holds in the cache now."""
+        _native.check_status(self._api.lib.xkv_capture_add(self._capture, seq))
+
+    def read(self, group: int, kind: Kind) -> Sums:
+        """Sums so far of one kind of one group."""
+        dim = self._dims[kind][group]
+        gram, total = np.empty((dim, dim)), np.empty(dim)
+        n_tokens = self._api.ffi.new("uint64_t *")
+        status = self._api.lib.xkv_capture_read(
+            self._capture,
+            group,
+            KINDS.index(kind),
+            self._api.ffi.cast("double *", gram.ctypes.data),
+            self._api.ffi.cast("double *", total.ctypes.data),
+            n_tokens,
+        )
+        _native.check_status(status)
+        return Sums(gram, total, int(n_tokens[0]))
