@@ -32,7 +32,7 @@ def open_llama(demo_model: Path, sidecar: Path) -> Iterator[Open]:
     def open_one(kv_mode: str, **kwargs: Any) -> Llama:
         if kv_mode == "xkv":
             kwargs["xkv"] = {"sidecar": str(sidecar), **SMALL, **kwargs.get("xkv", {})}
-        threads = min(4, os.cpu_count() or 1)
+        threads = min(2, os.cpu_count() or 1)
         settings = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "verbose": False, **kwargs}
         opened.append(Llama(demo_model, kv_mode=kv_mode, **settings))
         return opened[-1]

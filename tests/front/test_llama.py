@@ -73,8 +73,9 @@ def test_the_report_accounts_for_all_tokens_and_bytes(mode: str, open_llama: Ope
     greedy(llm)
     after = llm.kv_report()
     assert after.n_exact + after.n_stored == llm.n_tokens
-    # allocated at the start, whatever is in it
-    assert after.parts == before.parts
+    # allocated at the start, whatever is in it; scratch memory may come with the first compression
+    assert [part.name for part in after.parts] == [part.name for part in before.parts]
+    assert before.total_bytes <= after.total_bytes < 1.1 * before.total_bytes
     assert (after.n_stored > 100) == (mode == "xkv")
 
 
@@ -125,14 +126,22 @@ def test_another_prompt_starts_afresh(mode: str, open_llama: Open) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_of_all_tokens(mode: str, open_llama: Open) -> None:
     llm = open_llama(mode, logits_all=True)
-    reply: Any = llm(TEXT, max_tokens=2, temperature=0.0, logprobs=3, echo=True)
-    shown = reply["choices"][0]["logprobs"]
-    n_prompt = reply["usage"]["prompt_tokens"]
-    assert len(shown["tokens"]) == n_prompt + 2
-    # the text was read, not guessed: its own tokens are likelier than chance by far
-    assert np.mean(shown["token_logprobs"][1:]) > -5.0
+    tokens = llm.tokenize(TEXT.encode(), add_bos=False)
+    llm.eval(tokens)
     assert llm.scores.shape == (1024, llm.n_vocab())
-    assert np.isfinite(llm.scores[: llm.n_tokens]).all()
+    logprobs = llm.logits_to_logprobs(llm.scores[: len(tokens) - 1])
+    # the text was read, not guessed: chance is -10.8
+    assert logprobs[np.arange(len(tokens) - 1), tokens[1:]].mean() > -4.5
+
+
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+def test_log_probabilities_of_an_answer(mode: str, open_llama: Open) -> None:
+    llm = open_llama(mode, logits_all=True)
+    reply: Any = llm("The capital of France is", max_tokens=3, temperature=0.0, logprobs=2)
+    shown = reply["choices"][0]["logprobs"]
+    assert shown["tokens"][0] == " Paris"
+    assert all(-8.0 < value <= 0.0 for value in shown["token_logprobs"])
+    assert [len(top) for top in shown["top_logprobs"]] in ([2, 2, 2], [3, 3, 3])
 
 
 def test_logits_on_xkv_are_near_those_of_f16(open_llama: Open) -> None:

@@ -250,8 +250,8 @@ def test_prompts(mode: str, open_llama: Open) -> None:
     refused(OptionError, "prompt: no tokens", lambda: llm(""))
     refused(OptionError, "prompt: no tokens", lambda: llm.create_completion([], max_tokens=2))
     with pytest.raises(ValueError, match="exceed context window of 1024"):
-        llm.create_completion([1] * 1024)
-    refused(DecodeError, "1025 tokens do not fit: the context of 1024 has room for 1024", lambda: llm.eval([1] * 1025))
+        llm.create_completion([30] * 1024)
+    refused(DecodeError, "1025 tokens do not fit: the context of 1024 has room for 1024", lambda: llm.eval([30] * 1025))
     refused(DecodeError, "cannot be evaluated", lambda: llm.create_completion([llm.n_vocab()], max_tokens=2))
     refused(DecodeError, "cannot be evaluated", lambda: llm.create_completion([-1], max_tokens=2))
     refused(OptionError, "tokens: token 999999, expected 0 to 49151", lambda: llm.detokenize([999999]))
