@@ -1,0 +1,58 @@
+"""Tiny models and their sidecars, opened once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .harness import close_model, open_model
+from .sidecars import Bases, write_random
+from .tiny_models import MODELS, N_EMBD_HEAD, N_LAYER, N_VOCAB, write_model
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A loaded tiny model: its llama_model, its tensors, and a maker of sidecars."""
+
+    model: Any
+    tensors: dict[str, np.ndarray]
+    bases: Callable[..., Bases]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Tiny]]:
+    """Get a tiny model by name."""
+    folder = tmp_path_factory.mktemp("tiny")
+    opened: dict[str, Tiny] = {}
+
+    def get(name: str) -> Tiny:
+        if name not in opened:
+            path = folder / f"{name}.gguf"
+            tensors = write_model(name, path)
+            n_embd = MODELS[name][2] * N_EMBD_HEAD
+            written: dict[tuple[int, int], Bases] = {}
+
+            def bases(group_size: int = 2, frame: int = 32) -> Bases:
+                key = (group_size, frame)
+                if key not in written:
+                    side = folder / f"{name}.{group_size}.{frame}.xkv.gguf"
+                    written[key] = write_random(side, N_LAYER, n_embd, group_size, frame)
+                return written[key]
+
+            opened[name] = Tiny(open_model(path), tensors, bases)
+        return opened[name]
+
+    yield get
+    for one in opened.values():
+        close_model(one.model)
+
+
+@pytest.fixture(scope="session")
+def tokens() -> list[int]:
+    """Random tokens."""
+    return [int(t) for t in np.random.default_rng(1).integers(0, N_VOCAB, 1000)]

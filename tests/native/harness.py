@@ -1,0 +1,109 @@
+"""Contexts of llama.cpp at the level of batches, with any cache, and bases made of random rotations."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xkv_gguf import _loader, _native
+
+F32 = np.ndarray
+
+_loader.load()
+lib: Any = importlib.import_module("llama_cpp")
+
+GGML_F32 = 0
+GGML_F16 = 1
+
+
+def open_model(path: Path) -> Any:
+    """Load a model; the caller frees it with `close_model`."""
+    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+    assert model, f"{path} does not load"
+    return model
+
+
+def close_model(model: Any) -> None:
+    lib.llama_model_free(model)
+
+
+@dataclass
+class Context:
+    """A llama_context with what a test asks of it."""
+
+    ptr: Any
+    n_vocab: int
+    n_past: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> Any:
+        return lib.llama_get_memory(self.ptr)
+
+    def decode(self, *parts: tuple[int, Sequence[int]]) -> F32:
+        """Decode one batch of (sequence, tokens); returns logits [tokens of all parts, n_vocab]."""
+        total = sum(len(tokens) for _, tokens in parts)
+        batch = lib.llama_batch_init(total, 0, 1)
+        batch.n_tokens = total
+        i = 0
+        for seq, tokens in parts:
+            for token in tokens:
+                batch.token[i] = token
+                batch.pos[i] = self.n_past.get(seq, 0)
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = seq
+                batch.logits[i] = 1
+                self.n_past[seq] = self.n_past.get(seq, 0) + 1
+                i += 1
+        code = lib.llama_decode(self.ptr, batch)
+        lib.llama_batch_free(batch)
+        assert code == 0, f"llama_decode returned {code}: {_native.last_error()}"
+        logits = np.ctypeslib.as_array(lib.llama_get_logits(self.ptr), shape=(total * self.n_vocab,))
+        return logits.reshape(total, self.n_vocab).copy()
+
+    def feed(self, tokens: Sequence[int], n_batch: int, seq: int = 0) -> F32:
+        """Decode tokens in batches of one sequence; returns all logits."""
+        return np.concatenate([self.decode((seq, tokens[i : i + n_batch])) for i in range(0, len(tokens), n_batch)])
+
+    def seq_rm(self, seq: int, p0: int, p1: int = -1) -> bool:
+        ok = bool(lib.llama_memory_seq_rm(self.memory, seq, p0, p1))
+        if ok and p1 < 0:
+            self.n_past[seq] = min(self.n_past.get(seq, 0), p0)
+        return ok
+
+
+@contextlib.contextmanager
+def open_context(
+    model: Any,
+    *,
+    n_ctx: int = 512,
+    n_ubatch: int = 64,
+    n_seq_max: int = 1,
+    unified: bool = False,
+    exact: bool = True,
+    flash_attn: bool = True,
+    xkv: _native.ScopeParams | None = None,
+) -> Iterator[Context]:
+    """A context with a plain cache, or with an xkv cache; `exact` keeps the plain part in f32."""
+    params = lib.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = n_ctx
+    params.n_ubatch = n_ubatch
+    params.n_seq_max = n_seq_max
+    params.n_threads = params.n_threads_batch = 1
+    params.kv_unified = unified
+    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.type_k = params.type_v = GGML_F32 if exact else GGML_F16
+    with _native.scope(xkv) if xkv else contextlib.nullcontext():
+        ptr = lib.llama_init_from_model(model, params)
+    assert ptr, _native.last_error()
+    assert _native.is_xkv(ptr) == (xkv is not None)
+    try:
+        yield Context(ptr, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
+    finally:
+        lib.llama_free(ptr)

@@ -1,0 +1,77 @@
+"""Sidecars with random rotations for bases: exactness must not depend on calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xkv_gguf._native import ScopeParams
+from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, tensor_name
+from xkv_gguf.convert.sidecar_write import write_sidecar
+
+N_SINK = 4
+N_WINDOW = 40
+N_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Bases:
+    """A sidecar on disk and what is in it, by group: `basis[kind][g]` [D, D] f32, `mean[kind][g]` [D] f32."""
+
+    path: Path
+    frame: int
+    first: tuple[int, ...]
+    count: tuple[int, ...]
+    basis: dict[str, list[np.ndarray]]
+    mean: dict[str, list[np.ndarray]]
+
+    def params(self, rank: int | None = None, type_coef: str = "f32", n_absorb: int = 8) -> ScopeParams:
+        """Cache parameters; every rank is `rank`, or full."""
+        full = {kind: [len(basis) for basis in self.basis[kind]] for kind in "kv"}
+        ranks = {kind: [min(rank or dim, dim) for dim in dims] for kind, dims in full.items()}
+        return ScopeParams(
+            sidecar=str(self.path),
+            n_sink=N_SINK,
+            n_window=N_WINDOW,
+            n_block=max(N_BLOCK, self.frame),
+            n_absorb=n_absorb,
+            type_coef_k=type_coef,
+            type_coef_v=type_coef,
+            type_basis="f32",
+            ranks=(ranks["k"], ranks["v"]),
+        )
+
+
+def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: int, seed: int = 0) -> Bases:
+    """Write a sidecar for a model whose K and V both have `n_embd` numbers per token and layer."""
+    rng = np.random.default_rng(seed)
+    first = tuple(range(0, n_layer, group_size))
+    count = tuple(min(group_size, n_layer - f) for f in first)
+    basis: dict[str, list[np.ndarray]] = {"k": [], "v": []}
+    mean: dict[str, list[np.ndarray]] = {"k": [], "v": []}
+    arrays: dict[str, np.ndarray] = {}
+    for g, c in enumerate(count):
+        dim = c * n_embd
+        for kind in "kv":
+            basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
+            mean[kind].append(rng.normal(0, 0.5, dim).astype(np.float32))
+            arrays[tensor_name(g, kind, "basis")] = basis[kind][g]
+            arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
+            arrays[tensor_name(g, kind, "spectrum")] = np.linspace(2.0, 1.0, dim, dtype=np.float32)
+    info = SidecarInfo(
+        fingerprint="0" * 64,
+        architecture="test",
+        name="test",
+        embd_k=(n_embd,) * n_layer,
+        embd_v=(n_embd,) * n_layer,
+        group_size=group_size,
+        frame=frame,
+        n_sink=N_SINK,
+        groups=tuple(Group(f, c, c * n_embd, c * n_embd) for f, c in zip(first, count, strict=True)),
+        ratio=0.0,
+        calibration=Calibration("self", 1, 0, 1, "0" * 64),
+    )
+    write_sidecar(path, info, arrays)
+    return Bases(path, frame, first, count, basis, mean)

@@ -1,0 +1,162 @@
+"""Operations on sequences: what is kept afterwards equals a plain cache that went through the same operations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from xkv_gguf import _native
+
+from .conftest import Tiny
+from .harness import Context, lib, open_context
+from .test_full_rank import TOL_F32, TOL_FLASH, deviation
+
+# flash attention never runs: batches are small enough for absorbed attention
+N_BATCH = 8
+
+
+@contextlib.contextmanager
+def open_pair(one: Tiny, **kwargs: object) -> Iterator[tuple[Context, Context]]:
+    """A plain f32 cache and an xkv cache of full rank."""
+    with (
+        open_context(one.model, flash_attn=False, **kwargs) as plain,
+        open_context(one.model, xkv=one.bases().params(n_absorb=64), **kwargs) as xkv,
+    ):
+        yield plain, xkv
+
+
+def check(plain: Context, xkv: Context, tokens: list[int], seq: int = 0) -> None:
+    """Both continue a sequence alike."""
+    assert deviation(xkv.feed(tokens, N_BATCH, seq), plain.feed(tokens, N_BATCH, seq)) <= TOL_F32
+
+
+@pytest.mark.parametrize("keep", [250, 197, 131, 68, 67, 5, 4, 2, 0])
+def test_remove_tail(keep: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Cut in the window, on a chunk's border, inside a chunk, at the sinks and at nothing; then go on."""
+    with open_pair(tiny("llama")) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:270], N_BATCH)
+            assert ctx.seq_rm(0, keep)
+            assert lib.llama_memory_seq_pos_max(ctx.memory, 0) == keep - 1
+        assert sum(_native.seq_tokens(xkv.ptr, 0)) == keep
+        check(plain, xkv, tokens[300:450])
+
+
+def test_remove_tail_again_and_again(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Cut chunks leave no holes behind: many regenerations fit into the context."""
+    with open_pair(tiny("llama"), n_ctx=256) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:240], N_BATCH)
+        for i in range(30):
+            keep = 100 + (i * 7) % 30
+            for ctx in (plain, xkv):
+                assert ctx.seq_rm(0, keep)
+            check(plain, xkv, tokens[i : i + 250 - keep])
+
+
+def test_remove_inside(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """A hole over several chunks, the borders inside chunks."""
+    with open_pair(tiny("llama")) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:270], N_BATCH)
+            assert ctx.seq_rm(0, 50, 120)
+        check(plain, xkv, tokens[300:400])
+
+
+def test_clear_and_reuse(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    with open_pair(tiny("llama")) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:270], N_BATCH)
+            lib.llama_memory_clear(ctx.memory, True)
+            ctx.n_past.clear()
+        assert _native.seq_tokens(xkv.ptr, 0) == (0, 0)
+        check(plain, xkv, tokens[100:400])
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_sequences_do_not_mix(unified: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Three sequences of different lengths, decoded together and apart, with many and with few queries."""
+    with open_pair(tiny("llama"), n_ctx=1536, n_seq_max=3, unified=unified) as (plain, xkv):
+        for seq in range(3):
+            check(plain, xkv, tokens[100 * seq : 100 * seq + 150 + 60 * seq], seq)
+        for i in range(0, 120, 2):
+            parts = [(seq, tokens[i + 7 * seq : i + 7 * seq + 1]) for seq in range(3)]
+            assert deviation(xkv.decode(*parts), plain.decode(*parts)) <= TOL_F32
+        for ctx in (plain, xkv):
+            assert ctx.seq_rm(1, 0)
+        check(plain, xkv, tokens[40:200], 1)
+        check(plain, xkv, tokens[0:50], 2)
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_prompts_of_several_sequences_in_one_batch(
+    unified: bool, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """Materialized attention with several sequences: as close as the plain f16 cache with flash attention."""
+    one = tiny("llama")
+    shape = {"n_ctx": 1024, "n_seq_max": 2, "unified": unified}
+    parts = [[(seq, tokens[i + 300 * seq : i + 300 * seq + 40]) for seq in range(2)] for i in range(0, 320, 40)]
+    logits = []
+    for kind in ({"flash_attn": False}, {"exact": False}, {"xkv": one.bases().params(n_absorb=0)}):
+        with open_context(one.model, **shape, **kind) as ctx:
+            logits.append(np.concatenate([ctx.decode(*part) for part in parts]))
+    exact, flash, xkv = logits
+    assert deviation(xkv, exact) <= TOL_FLASH * deviation(flash, exact) + TOL_F32
+
+
+@pytest.mark.parametrize(("unified", "p1"), [(True, -1), (True, 150), (False, -1)])
+def test_copy_sequence(unified: bool, p1: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """A shared prefix, cut inside a chunk where sequences share cells, then two continuations."""
+    with open_pair(tiny("llama"), n_ctx=1024, n_seq_max=2, unified=unified) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:250], N_BATCH)
+            lib.llama_memory_seq_cp(ctx.memory, 0, 1, 0 if p1 > 0 else -1, p1)
+            ctx.n_past[1] = p1 if p1 > 0 else 250
+        check(plain, xkv, tokens[300:400], 1)
+        check(plain, xkv, tokens[500:600], 0)
+        for ctx in (plain, xkv):
+            assert ctx.seq_rm(0, 0)
+        check(plain, xkv, tokens[600:700], 1)
+
+
+def test_keep_one_sequence(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    with open_pair(tiny("llama"), n_ctx=1024, n_seq_max=2, unified=True) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:200], N_BATCH, 0)
+            ctx.feed(tokens[200:400], N_BATCH, 1)
+            lib.llama_memory_seq_keep(ctx.memory, 1)
+        assert _native.seq_tokens(xkv.ptr, 0) == (0, 0)
+        check(plain, xkv, tokens[400:450], 1)
+
+
+def test_full_context(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """The context holds n_ctx tokens, and says so when one more is asked for."""
+    with open_pair(tiny("llama"), n_ctx=512) as (plain, xkv):
+        check(plain, xkv, tokens[:512])
+        with pytest.raises(AssertionError, match="llama_decode returned 1"):
+            xkv.decode((0, tokens[:1]))
+
+
+def test_shift_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """What is not supported yet is refused by name, and decoding does not go on as if it had worked."""
+    one = tiny("llama")
+    with open_context(one.model, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:200], N_BATCH)
+        assert not lib.llama_memory_can_shift(ctx.memory)
+        lib.llama_memory_seq_add(ctx.memory, 0, 50, -1, -10)
+        assert "shifting positions" in _native.take_refusal(ctx.ptr)
+        with pytest.raises(AssertionError, match="llama_decode returned -2"):
+            ctx.decode((0, tokens[:1]))
+        lib.llama_memory_clear(ctx.memory, True)
+        ctx.n_past.clear()
+        ctx.decode((0, tokens[:1]))
+
+
+def test_state_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    with open_context(one.model, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:200], N_BATCH)
+        assert lib.llama_state_get_size(ctx.ptr) == 0
