@@ -13,7 +13,7 @@ import numpy as np
 
 from xkv_gguf import _loader, _native
 
-F32 = np.ndarray
+F32 = Any  # array of float32
 
 _loader.load()
 lib: Any = importlib.import_module("llama_cpp")

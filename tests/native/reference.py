@@ -7,13 +7,14 @@ their projections, with keys rotated back by their chunk's first position (DESIG
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from .tiny_models import N_EMBD_HEAD, N_HEAD, N_LAYER
 
 from .sidecars import N_SINK, N_WINDOW, Bases
+from .tiny_models import N_EMBD_HEAD, N_HEAD, N_LAYER
 
-F64 = np.ndarray
+F64 = Any  # array of float64
 ROPE_BASE = 10000.0
 
 
