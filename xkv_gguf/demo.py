@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._stream import chat_pieces
 from .demo_model import demo_model
 from .errors import XkvError
 from .haystack import Haystack, build_haystack, make_needle
@@ -33,16 +34,11 @@ def document(llm: Llama) -> Haystack:
     return build_haystack(count, N_DOCUMENT, [make_needle(NEEDLE_SEED)], [DEPTH], TEXT_SEED)
 
 
-def messages(haystack: Haystack) -> list[dict[str, str]]:
-    """The document with the question after it, as one chat message."""
-    return [{"role": "user", "content": f"{haystack.text}\n\n{haystack.needles[0].question}"}]
-
-
 def ask(llm: Llama, haystack: Haystack) -> str:
     """Stream the answer to the terminal and return it."""
     text = ""
-    for chunk in llm.create_chat_completion(messages(haystack), temperature=0.0, max_tokens=MAX_ANSWER, stream=True):
-        piece = chunk["choices"][0]["delta"].get("content") or ""
+    messages = [{"role": "user", "content": haystack.prompt()}]
+    for piece, _ in chat_pieces(llm, messages, temperature=0.0, max_tokens=MAX_ANSWER):
         text += piece
         print(piece, end="", flush=True)
     print()

@@ -65,6 +65,13 @@ class Haystack:
     depths: tuple[float, ...]
     n_tokens: int
 
+    def prompt(self, index: int = 0) -> str:
+        """The document with the question about one of its needles, as a message to a chat model."""
+        return (
+            "A special magic number is hidden in the following text. Memorize it.\n\n"
+            f"{self.text}\n\n{self.needles[index].question} Answer with the number."
+        )
+
 
 def make_needle(seed: int, digits: int = 7) -> Needle:
     """Make a fact of the form "the special magic number for Lisbon is 4071953".

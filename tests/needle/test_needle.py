@@ -52,7 +52,7 @@ def answer(llm: Llama, hay: Haystack) -> str:
     # a prefix kept from the document before would have been compressed in other blocks
     llm.reset()
     llm._ctx.kv_cache_clear()
-    message = {"role": "user", "content": f"{hay.text}\n\n{hay.needles[0].question}"}
+    message = {"role": "user", "content": hay.prompt()}
     reply = llm.create_chat_completion([message], temperature=0.0, max_tokens=32)
     return str(reply["choices"][0]["message"]["content"])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .._stream import Piece, chat_pieces, text_pieces
 from ..errors import OptionError
 from ..options import KV_MODES
 
@@ -118,13 +119,7 @@ def answer_chat(
     llm: Llama, messages: list[dict[str, str]], settings: dict[str, Any], show: Callable[[str], None]
 ) -> Answer:
     """Answer a conversation; `show` gets the text as it comes. Raises as `answer_text`."""
-
-    def deltas() -> Iterator[tuple[str, str | None]]:
-        for chunk in llm.create_chat_completion(messages, stream=True, **settings):
-            choice = chunk["choices"][0]
-            yield choice["delta"].get("content") or "", choice["finish_reason"]
-
-    return _collect(llm, deltas(), show)
+    return _collect(llm, chat_pieces(llm, messages, **settings), show)
 
 
 def answer_text(llm: Llama, prompt: str, settings: dict[str, Any], show: Callable[[str], None]) -> Answer:
@@ -135,26 +130,20 @@ def answer_text(llm: Llama, prompt: str, settings: dict[str, Any], show: Callabl
     OptionError
         The prompt does not fit into the context.
     """
-
-    def deltas() -> Iterator[tuple[str, str | None]]:
-        for chunk in llm.create_completion(prompt, stream=True, **settings):
-            choice = chunk["choices"][0]
-            yield choice["text"], choice["finish_reason"]
-
-    return _collect(llm, deltas(), show)
+    return _collect(llm, text_pieces(llm, prompt, **settings), show)
 
 
-def _collect(llm: Llama, deltas: Iterator[tuple[str, str | None]], show: Callable[[str], None]) -> Answer:
+def _collect(llm: Llama, pieces: Iterator[Piece], show: Callable[[str], None]) -> Answer:
     text: list[str] = []
     finish_reason = "stop"
     start = first = time.perf_counter()
     try:
-        for delta, reason in deltas:
-            if delta and not text:
+        for piece, reason in pieces:
+            if piece and not text:
                 first = time.perf_counter()
-            if delta:
-                text.append(delta)
-                show(delta)
+            if piece:
+                text.append(piece)
+                show(piece)
             finish_reason = reason or finish_reason
     except KeyboardInterrupt:
         finish_reason = "interrupt"

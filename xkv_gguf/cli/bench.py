@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(out)
     model = open_model(args.model if args.model is not None else demo_model()).path
     sidecar = _sidecar(model, specs, args)
-    result = {
+    result: dict[str, Any] = {
         "machine": machine(),
         "settings": {
             "model": model.name,
