@@ -70,7 +70,9 @@ def file_sequences(engine: Engine, settings: Settings) -> list[list[int]]:
 def self_shape(engine: Engine, tokens: int) -> tuple[int, int, int]:
     """Sequences side by side, tokens per sequence and rounds for text that the model writes."""
     n_len = min(SELF_LEN, engine.n_ctx_train)
-    n_seq = max(1, min(SELF_SEQS, tokens // n_len))
+    # never one alone: attention of a single query is split over the threads, so its rounding depends on them
+    n_seq = max(2, min(SELF_SEQS, tokens // n_len))
+    n_len = min(n_len, tokens // n_seq)
     return n_seq, n_len, max(1, round(tokens / (n_seq * n_len)))
 
 

@@ -103,9 +103,13 @@ class Engine:
         """Token ids of a text, without a first token added; `special` reads control tokens in it as such."""
         data = text.encode()
         room = len(data) + 8
-        ids = (ctypes.c_int32 * room)()
-        n = int(self._lib.llama_tokenize(self._vocab, data, len(data), ids, room, False, special))
-        if n < 0:
+        for _ in range(2):
+            ids = (ctypes.c_int32 * room)()
+            n = int(self._lib.llama_tokenize(self._vocab, data, len(data), ids, room, False, special))
+            if n >= 0:
+                break
+            room = -n  # what it takes
+        else:
             raise CalibrationError(f"the model's tokenizer failed on a text of {len(data)} bytes")
         return list(ids[:n])
 

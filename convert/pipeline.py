@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,17 @@ from tqdm import tqdm
 from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.find import cached_sidecar, find_sidecar
 from xkv_gguf.convert.fingerprint import model_fingerprint, read_model_header
 from xkv_gguf.convert.plan import bytes_per_coef, check_rank, group_layers, plan_ranks, ratio_range
 from xkv_gguf.convert.settings import RATIO, Settings
 from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sidecar_info import SUFFIX, Calibration, Group, Kind, SidecarInfo, sidecar_beside, tensor_name
+from xkv_gguf.convert.sidecar_info import Calibration, Group, Kind, SidecarInfo, sidecar_beside, tensor_name
 from xkv_gguf.convert.sidecar_write import check_writable, write_sidecar
 from xkv_gguf.convert.solve import Solver
+from xkv_gguf.errors import SidecarError
+
+__all__ = ["Converted", "convert", "ensure_sidecar", "find_sidecar"]
 
 Array = npt.NDArray[Any]
 
@@ -152,29 +155,6 @@ def _settle_ratio(groups: LayerGroups, settings: Settings) -> tuple[float, list[
     return ratio, [f"the default ratio {RATIO:g} is out of reach for so small a model, {ratio:.3g} is used"]
 
 
-# ---- finding
-
-
-def cache_folder() -> Path:
-    """Folder for sidecars that were made on first use: the user's cache folder / xkv-gguf."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "xkv-gguf"
-
-
-def find_sidecar(model: str | Path, fingerprint: str | None = None) -> Path | None:
-    """The sidecar of a model: beside it, else in the cache folder, else None. It is not opened."""
-    beside = sidecar_beside(model)
-    if beside.exists():
-        return beside
-    cached = cache_folder() / f"{fingerprint or model_fingerprint(model)}{SUFFIX}"
-    return cached if cached.exists() else None
-
-
 def ensure_sidecar(
     model: str | Path, sidecar: str | Path | None = None, *, threads: int | None = None, show_progress: bool = True
 ) -> Path:
@@ -208,9 +188,13 @@ def ensure_sidecar(
     if found is not None:
         read_sidecar(found).check_model(model)
         return found
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"{model_fingerprint(model)}{SUFFIX}"
+    out = cached_sidecar(model)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise SidecarError(
+            f"cache folder {out.parent}: cannot be made ({err.strerror}); use `xkv-gguf convert {model} -o FILE`"
+        ) from err
     print(
         f"xkv-gguf: {model.name} has no sidecar yet; calibrating once into {out} "
         "(choose settings with `xkv-gguf convert`)",

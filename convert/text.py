@@ -56,7 +56,7 @@ def cut_texts(
     n_len: int,
     seed: int,
 ) -> list[list[int]]:
-    """Cut texts into sequences of at most `n_len` tokens, about `n_tokens` in all, spread evenly over the texts.
+    """Cut texts into sequences of at most `n_len` tokens, at most `n_tokens` in all, spread evenly over the texts.
 
     Parameters
     ----------
@@ -88,20 +88,21 @@ def cut_texts(
         pieces += [ids[i : i + room] for i in range(0, len(ids), room)]
     # ends of files are short: full pieces first, in order
     full = [p for p in pieces if len(p) == room]
-    ends = [p for p in pieces if len(p) < room]
     chosen = [full[i] for i in spread(len(full), -(-n_tokens // n_len), rng)]
-    missing = n_tokens - n_len * len(chosen)
-    for piece in ends:
+    chosen += [p for p in pieces if len(p) < room]
+    sequences: list[list[int]] = []
+    missing = n_tokens
+    for piece in chosen:
         if missing <= len(bos):
             break
-        chosen.append(piece[: missing - len(bos)])
-        missing -= len(chosen[-1]) + len(bos)
-    found = sum(len(p) + len(bos) for p in chosen)
+        sequences.append([*bos, *piece[: missing - len(bos)]])
+        missing -= len(sequences[-1])
+    found = n_tokens - missing
     if found < MIN_TOKENS:
         raise CalibrationError(
             f"calibration text: {found} tokens found, at least {MIN_TOKENS} expected; pass more or longer files"
         )
-    return [[*bos, *piece] for piece in chosen]
+    return sequences
 
 
 def _thin_out(texts: Sequence[str], n_chars: int, rng: np.random.Generator) -> list[str]:

@@ -17,6 +17,8 @@ from xkv_gguf.convert.sidecar import DIGEST_AT
 from xkv_gguf.convert.sidecar_info import KINDS, Calibration, Group, SidecarInfo, tensor_name
 from xkv_gguf.convert.sidecar_write import write_sidecar
 
+from .tiny import weights, write_tiny
+
 Arrays = dict[str, npt.NDArray[Any]]
 GOLDEN = Path(__file__).parent / "data" / "golden-v1.sidecar"
 
@@ -98,3 +100,26 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_weights() -> Arrays:
+    return weights(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Arrays) -> Path:
+    """A llama model of three layers that runs: K and V have 64 numbers per token and layer."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny(path, tiny_weights)
+    return path
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """About 4000 tokens for the tiny model."""
+    rng = np.random.default_rng(6)
+    words = ["rain", "stone", "if (x > 0)", "river", "return", "seven", "- item", "\n", "The"]
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(rng.choice(words, 700)))
+    return path

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xkv_gguf.convert import capture, pipeline
+from xkv_gguf.convert.capture import Capture, model_layers
+from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.pipeline import Converted, convert
+from xkv_gguf.convert.settings import Settings
+from xkv_gguf.convert.sidecar import read_sidecar
+from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
+
+from .conftest import Arrays
+from .tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
+
+
+def run(model: Path, out: Path, **settings: Any) -> Converted:
+    settings = {"group_size": 2, "ratio": 2.0, "type_coef": "f16", "tokens": 512, "threads": 1, **settings}
+    return convert(model, out, Settings(**settings), show_progress=False)
+
+
+def decode(engine: Engine, tokens: Sequence[int], seq: int = 0) -> None:
+    for start in range(0, len(tokens), engine.n_batch):
+        part = tokens[start : start + engine.n_batch]
+        engine.decode(part, [seq] * len(part), list(range(start, start + len(part))), outputs=False)
+
+
+@pytest.mark.parametrize(("frame", "n_sink"), [(32, 4), (64, 0), (128, 7)])
+def test_capture_equals_the_first_layer_by_hand(
+    tiny_model: Path, tiny_weights: Arrays, frame: int, n_sink: int
+) -> None:
+    tokens = [1, *np.random.default_rng(8).integers(3, 259, 700).tolist()]
+    n = len(tokens)
+    with Engine(tiny_model, 1) as engine:
+        assert model_layers(engine) == ([EMBD_KV] * N_LAYER, [EMBD_KV] * N_LAYER)
+        engine.open_context(1, n)
+        dims: Any = {"k": [EMBD_KV, 2 * EMBD_KV], "v": [EMBD_KV, 2 * EMBD_KV]}
+        with Capture(engine, [0, 1], [1, 2], dims, frame, n_sink) as sums:
+            decode(engine, tokens)
+            sums.add(0)
+            found = {kind: sums.read(0, kind) for kind in ("k", "v")}
+            assert sums.read(1, "k").gram.shape == (2 * EMBD_KV, 2 * EMBD_KV)
+    offsets = (np.arange(n) - n_sink) % frame
+    k, v = (x[n_sink:] for x in first_layer(tiny_weights, tokens, offsets))
+    for kind, x in (("k", k), ("v", v)):
+        assert found[kind].n_tokens == n - n_sink
+        scale = np.abs(x.T @ x).max()
+        np.testing.assert_allclose(found[kind].gram, x.T @ x, atol=2e-3 * scale)
+        np.testing.assert_allclose(found[kind].total, x.sum(0), atol=2e-3 * np.abs(x).sum(0).max())
+
+
+def test_sums_add_up_over_sequences_and_calls(tiny_model: Path) -> None:
+    one, two = ([1, *np.random.default_rng(s).integers(3, 259, 200).tolist()] for s in (1, 2))
+    dims: Any = {"k": [3 * EMBD_KV], "v": [3 * EMBD_KV]}
+    with Engine(tiny_model, 1) as engine:
+        engine.open_context(2, 256)
+        with Capture(engine, [0], [3], dims, 32, 4) as both, Capture(engine, [0], [3], dims, 32, 4) as single:
+            decode(engine, one, 0)
+            decode(engine, two, 1)
+            both.add(0)
+            both.add(1)
+            single.add(1)
+            engine.clear()
+            decode(engine, one, 1)
+            single.add(1)
+            for kind in ("k", "v"):
+                a, b = both.read(0, kind), single.read(0, kind)
+                assert a.n_tokens == b.n_tokens == 2 * (201 - 4)
+                np.testing.assert_allclose(a.gram, b.gram, rtol=1e-3, atol=1e-2)
+
+
+def test_files_give_a_valid_sidecar(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), tokens=2000)
+    found = read_sidecar(tmp_path / "s")
+    found.check_model(tiny_model)
+    assert found.info == done.info
+    assert found.info.architecture == "llama"
+    assert found.info.calibration.source == "files"
+    assert found.info.calibration.tokens == 2000 - 4
+    assert found.info.settings["data"] == ["text.txt"]
+    ranks = [(g.rank_k, g.rank_v) for g in found.info.groups]
+    assert sum(k + v for k, v in ranks) * 2 == N_LAYER * EMBD_KV * 2
+    for g, dim in ((0, 2 * EMBD_KV), (1, EMBD_KV)):
+        basis = found.basis(g, "k").astype(np.float64)
+        np.testing.assert_allclose(basis @ basis.T, np.eye(dim), atol=2e-3)
+
+
+def test_self_written_text_gives_a_valid_sidecar(tiny_model: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", tokens=1024, seed=3)
+    assert done.info.calibration.source == "self"
+    assert done.info.calibration.seed == 3
+    assert done.info.calibration.tokens == 1024 - 2 * 4
+    read_sidecar(tmp_path / "s").check_model(tiny_model)
+
+
+@pytest.mark.parametrize("source", ["self", "files"])
+def test_same_settings_same_bytes(tiny_model: Path, text_file: Path, tmp_path: Path, source: str) -> None:
+    data = (text_file,) if source == "files" else ()
+    for name, threads in (("a", 1), ("b", 1), ("c", 2)):
+        run(tiny_model, tmp_path / name, data=data, threads=threads)
+    run(tiny_model, tmp_path / "d", data=data, seed=1)
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in "abcd"]
+    assert digests[0] == digests[1] == digests[2]
+    assert digests[0] != digests[3]
+
+
+def test_full_rank_f32(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, rank_k=128, rank_v=32, basis_type="f32")
+    assert [(g.rank_k, g.rank_v) for g in done.info.groups] == [(128, 32), (64, 32)]
+    assert done.info.ratio == 0
+    found = read_sidecar(tmp_path / "s")
+    basis = found.basis(0, "k")
+    assert basis.dtype == np.float32
+    np.testing.assert_allclose(basis @ basis.T, np.eye(128), atol=1e-5)
+
+
+def test_default_ratio_of_a_tiny_model_is_the_nearest(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, type_coef="q8_0", group_size=1)
+    assert done.info.ratio == pytest.approx(64 * 2 / 34, rel=1e-3)
+    assert any("default ratio 6 is out of reach" in note for note in done.notes)
+
+
+def test_few_tokens_are_noted(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), tokens=256, group_size=3)
+    assert any("256 calibration tokens are few for groups of 192" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("source", ["self", "files"])
+def test_ctrl_c_leaves_no_file(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    original = capture.Capture.add
+
+    def interrupted(self: Capture, seq: int) -> None:
+        original(self, seq)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(capture.Capture, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, folder / "s", data=(text_file,) if source == "files" else ())
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"group_size": 4}, "group size 4: 1 to 3"),
+        ({"ratio": 1.0, "type_coef": "q8_0"}, r"ratio 1: 1\.883"),
+        ({"ratio": None, "rank_k": 33, "rank_v": 32}, "rank of K 33: a multiple of 32 below 128, or 128"),
+        ({"ratio": None, "rank_k": 32, "rank_v": 160}, "rank of V 160"),
+        ({"data": (Path("none.txt"),)}, r"calibration text none\.txt: no such file"),
+    ],
+)
+def test_impossible_for_the_model(tiny_model: Path, tmp_path: Path, settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        run(tiny_model, tmp_path / "s", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"group_size": 0}, "group size 0: at least 1"),
+        ({"ratio": 0.0}, "ratio 0: a number above 0"),
+        ({"ratio": float("nan")}, "ratio nan"),
+        ({"rank_k": 32}, "both of K and V expected"),
+        ({"rank_k": 32, "rank_v": 32, "ratio": 4.0}, "ranks and ratio: one of them"),
+        ({"rank_k": -32, "rank_v": 32}, "rank of K -32: at least 1"),
+        ({"frame": 48}, "frame 48: one of 32, 64, 128, 256"),
+        ({"tokens": 10}, "calibration tokens 10: at least 256"),
+        ({"seed": -1}, "seed -1"),
+        ({"threads": 0}, "threads 0"),
+        ({"type_coef": "q2_k"}, "coefficient type 'q2_k'"),
+        ({"basis_type": "q8_0"}, "basis type 'q8_0'"),
+        ({"n_sink": 1000}, "sinks 1000"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(OptionError, match=match) as err:
+        Settings(**settings)
+    assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize("source", ["self", "files"])
+def test_model_that_computes_nan(tmp_path: Path, text_file: Path, source: str) -> None:
+    tensors = weights(0)
+    tensors["blk.1.attn_v"][0, 0] = np.nan
+    write_tiny(tmp_path / "nan.gguf", tensors)
+    match = "V of layers 0-1: .* not finite" if source == "files" else "not finite"
+    with pytest.raises(CalibrationError, match=match):
+        run(tmp_path / "nan.gguf", tmp_path / "s", data=(text_file,) if source == "files" else ())
+    assert not (tmp_path / "s").exists()
+
+
+def test_damaged_models(tiny_model: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_model.read_bytes()[:50000])
+    with pytest.raises(ModelError, match="ends inside the tensor"):
+        run(cut, tmp_path / "s")
+    tensors = weights(0)
+    del tensors["blk.1.ffn_up"]
+    write_tiny(tmp_path / "gap.gguf", tensors)
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot load it .*ffn_up"):
+        run(tmp_path / "gap.gguf", tmp_path / "s")
+
+
+# ---- first use
+
+
+@pytest.fixture
+def own_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model in a folder of its own, an empty cache folder, and quick settings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(pipeline, "Settings", lambda **kw: Settings(**{"tokens": 512, "threads": 1, **kw}))
+    model = tmp_path / "models" / "tiny.gguf"
+    model.parent.mkdir()
+    model.write_bytes(tiny_model.read_bytes())
+    return model
+
+
+def test_made_once_in_the_cache_folder(own_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = pipeline.ensure_sidecar(own_model, show_progress=False)
+    assert made.parent == tmp_path / "cache" / "xkv-gguf"
+    assert "tiny.gguf has no sidecar yet; calibrating once" in capsys.readouterr().err
+    before = made.stat().st_mtime_ns
+    renamed = own_model.rename(own_model.with_name("other.gguf"))
+    assert pipeline.ensure_sidecar(renamed) == made
+    assert made.stat().st_mtime_ns == before
+    assert capsys.readouterr().err == ""
+
+
+def test_one_beside_the_model_goes_first(own_model: Path) -> None:
+    made = pipeline.ensure_sidecar(own_model, show_progress=False)
+    beside = own_model.with_name("tiny.xkv.gguf")
+    beside.write_bytes(made.read_bytes())
+    assert pipeline.ensure_sidecar(own_model) == beside
+    assert pipeline.ensure_sidecar(own_model, made) == made
+
+
+def test_damaged_one_is_refused_not_replaced(own_model: Path) -> None:
+    beside = own_model.with_name("tiny.xkv.gguf")
+    beside.write_bytes(b"GGUF" + bytes(500))
+    with pytest.raises(SidecarError, match="not an xkv sidecar"):
+        pipeline.ensure_sidecar(own_model)
+    assert beside.read_bytes() == b"GGUF" + bytes(500)
+
+
+def test_one_of_another_model_is_refused(own_model: Path) -> None:
+    made = pipeline.ensure_sidecar(own_model, show_progress=False)
+    write_tiny(own_model, weights(1))
+    with pytest.raises(SidecarMismatchError, match="made for a model with fingerprint"):
+        pipeline.ensure_sidecar(own_model, made)
+    with pytest.raises(SidecarError, match="no such file"):
+        pipeline.ensure_sidecar(own_model, own_model.with_name("none.xkv.gguf"))
+
+
+def test_cache_folder_that_cannot_be_made(own_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(SidecarError, match=r"cache folder .* cannot be made"):
+        pipeline.ensure_sidecar(own_model)

@@ -1,0 +1,113 @@
+"""The verb `convert`: calibrate a model and write its sidecar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..convert.hf import OUTTYPES
+from ..convert.plan import BYTES_PER_COEF
+from ..convert.settings import BASIS_TYPES, FRAME, GROUP_SIZE, RATIO, TOKENS, Settings
+from ..convert.sidecar_info import FRAMES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="GGUF file or Hugging Face folder (default: the demo model)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="sidecar to write (default: MODEL.xkv.gguf)")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--group-size", type=int, metavar="N", help=f"most layers that share coefficients (default: {GROUP_SIZE})"
+    )
+    plan.add_argument(
+        "--ratio", type=float, metavar="R", help=f"times smaller than f16, at long context (default: {RATIO:g})"
+    )
+    plan.add_argument("--rank-k", type=int, metavar="N", help="rank of K in every group, in place of a ratio")
+    plan.add_argument("--rank-v", type=int, metavar="N", help="rank of V in every group, in place of a ratio")
+    plan.add_argument(
+        "--type-coef",
+        default="q8_0",
+        metavar="TYPE",
+        help=f"coefficient type that the ratio counts with: {', '.join(BYTES_PER_COEF)} (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--frame",
+        type=int,
+        default=FRAME,
+        metavar="C",
+        help=f"tokens per chunk: {', '.join(map(str, FRAMES))} (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--basis-type",
+        default="f16",
+        metavar="TYPE",
+        help=f"type of the bases in the file: {', '.join(BASIS_TYPES)} (default: %(default)s)",
+    )
+    text = parser.add_argument_group("calibration text")
+    text.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="plain text files (default: text by the model itself)",
+    )
+    text.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="N", help="calibration tokens, about (default: %(default)s)"
+    )
+    text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (default: %(default)s)")
+    parser.add_argument(
+        "--outtype",
+        metavar="TYPE",
+        help=f"type of the GGUF made from a Hugging Face folder: {', '.join(OUTTYPES)} (default: f16)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb.
+
+    Raises
+    ------
+    XkvError
+        See `convert.pipeline.convert` and `convert.hf.convert_folder`.
+    """
+    from ..convert.hf import check_folder, convert_folder, gguf_path
+    from ..convert.pipeline import convert
+    from ..convert.sidecar_info import sidecar_beside
+    from ..convert.sidecar_write import check_writable
+    from ..demo_model import demo_model
+    from ..errors import OptionError
+
+    settings = Settings(
+        group_size=args.group_size,
+        ratio=args.ratio,
+        rank_k=args.rank_k,
+        rank_v=args.rank_v,
+        type_coef=args.type_coef,
+        frame=args.frame,
+        data=tuple(map(Path, args.data)),
+        tokens=args.tokens,
+        seed=args.seed,
+        basis_type=args.basis_type,
+        **({} if args.threads is None else {"threads": args.threads}),
+    )
+    model = Path(args.model) if args.model is not None else demo_model()
+    out = Path(args.output) if args.output is not None else None
+    if model.is_dir():
+        folder, model = model, gguf_path(model, out, args.outtype or "f16")
+        check_folder(folder)
+        check_writable(out if out is not None else sidecar_beside(model))
+        if not args.quiet:
+            print(f"{folder}: converting to {model}", file=sys.stderr)
+        convert_folder(folder, model, args.outtype or "f16")
+    elif args.outtype is not None:
+        raise OptionError(f"--outtype is for Hugging Face folders, {model} is not a folder")
+    done = convert(model, out, settings, show_progress=not args.quiet)
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(done.path)
+    return 0
