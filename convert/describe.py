@@ -67,7 +67,8 @@ def describe_sidecar(sidecar: Sidecar) -> dict[str, Any]:
             entry[f"rank_{kind}"] = rank
             entry[f"energy_{kind}"] = energy_kept(sidecar.spectrum(g, kind), rank)
         groups.append(entry)
-    layout = CacheLayout(n_sink=info.n_sink, type_coef_k=type_coef(info.settings), type_coef_v=type_coef(info.settings))
+    coef = type_coef(info.settings)
+    layout = CacheLayout(n_sink=info.n_sink, frame=info.frame, type_coef_k=coef, type_coef_v=coef)
     caches = plain_caches(info.embd_k, info.embd_v)
     parts = {str(n): predict_parts(info.shapes, layout, n) for n in CONTEXTS}
     per_token = coef_bytes_per_token(info.shapes, layout.type_coef_k, layout.type_coef_v)

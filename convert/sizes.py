@@ -10,7 +10,9 @@ from xkv_gguf.convert.plan import bytes_per_coef
 CONTEXTS = (4096, 32768, 131072)
 """Contexts for which totals are printed, in tokens."""
 
-BASIS_BYTES: dict[str, float] = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+BASIS_BYTES = {"f32": 4, "f16": 2}
+SLOT_PAD = 256
+MEAN_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class CacheLayout:
     n_window: int = 256
     n_block: int = 256
     n_ubatch: int = 512
+    frame: int = 64
     type_coef_k: str = "q8_0"
     type_coef_v: str = "q8_0"
     type_basis: str = "f16"
@@ -48,30 +51,38 @@ def coef_bytes_per_token(groups: Sequence[GroupShape], type_coef_k: str, type_co
 
 
 def predict_parts(groups: Sequence[GroupShape], layout: CacheLayout, n_ctx: int) -> dict[str, int]:
-    """Predicted bytes of an xkv cache, by part.
+    """Predicted bytes of an xkv cache for one sequence, by the names of the parts in its report.
+
+    The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Left out are the scratch of a flush, which is
+    allocated when the first block leaves the window, and one more f32 vector per layer beside the means.
 
     Parameters
     ----------
     groups : sequence of GroupShape
     layout : CacheLayout
     n_ctx : int
-        Context in tokens, one sequence.
+        Context in tokens.
 
     Returns
     -------
     dict of str to int
-        ``exact``: sinks, window, the block that fills and one micro-batch, in f16; ``coefficients``: the rest of the
-        context; ``bases`` and ``means``. Scratch memory is not part of the cache.
+        Bytes of "K coefficients", "V coefficients", "bases and means", "sinks and window".
     """
     dims = sum(g.dim_k + g.dim_v for g in groups)
-    n_exact = min(n_ctx, layout.n_sink + layout.n_window + layout.n_block + layout.n_ubatch)
-    n_stored = max(0, n_ctx - layout.n_sink - layout.n_window)
-    n_stored = -(-n_stored // layout.n_block) * layout.n_block
-    per_token = coef_bytes_per_token(groups, layout.type_coef_k, layout.type_coef_v)
-    basis = sum(g.dim_k * g.rank_k + g.dim_v * g.rank_v for g in groups)
+    n_exact = layout.n_sink + layout.n_window + layout.n_block
+    n_cell = _pad(n_exact + layout.n_ubatch, 32)
+    # one chunk more than there are full ones, for the chunk that is cut short
+    n_chunk = -(-max(0, n_ctx - layout.n_sink - layout.n_window) // layout.frame) + 1
+    n_slot = _pad(n_chunk * layout.frame, SLOT_PAD)
+    bpc_k, bpc_v = bytes_per_coef(layout.type_coef_k), bytes_per_coef(layout.type_coef_v)
+    basis = sum(g.dim_k * (_pad(g.rank_k, 32) + MEAN_ROWS) + g.dim_v * _pad(g.rank_v, 32) for g in groups)
     return {
-        "exact": 2 * dims * n_exact,
-        "coefficients": round(per_token * n_stored),
-        "bases": round(basis * BASIS_BYTES[layout.type_basis]),
-        "means": 4 * dims,
+        "K coefficients": round(sum(_pad(g.rank_k, 32) for g in groups) * n_slot * bpc_k),
+        "V coefficients": round(sum(_pad(g.rank_v, 32) for g in groups) * n_slot * bpc_v),
+        "bases and means": round(basis * BASIS_BYTES[layout.type_basis]) + 4 * dims,
+        "sinks and window": 2 * dims * n_cell,
     }
+
+
+def _pad(n: int, step: int) -> int:
+    return -(-n // step) * step

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xkv_gguf import Llama
 from xkv_gguf.convert import capture, pipeline
 from xkv_gguf.convert.capture import Capture, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.pipeline import Converted, convert
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.sidecar import read_sidecar
+from xkv_gguf.convert.sizes import CacheLayout, predict_parts
 from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
 
 from .conftest import Arrays
@@ -267,3 +269,17 @@ def test_cache_folder_that_cannot_be_made(own_model: Path, tmp_path: Path) -> No
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(SidecarError, match=r"cache folder .* cannot be made"):
         pipeline.ensure_sidecar(own_model)
+
+
+def test_predicted_sizes_are_the_native_ones(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, rank_k=64, rank_v=32, frame=64)
+    layout = CacheLayout(n_window=100, n_block=128, n_ubatch=256, frame=64, type_coef_v="q4_0")
+    xkv = {"sidecar": str(tmp_path / "s"), "n_window": 100, "n_block": 128, "type_coef_v": "q4_0"}
+    llm = Llama(tiny_model, kv_mode="xkv", xkv=xkv, n_ctx=1024, n_ubatch=256, n_batch=256, verbose=False)
+    found = {part.name: part.bytes for part in llm.kv_report().parts}
+    llm.close()
+    predicted = predict_parts(read_sidecar(tmp_path / "s").info.shapes, layout, 1024)
+    assert set(predicted) <= set(found)
+    for name, n_bytes in predicted.items():
+        # buffers are padded, and the means have one more vector per layer
+        assert n_bytes <= found[name] <= n_bytes + 4096, name

@@ -99,12 +99,12 @@ def test_unknown_coefficient_type() -> None:
 
 def test_sizes_by_hand() -> None:
     groups = [GroupShape(dim_k=64, dim_v=32, rank_k=32, rank_v=32)]
-    layout = CacheLayout(n_sink=4, n_window=60, n_block=64, n_ubatch=128)
+    layout = CacheLayout(n_sink=4, n_window=60, n_block=64, n_ubatch=120, frame=32)
     assert plain_bytes_per_token([32, 32], [16, 16], "f16") == 192
     assert coef_bytes_per_token(groups, "q8_0", "q8_0") == 68
     assert predict_parts(groups, layout, 1024) == {
-        "exact": 2 * 96 * 256,
-        "coefficients": 68 * 960,
-        "bases": 2 * (64 * 32 + 32 * 32),
-        "means": 4 * 96,
+        "K coefficients": 34 * 1024,
+        "V coefficients": 34 * 1024,
+        "bases and means": 2 * (64 * 36 + 32 * 32) + 4 * 96,
+        "sinks and window": 2 * 96 * 256,
     }
