@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import llama_cpp
-from llama_cpp import _internals
-
 from . import _native
+from ._api import internals, llama_cpp
 from .errors import DecodeError, UnsupportedError
 
 # what llama_decode returns when no cells are left
 STATUS_FULL = 1
 
 
-class CheckedContext(_internals.LlamaContext):
+class CheckedContext(internals.LlamaContext):
     """`llama_cpp`'s context; an operation that the cache refuses raises instead of passing unnoticed.
 
     An object of the parent class becomes one by assigning its ``__class__``: `llama_cpp.Llama` makes its context

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import llama_cpp
+from ._api import llama_cpp
 
 # enum ggml_log_level; llama_cpp's own table is of another version of it
 LEVEL_WARN = 3

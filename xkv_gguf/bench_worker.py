@@ -38,9 +38,8 @@ class Bench:
     """One model on one cache, and the tokens that fill it."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        import llama_cpp
-
         from . import Llama
+        from ._api import llama_cpp
 
         self._api = llama_cpp
         threads = (

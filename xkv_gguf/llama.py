@@ -8,26 +8,13 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from . import _loader
-
-_loader.load()  # before llama_cpp is imported anywhere
-
-import llama_cpp  # noqa: E402
-from llama_cpp._internals import LlamaContext  # noqa: E402
-
-from . import _arguments, _log, _native, _sidecars  # noqa: E402
-from ._context import CheckedContext  # noqa: E402
-from ._model_file import ModelFile, open_model  # noqa: E402
-from .errors import (  # noqa: E402
-    DecodeError,
-    ModelError,
-    OptionError,
-    OutOfMemoryError,
-    UnsupportedError,
-    XkvError,
-)
-from .options import XkvOptions, check_kv_mode  # noqa: E402
-from .report import KvPart, KvReport  # noqa: E402
+from . import _arguments, _loader, _log, _native, _sidecars
+from ._api import internals, llama_cpp
+from ._context import CheckedContext
+from ._model_file import ModelFile, open_model
+from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
+from .options import XkvOptions, check_kv_mode
+from .report import KvPart, KvReport
 
 PARENT_ARGUMENTS = tuple(
     name
@@ -276,4 +263,4 @@ class Llama(llama_cpp.Llama):
 
 
 # CheckedContext takes the place of an object of this class, see Llama._check_context
-assert issubclass(CheckedContext, LlamaContext)
+assert issubclass(CheckedContext, internals.LlamaContext)

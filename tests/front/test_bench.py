@@ -14,7 +14,20 @@ pytestmark = pytest.mark.model
 
 def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bench.json"
-    options = ["--caches", "f16,xkv:8", "--depths", "0,600", "--reps", "1", "--n-ctx", "2048", "--json", str(out)]
+    options = [
+        "--caches",
+        "f16,xkv:8",
+        "--depths",
+        "0,600",
+        "--reps",
+        "1",
+        "--n-ctx",
+        "2048",
+        "--threads",
+        "1",
+        "--json",
+        str(out),
+    ]
     assert main(["bench", str(demo_model), "--sidecar", str(sidecar), *options]) == 0
     result = json.loads(out.read_text())
     assert [(row["cache"], row["depth"]) for row in result["rows"]] == [
@@ -37,7 +50,7 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
 
 
 def test_an_error_in_a_worker_is_one_line(demo_model: Path, sidecar: Path, capsys: Any) -> None:
-    options = ["--caches", "f16,xkv:100000", "--depths", "0", "--sidecar", str(sidecar)]
+    options = ["--caches", "f16,xkv:100000", "--depths", "0", "--threads", "1", "--sidecar", str(sidecar)]
     assert main(["bench", str(demo_model), *options]) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -80,6 +80,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["run", "-p", "hi", "--wat"], "unrecognized arguments: --wat"),
         (["run", "-f", "no/such/file.txt"], "no/such/file.txt: cannot be read (No such file or directory)"),
         (["run", "no/such/model.gguf", "-p", "hi"], "model no/such/model.gguf: no such file"),
+        (["chat", "-n", "0"], "-n: 0, expected 1 or more"),
         (["chat", "no/such/model.gguf"], "model no/such/model.gguf: no such file"),
         (["bench", "no/such/model.gguf"], "model no/such/model.gguf: no such file"),
         (["bench", "--caches", "f16,f32"], "--caches: 'f32' is unknown"),
@@ -115,7 +116,19 @@ def test_without_the_demo_model_one_line_says_how_to_get_it(
 
 
 def test_a_closed_pipe_is_no_traceback(demo_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RUN_MAIN, "run", str(demo_model), "-p", "Count.", "--kv-mode", "f16"]
+    command = [
+        sys.executable,
+        "-c",
+        RUN_MAIN,
+        "run",
+        str(demo_model),
+        "-p",
+        "Count.",
+        "--kv-mode",
+        "f16",
+        "--threads",
+        "1",
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -128,12 +141,12 @@ def test_a_closed_pipe_is_no_traceback(demo_model: Path, tmp_path: Path) -> None
 @pytest.mark.model
 def test_run_answers_and_tells_its_figures(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["run", str(demo_model), "-p", "The capital of France is", "--raw", "-n", "4", "--kv-mode", "f16"]
-    assert main([*common, "--stats", "--threads", "2"]) == 0
+    assert main([*common, "--stats", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     assert "Paris" in out
     assert "5 tokens" in err and "K and V" in err and "180.0 MiB" in err
 
-    assert main([*common, "--json", "--threads", "2"]) == 0
+    assert main([*common, "--json", "--threads", "1"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["text"] == out.removesuffix("\n")
     assert (figures["prompt_tokens"], figures["generated_tokens"], figures["finish_reason"]) == (5, 4, "length")
@@ -173,7 +186,7 @@ def test_chat_does_what_its_commands_say(demo_model: Path, tmp_path: Path) -> No
     text.write_text("The heron stood by the lake. The heron waited. Then the heron caught a fish.")
     long.write_text("word " * 2000)
     script = CHAT.format(missing=tmp_path / "missing.txt", text=text, long=long)
-    options = ["--kv-mode", "f16", "--n-ctx", "1024", "--temp", "0"]
+    options = ["--kv-mode", "f16", "--n-ctx", "1024", "--temp", "0", "-n", "16", "--threads", "1"]
     done = in_a_process(tmp_path, "chat", str(demo_model), *options, stdin=script)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -192,7 +205,7 @@ def test_chat_does_what_its_commands_say(demo_model: Path, tmp_path: Path) -> No
 @pytest.mark.model
 def test_chat_takes_back_a_message_that_does_not_fit(demo_model: Path, tmp_path: Path) -> None:
     script = "word " * 2000 + "\nSay hi.\n"
-    options = ["--kv-mode", "f16", "--n-ctx", "1024", "--temp", "0"]
+    options = ["--kv-mode", "f16", "--n-ctx", "1024", "--temp", "0", "-n", "16", "--threads", "1"]
     done = in_a_process(tmp_path, "chat", str(demo_model), *options, stdin=script)
     assert done.returncode == 0, done.stderr
     first, rest = done.stdout.split("\n", 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._files import read_text
-from ..errors import XkvError
+from ..errors import OptionError, XkvError
 from ._model import Answer, add_model_arguments, answer_chat, open_llama, sampling, write
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Chat:
         content = text if self.attached is None else f"{self.attached}\n\n{text}"
         self.messages.append({"role": "user", "content": content})
         try:
-            answer = answer_chat(self.llm, self.messages, sampling(self.args, None), write)
+            answer = answer_chat(self.llm, self.messages, sampling(self.args, self.args.max_tokens), write)
         except XkvError as error:
             self.messages.pop()
             print(f"{error} (/reset forgets the conversation)")
@@ -53,7 +53,7 @@ class Chat:
         self.attached = None
         self.last = answer
         self.messages.append({"role": "assistant", "content": answer.text})
-        if answer.finish_reason == "length":
+        if answer.finish_reason == "length" and self.llm.n_tokens >= self.llm.n_ctx() - 1:
             print(f"[the context of {self.llm.n_ctx()} tokens is full: /reset, or start with a larger --n-ctx]")
 
     def attach(self, path: str) -> None:
@@ -97,12 +97,17 @@ class Chat:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
+    parser.add_argument(
+        "-n", "--max-tokens", type=int, metavar="N", help="longest answer in tokens (default: no limit)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's own)")
     add_model_arguments(parser, temp=0.7)
 
 
 def run(args: argparse.Namespace) -> int:
     """Chat until /exit or the end of input."""
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise OptionError(f"-n: {args.max_tokens}, expected 1 or more")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     llm = open_llama(args)
