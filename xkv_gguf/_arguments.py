@@ -103,6 +103,8 @@ def check_mode(kv_mode: str, arguments: Mapping[str, Any]) -> None:
         return
     if arguments.get("embedding"):
         raise UnsupportedError("embedding: an xkv cache is for text generation; use kv_mode='f16' for embeddings")
+    if arguments.get("vocab_only"):
+        raise UnsupportedError("vocab_only: there is no cache without weights; use kv_mode='f16'")
     if arguments.get("attention_type", -1) == 1:
         raise UnsupportedError("attention_type: non-causal, but an xkv cache is causal; use kv_mode='f16'")
 

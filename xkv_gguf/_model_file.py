@@ -12,10 +12,8 @@ import numpy as np
 
 from .convert.fingerprint import model_shards, read_model_header
 from .convert.gguf_read import GgufFormatError, GgufHeader, read_header
+from .convert.plan import bytes_per_coef
 from .errors import ModelError
-
-# bytes of one number in a plain cache, scales included
-PLAIN_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class ModelFile:
 
     def plain_bytes(self, kv_mode: str, n_ctx: int) -> int:
         """Bytes of a plain cache for `n_ctx` tokens; 0 when unknown."""
-        return int(self.kv_numbers * PLAIN_BYTES[kv_mode] * n_ctx)
+        return int(self.kv_numbers * bytes_per_coef(kv_mode) * n_ctx)
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ._native import ScopeParams
-from .convert.pipeline import ensure_sidecar, find_sidecar
+from .convert.find import find_sidecar
+from .convert.pipeline import ensure_sidecar
 from .convert.sidecar import Sidecar, read_sidecar
 from .convert.sizes import CacheLayout, GroupShape, predict_parts
 from .errors import OptionError
@@ -79,6 +80,7 @@ def predicted_bytes(sidecar: Sidecar, params: ScopeParams, n_ctx: int, n_ubatch:
         n_window=params.n_window,
         n_block=params.n_block,
         n_ubatch=n_ubatch,
+        frame=sidecar.info.frame,
         type_coef_k=params.type_coef_k,
         type_coef_v=params.type_coef_v,
         type_basis=params.type_basis,

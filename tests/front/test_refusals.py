@@ -60,6 +60,7 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
         (OptionError, {"kv_mode": "q4_0", "flash_attn": False}, "kv_mode q4_0 needs flash attention"),
         (UnsupportedError, {"embedding": True}, "embedding: an xkv cache is for text generation"),
         (UnsupportedError, {"attention_type": 1}, "attention_type: non-causal"),
+        (UnsupportedError, {"vocab_only": True}, "vocab_only: there is no cache"),
         (OptionError, {"n_ctx": -1}, "n_ctx: -1, expected a whole number from 0"),
         (OptionError, {"n_ctx": 2**31}, "n_ctx: 2147483648, expected a whole number"),
         (OptionError, {"n_ctx": 4096.0}, "n_ctx: 4096.0, expected a whole number"),
