@@ -188,7 +188,8 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     const int64_t n_ext       = l.basis_k->ne[1]; // the directions and the mean
 
     // every query in the frame of every chunk
-    q = ggml_reshape_4d(ctx, ggml_cont(ctx, q), n_embd_head, n_head*n_tps, 1, n_stream);
+    q = ggml_is_contiguous(q) ? q : ggml_cont(ctx, q);
+    q = ggml_reshape_4d(ctx, q, n_embd_head, n_head*n_tps, 1, n_stream);
     q = ggml_repeat_4d(ctx, q, n_embd_head, n_head*n_tps, n_frame, n_stream);
     q = ggml_reshape_3d(ctx, q, n_embd_head, n_head*n_tps, n_frame*n_stream);
     q = xkv_rotate(ctx, xkv.model, xkv.cparams, il, q, inp->origin);
@@ -215,15 +216,18 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     coef = ggml_view_4d(ctx, coef, n_rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
                         inp->mctx->get_stream_0()*coef->nb[2]);
 
-    ggml_tensor * s = ggml_add(ctx, ggml_mul_mat(ctx, coef, q_coef), q_mean); // [n_chunk, n_head*n_tps, n_frame, n_stream]
+    ggml_tensor * s = ggml_mul_mat(ctx, coef, q_coef); // [n_chunk, n_head*n_tps, n_frame, n_stream]
 
+    // the sum lays the scores out by slot
     if (n_stream == 1) {
-        s = ggml_reshape_4d(ctx, s, n_chunk, n_head, n_tps, n_frame);
-        s = ggml_permute(ctx, s, 0, 3, 2, 1);
+        s      = ggml_permute(ctx, ggml_reshape_4d(ctx, s, n_chunk, n_head, n_tps, n_frame), 0, 3, 2, 1);
+        q_mean = ggml_view_4d(ctx, q_mean, 1, n_head, n_tps, n_frame, q_mean->nb[1], n_head*q_mean->nb[1], q_mean->nb[2], 0);
+        q_mean = ggml_permute(ctx, q_mean, 0, 3, 2, 1);
     } else {
-        s = ggml_permute(ctx, s, 0, 2, 1, 3);
+        s      = ggml_permute(ctx, s,      0, 2, 1, 3);
+        q_mean = ggml_permute(ctx, q_mean, 0, 2, 1, 3);
     }
-    return ggml_reshape_4d(ctx, ggml_cont(ctx, s), inp->n_slot, n_tps, n_head, n_stream);
+    return ggml_reshape_4d(ctx, ggml_add(ctx, s, q_mean), inp->n_slot, n_tps, n_head, n_stream);
 }
 
 static ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
@@ -276,10 +280,7 @@ static ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph
         out = ggml_add(ctx, out, ggml_reshape_4d(ctx, o, n_embd_head, n_tps, n_head, n_stream));
     }
 
-    out = ggml_permute(ctx, out, 0, 2, 1, 3); // [n_embd_head, n_head, n_tps, n_stream]
-    out = ggml_cont_2d(ctx, out, out->ne[0]*n_head, n_tps*n_stream);
-    ggml_build_forward_expand(gctx.gf, out);
-    return out;
+    return ggml_permute(ctx, out, 0, 2, 1, 3); // [n_embd_head, n_head, n_tps, n_stream]
 }
 
 //
@@ -310,8 +311,15 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
     ggml_tensor * out = inp->absorb ? xkv_attn_absorbed    (gctx, inp, q, k, v, kq_scale, il) :
                                       xkv_attn_materialized(gctx, inp, q, k, v, kq_scale, il);
 
-    // softmax weights sum to one, so that what centring took from V comes back once
-    return ggml_add(gctx.ctx0, out, mctx->xkv->store->layers[il].mean_o);
+    // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
+    ggml_tensor * mean = mctx->xkv->store->layers[il].mean_o;
+    if (inp->absorb) {
+        mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
+    }
+    out = ggml_add(gctx.ctx0, out, mean);
+    out = ggml_reshape_2d(gctx.ctx0, out, gctx.hparams.n_embd_head_v(il)*q->ne[1], q->ne[2]);
+    ggml_build_forward_expand(gctx.gf, out);
+    return out;
 }
 
 uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {

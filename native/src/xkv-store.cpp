@@ -19,8 +19,12 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 
     const size_t n_tensors = sidecar.groups.size()*2*(1 + n_stream) + hparams.n_layer()*5;
 
+    auto buft_for = [&](uint32_t il) {
+        return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+    };
+
     auto ctx_for = [&](part p, uint32_t il) {
-        auto * buft = offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        auto * buft = buft_for(il);
         auto & ctx  = ctx_map[{ p, buft }];
         if (!ctx) {
             ctx = ggml_init({ /*.mem_size =*/ n_tensors*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true });
@@ -43,6 +47,7 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 
         ggml_context * ctx_k = ctx_for(PART_COEF_K, gr.first);
         ggml_context * ctx_v = ctx_for(PART_COEF_V, gr.first);
+        const bool on_host   = ggml_backend_buft_is_host(buft_for(gr.first));
 
         gr.coef_k = ggml_new_tensor_3d(ctx_k, config.type_coef[0], gr.rank[0], n_slot, n_stream);
         gr.coef_v = ggml_new_tensor_3d(ctx_v, config.type_coef[1], n_slot, gr.rank[1], n_stream);
@@ -57,12 +62,15 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
             ggml_context * ctx = ctx_for(PART_BASES, gr.first);
 
+            // decoding takes every query through basis_k once per chunk, and on the CPU f32 is the faster type for that
+            const ggml_type type_k = on_host ? GGML_TYPE_F32 : config.type_basis;
+
             const uint32_t n_embd_k = hparams.n_embd_k_gqa(il);
             const uint32_t n_embd_v = hparams.n_embd_v_gqa(il);
 
             layer & l = layers[il];
             l.ig      = ig;
-            l.basis_k = ggml_new_tensor_2d(ctx, config.type_basis, n_embd_k, gr.rank[0] + n_mean_row);
+            l.basis_k = ggml_new_tensor_2d(ctx, type_k, n_embd_k, gr.rank[0] + n_mean_row);
             l.basis_v = ggml_new_tensor_2d(ctx, config.type_basis, gr.rank[1], n_embd_v);
             l.mean_k  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd_k);
             l.mean_v  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd_v);
