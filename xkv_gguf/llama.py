@@ -231,7 +231,7 @@ class Llama(llama_cpp.Llama):
 
     def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
         # ids out of range abort the process in llama.cpp
-        for token in tokens:
+        for token in (min(tokens), max(tokens)) if len(tokens) > 0 else ():
             if not 0 <= token < self._n_vocab:
                 raise OptionError(f"{what}: token {token}, expected 0 to {self._n_vocab - 1}")
 

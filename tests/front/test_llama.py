@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from xkv_gguf import Llama
 from xkv_gguf.haystack import paragraphs
 
 from .conftest import Open
+from .tiny_models import write_adapter
 
 pytestmark = pytest.mark.model
 
@@ -191,6 +193,19 @@ def test_the_context_is_4096_unless_given(demo_model: Any) -> None:
     llm = Llama(demo_model, kv_mode="f16", n_ctx=0, verbose=False)
     assert llm.n_ctx() == 8192
     llm.close()
+
+
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+def test_an_adapter_takes_part(mode: str, open_llama: Open, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    write_adapter(path, "llama", 576)
+    prompt = "The capital of France is"
+    texts = []
+    for scale in (None, 0.0, 1.0):
+        adapter = {} if scale is None else {"lora_path": str(path), "lora_scale": scale}
+        reply: Any = open_llama(mode, **adapter)(prompt, temperature=0.0, max_tokens=6)
+        texts.append(reply["choices"][0]["text"])
+    assert texts[1] == texts[0] != texts[2]
 
 
 def test_a_ratio_makes_the_cache_smaller(open_llama: Open) -> None:

@@ -27,7 +27,7 @@ from xkv_gguf.errors import (
 )
 
 from .conftest import Open
-from .tiny_models import write_sliding_window_model
+from .tiny_models import write_adapter, write_sliding_window_model, write_unknown_model
 
 
 def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None:
@@ -150,6 +150,29 @@ def test_an_architecture_without_support(
     why = "architecture gemma2 has sliding-window layers, which an xkv cache does not support yet"
     refused(UnsupportedError, why, lambda: Llama(gemma, verbose=False))
     assert not list((tmp_path / "cache").rglob("*.gguf*"))
+
+
+def test_an_architecture_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "unknown.gguf"
+    write_unknown_model(path)
+    why = f"model {path}: llama.cpp cannot load it: "
+    refused(UnsupportedError, why, lambda: Llama(path, kv_mode="f16", verbose=False))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["q8_0", "q4_0"])
+def test_heads_that_a_quantized_cache_cannot_hold(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "narrow.gguf"
+    write_sliding_window_model(path, n_head=4)
+    refused(UnsupportedError, "n_embd_head_k=16", lambda: Llama(path, kv_mode=mode, n_ctx=256, verbose=False))
+
+
+@pytest.mark.model
+def test_an_adapter_of_another_architecture(demo_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    write_adapter(path, "gemma2", 576)
+    why = f"lora_path {path}: llama.cpp cannot load it"
+    refused(ModelError, why, lambda: Llama(demo_model, kv_mode="f16", lora_path=str(path), verbose=False))
 
 
 # ---- sidecars

@@ -14,19 +14,19 @@ N_VOCAB = 32
 N_LAYER = 2
 
 
-def write_sliding_window_model(path: Path) -> None:
-    """A gemma2 model: every other layer attends to a sliding window."""
+def write_sliding_window_model(path: Path, n_head: int = N_HEAD) -> None:
+    """A gemma2 model: every other layer attends to a sliding window. Heads have 64 / `n_head` numbers."""
     rng = np.random.default_rng(0)
     writer = GGUFWriter(path, "gemma2")
     writer.add_context_length(1024)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(N_LAYER)
     writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(N_HEAD)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_key_length(N_EMBD // N_HEAD)
-    writer.add_value_length(N_EMBD // N_HEAD)
+    writer.add_key_length(N_EMBD // n_head)
+    writer.add_value_length(N_EMBD // n_head)
     writer.add_sliding_window(128)
     writer.add_attn_logit_softcapping(50.0)
     writer.add_final_logit_softcapping(30.0)
@@ -42,6 +42,30 @@ def write_sliding_window_model(path: Path) -> None:
         shapes[f"blk.{layer}.ffn_down"] = (N_EMBD, N_FF)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.normal(0, 0.1, shape).astype(np.float32))
+    _finish(writer)
+
+
+def write_unknown_model(path: Path) -> None:
+    """A sound GGUF file of an architecture that does not exist."""
+    writer = GGUFWriter(path, "nosuch")
+    writer.add_context_length(1024)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
+    _finish(writer)
+
+
+def write_adapter(path: Path, architecture: str, n_embd: int) -> None:
+    """A LoRA adapter that changes the output projection of the first layer a lot."""
+    rng = np.random.default_rng(1)
+    writer = GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for side, shape in (("a", (4, n_embd)), ("b", (n_embd, 4))):
+        writer.add_tensor(f"blk.0.attn_output.weight.lora_{side}", rng.normal(0, 1, shape).astype(np.float32))
+    _finish(writer)
+
+
+def _finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
