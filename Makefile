@@ -65,8 +65,10 @@ $(STAMP)/deps: upstream.json $(STAMP)/venv
 	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) install "$(UPSTREAM)"
 	@touch $@
 
-# the list and the options, so that a deleted file or another option counts as a change
+# the options and the list, so that another option or a deleted file counts as a change; CMake's cache would keep
+# options that are gone
 $(STAMP)/sources: FORCE | $(STAMP)/venv
+	@test "$$(head -n 1 $@ 2> /dev/null)" = '$(CMAKE_ARGS)' || rm -f build/*/CMakeCache.txt
 	@printf '%s\n' '$(CMAKE_ARGS)' $(SOURCES) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
