@@ -13,7 +13,7 @@ from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
 
 GROUP_SIZE = 5
-RATIO = 6.0
+RATIO = 7.0
 FRAME = 64
 TOKENS = 24576
 BASIS_TYPES = ("f16", "f32")

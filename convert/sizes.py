@@ -30,8 +30,8 @@ class CacheLayout:
     """What decides an xkv cache's size besides ranks. Sizes are in tokens, types are ggml type names."""
 
     n_sink: int = 4
-    n_window: int = 256
-    n_block: int = 256
+    n_window: int = 128
+    n_block: int = 128
     n_ubatch: int = 512
     frame: int = 64
     type_coef_k: str = "q8_0"
@@ -75,11 +75,13 @@ def predict_parts(groups: Sequence[GroupShape], layout: CacheLayout, n_ctx: int)
     n_chunk = -(-max(0, n_ctx - layout.n_sink - layout.n_window) // layout.frame) + 1
     n_slot = _pad(n_chunk * layout.frame, SLOT_PAD)
     bpc_k, bpc_v = bytes_per_coef(layout.type_coef_k), bytes_per_coef(layout.type_coef_v)
-    basis = sum(g.dim_k * (_pad(g.rank_k, 32) + MEAN_ROWS) + g.dim_v * _pad(g.rank_v, 32) for g in groups)
+    basis_k = sum(g.dim_k * (_pad(g.rank_k, 32) + MEAN_ROWS) for g in groups)
+    basis_v = sum(g.dim_v * _pad(g.rank_v, 32) for g in groups)
     return {
         "K coefficients": round(sum(_pad(g.rank_k, 32) for g in groups) * n_slot * bpc_k),
         "V coefficients": round(sum(_pad(g.rank_v, 32) for g in groups) * n_slot * bpc_v),
-        "bases and means": round(basis * BASIS_BYTES[layout.type_basis]) + 4 * dims,
+        # on the CPU, bases of K are f32 whatever type is asked for
+        "bases and means": round(basis_k * BASIS_BYTES["f32"] + basis_v * BASIS_BYTES[layout.type_basis]) + 4 * dims,
         "sinks and window": 2 * dims * n_cell,
     }
 

@@ -44,7 +44,7 @@ class XkvOptions:
     type_coef_v : str, optional
         Type of the coefficients of V where it differs. None is `type_coef`.
     type_basis : str
-        Type of the bases in memory: f32 or f16.
+        Type of the bases in memory: f32 or f16. On the CPU, those of K are f32 in any case, which is faster.
 
     Raises
     ------
@@ -55,8 +55,8 @@ class XkvOptions:
     sidecar: str | None = None
     ratio: float | None = None
     n_sink: int = 4
-    n_window: int = 256
-    n_block: int = 256
+    n_window: int = 128
+    n_block: int = 128
     n_absorb: int = 8
     type_coef: str = "q8_0"
     type_coef_v: str | None = None

@@ -125,7 +125,7 @@ def test_full_rank_f32(tiny_model: Path, text_file: Path, tmp_path: Path) -> Non
 def test_default_ratio_of_a_tiny_model_is_the_nearest(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     done = run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, type_coef="q8_0", group_size=1)
     assert done.info.ratio == pytest.approx(64 * 2 / 34, rel=1e-3)
-    assert any("default ratio 6 is out of reach" in note for note in done.notes)
+    assert any("default ratio 7 is out of reach" in note for note in done.notes)
 
 
 def test_few_tokens_are_noted(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

@@ -105,6 +105,6 @@ def test_sizes_by_hand() -> None:
     assert predict_parts(groups, layout, 1024) == {
         "K coefficients": 34 * 1024,
         "V coefficients": 34 * 1024,
-        "bases and means": 2 * (64 * 36 + 32 * 32) + 4 * 96,
+        "bases and means": 4 * 64 * 36 + 2 * 32 * 32 + 4 * 96,
         "sinks and window": 2 * 96 * 256,
     }

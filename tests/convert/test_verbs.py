@@ -71,7 +71,7 @@ def test_progress_bar_with_time_left(model: Path, capsys: pytest.CaptureFixture[
     assert "calibrating" in err
     assert "512/512" in err
     assert "solving" in err
-    assert "note: the default ratio 6 is out of reach" in err
+    assert "note: the default ratio 7 is out of reach" in err
 
 
 def test_errors_of_convert(cli: Cli, model: Path, tmp_path: Path) -> None:

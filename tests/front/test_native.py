@@ -71,8 +71,8 @@ def scope_params(**changes: object) -> _native.ScopeParams:
     fields = {
         "sidecar": "no/such/file.xkv.gguf",
         "n_sink": 4,
-        "n_window": 256,
-        "n_block": 256,
+        "n_window": 128,
+        "n_block": 128,
         "n_absorb": 8,
         "type_coef_k": "q8_0",
         "type_coef_v": "q8_0",
