@@ -49,7 +49,7 @@ struct xkv_params {
     int32_t          n_absorb;    // most queries per sequence of a micro-batch for which attention is absorbed
     int32_t          type_coef_k; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0
     int32_t          type_coef_v;
-    int32_t          type_basis;  // ggml_type of the bases: F32, F16, Q8_0
+    int32_t          type_basis;  // ggml_type of the bases: F32, F16; those of K are F32 on the CPU
 };
 
 // One line of a memory report: bytes that are allocated now.
@@ -66,7 +66,7 @@ struct xkv_layer_info {
 
 struct xkv_capture;
 
-// the commit or content hash this library was built from; the Python package holds the same text
+// hash of the sources this library was built from; the Python package holds the same text
 const char * xkv_build_id(void);
 
 // the last failure on this thread, "" when there was none
