@@ -11,6 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Sizes that are larger for the figures in the docs than for a test run."""
+    parser.addoption("--full-rank-tokens", type=int, default=1024, help="prompt of the full-rank test on SmolLM2")
+    parser.addoption("--all-depths", action="store_true", help="look for the needle at all ten depths")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse to test the source folder instead of the installed package."""
     spec = find_spec("xkv_gguf")

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from xkv_gguf import _loader, _native
+from xkv_gguf import _loader, _log, _native
 
 F32 = Any  # array of float32
 
 _loader.load()
+_log.silence()
 lib: Any = importlib.import_module("llama_cpp")
 
 GGML_F32 = 0
@@ -45,8 +46,8 @@ class Context:
     def memory(self) -> Any:
         return lib.llama_get_memory(self.ptr)
 
-    def decode(self, *parts: tuple[int, Sequence[int]]) -> F32:
-        """Decode one batch of (sequence, tokens); returns logits [tokens of all parts, n_vocab]."""
+    def decode(self, *parts: tuple[int, Sequence[int]], last_only: bool = False) -> F32:
+        """Decode one batch of (sequence, tokens); returns logits [tokens of all parts, or 1, n_vocab]."""
         total = sum(len(tokens) for _, tokens in parts)
         batch = lib.llama_batch_init(total, 0, 1)
         batch.n_tokens = total
@@ -57,18 +58,20 @@ class Context:
                 batch.pos[i] = self.n_past.get(seq, 0)
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = seq
-                batch.logits[i] = 1
+                batch.logits[i] = not last_only or i == total - 1
                 self.n_past[seq] = self.n_past.get(seq, 0) + 1
                 i += 1
         code = lib.llama_decode(self.ptr, batch)
         lib.llama_batch_free(batch)
         assert code == 0, f"llama_decode returned {code}: {_native.last_error()}"
-        logits = np.ctypeslib.as_array(lib.llama_get_logits(self.ptr), shape=(total * self.n_vocab,))
-        return logits.reshape(total, self.n_vocab).copy()
+        rows = 1 if last_only else total
+        logits = np.ctypeslib.as_array(lib.llama_get_logits(self.ptr), shape=(rows * self.n_vocab,))
+        return logits.reshape(rows, self.n_vocab).copy()
 
-    def feed(self, tokens: Sequence[int], n_batch: int, seq: int = 0) -> F32:
-        """Decode tokens in batches of one sequence; returns all logits."""
-        return np.concatenate([self.decode((seq, tokens[i : i + n_batch])) for i in range(0, len(tokens), n_batch)])
+    def feed(self, tokens: Sequence[int], n_batch: int, seq: int = 0, last_only: bool = False) -> F32:
+        """Decode tokens in batches of one sequence; returns all logits, or those of each batch's last token."""
+        parts = [(seq, tokens[i : i + n_batch]) for i in range(0, len(tokens), n_batch)]
+        return np.concatenate([self.decode(part, last_only=last_only) for part in parts])
 
     def seq_rm(self, seq: int, p0: int, p1: int = -1) -> bool:
         ok = bool(lib.llama_memory_seq_rm(self.memory, seq, p0, p1))
@@ -84,6 +87,7 @@ def open_context(
     n_ctx: int = 512,
     n_ubatch: int = 64,
     n_seq_max: int = 1,
+    n_threads: int = 1,
     unified: bool = False,
     exact: bool = True,
     flash_attn: bool = True,
@@ -95,7 +99,7 @@ def open_context(
     params.n_batch = n_ctx
     params.n_ubatch = n_ubatch
     params.n_seq_max = n_seq_max
-    params.n_threads = params.n_threads_batch = 1
+    params.n_threads = params.n_threads_batch = n_threads
     params.kv_unified = unified
     params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = GGML_F32 if exact else GGML_F16

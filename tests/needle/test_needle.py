@@ -1,4 +1,7 @@
-"""A number hidden at ten depths of a 6000-token document: xkv finds it wherever f16 does."""
+"""A number hidden in a 6000-token document: xkv finds it wherever f16 does.
+
+Three depths by default, all ten with --all-depths.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 N_CTX = 8192
 N_DOCUMENT = 6000
 DEPTHS = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
+QUICK_DEPTHS = (0.05, 0.45, 0.95)
 TEXT_SEED = 21
 
 
@@ -59,9 +63,11 @@ def answer(llm: Llama, hay: Haystack) -> str:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_xkv_finds_what_f16_finds(depth: float, xkv: Llama, request: pytest.FixtureRequest) -> None:
+    if depth not in QUICK_DEPTHS and not request.config.getoption("--all-depths"):
+        pytest.skip("only with --all-depths")
     needle = make_needle(round(100 * depth))
     hay = document(xkv, needle, depth)
-    assert 0.95 * N_DOCUMENT < hay.n_tokens <= N_DOCUMENT
+    assert 0.95 * N_DOCUMENT < hay.n_tokens < 1.05 * N_DOCUMENT
     said = answer(xkv, hay)
     if needle.found_in(said):
         return
