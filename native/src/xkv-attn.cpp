@@ -302,6 +302,10 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
                   il, kq_b ? "a bias" : "sink logits");
     }
 
+    if (!gctx.cparams.flash_attn) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention was turned off for this context, but an xkv cache needs it; set flash_attn_type to enabled");
+    }
+
     auto * inp = xkv_get_input(gctx, mctx);
     if (!inp->mask_all) {
         ggml_tensor * mask = inp_kv->get_kq_mask();

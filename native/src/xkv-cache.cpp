@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <limits>
+#include <utility>
 
 // tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
 static const uint32_t XKV_SLOT_PAD = 256;
@@ -79,6 +80,15 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & bal
         return fail(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+            if (ubatch.seq_id_unq[s] >= (llama_seq_id) n_seq_max) {
+                refuse("the batch has sequence %d, expected below n_seq_max = %u", ubatch.seq_id_unq[s], n_seq_max);
+                return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+            }
+        }
+    }
+
     // a stream holds n_ctx_seq tokens, however they are kept
     std::vector<uint32_t> n_tokens(chunks.size(), 0);
     for (const auto & ubatch : ubatches) {
@@ -122,6 +132,7 @@ void llama_kv_cache_xkv::clear(bool data) {
         std::fill(table.begin(), table.end(), xkv_chunk());
     }
     broken = false;
+    refusal.clear();
 }
 
 llama_kv_cells & llama_kv_cache_xkv::cells(uint32_t stream) const {
@@ -151,8 +162,15 @@ uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
 
 bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
     try {
+        // sequences that share a stream share its window, those without new tokens too
+        std::vector<bool> touched(chunks.size(), false);
         for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-            flush_seq(ubatch.seq_id_unq[s]);
+            touched[get_stream(ubatch.seq_id_unq[s])] = true;
+        }
+        for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) n_seq_max; ++seq_id) {
+            if (touched[get_stream(seq_id)]) {
+                flush_seq(seq_id);
+            }
         }
         return true;
     } catch (const std::exception & err) {
@@ -263,7 +281,7 @@ void llama_kv_cache_xkv::refuse(const char * fmt, ...) {
 }
 
 std::string llama_kv_cache_xkv::take_refusal() {
-    return std::move(refusal);
+    return broken ? refusal : std::exchange(refusal, "");
 }
 
 void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {

@@ -116,6 +116,9 @@ private:
     // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence
     void restore(uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
+    // throws xkv_error, before anything is changed, when what remains of cut chunks has no room in the window
+    void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 };
 

@@ -23,17 +23,41 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         refuse("seq_rm: sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
         return false;
     }
+    bool changed = false;
     try {
         for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
             if (seq_id < 0 || s == seq_id) {
+                check_room(s, p0, p1);
+                changed = true;
                 seq_rm_one(s, p0, p1);
             }
         }
     } catch (const std::exception & err) {
+        broken = changed;
         refuse("seq_rm of sequence %d from %d: %s", seq_id, p0, err.what());
         return false;
     }
     return true;
+}
+
+void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const uint32_t stream = get_stream(seq_id);
+
+    uint32_t n_free = 0;
+    for (uint32_t i = 0; i < cells(stream).size(); ++i) {
+        const auto & wcells = cells(stream);
+        n_free += wcells.is_empty(i) || (wcells.seq_count(i) == 1 && wcells.seq_has(i, seq_id) && wcells.pos_in(i, p0, p1));
+    }
+    uint32_t n_rest = 0;
+    for (const auto & chunk : chunks[stream]) {
+        const llama_pos end = chunk.pos + (llama_pos) chunk.n;
+        if (chunk.n > 0 && chunk.seqs.test(seq_id) && end > p0 && chunk.pos < p1) {
+            n_rest += std::max(0, p0 - chunk.pos) + std::max(0, end - p1);
+        }
+    }
+    if (n_rest > n_free) {
+        xkv_throw(XKV_STATUS_NO_MEMORY, "what remains of the cut chunks is %u tokens, the window has room for %u", n_rest, n_free);
+    }
 }
 
 void llama_kv_cache_xkv::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -114,11 +138,15 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
             if (chunk.n == 0 || !chunk.seqs.test(seq_id_src) || end <= p0 || chunk.pos >= p1) {
                 continue;
             }
+            if (chunk.seqs.test(seq_id_dst)) {
+                continue;
+            }
             if (chunk.pos >= p0 && end <= p1) {
                 chunk.seqs.set(seq_id_dst);
                 continue;
             }
             try {
+                window->seq_rm(seq_id_dst, std::max(p0, chunk.pos), std::min(p1, end)); // of an earlier copy
                 restore(s0, ic, seq_id_dst, p0, p1);
             } catch (const std::exception & err) {
                 broken = true;
@@ -130,6 +158,10 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     }
 
     // sequences that have streams of their own are copied whole
+    if (seq_pos_max(seq_id_src) < 0) {
+        seq_rm_one(seq_id_dst, 0, std::numeric_limits<llama_pos>::max());
+        return;
+    }
     if (p0 > seq_pos_min(seq_id_src) || p1 <= seq_pos_max(seq_id_src)) {
         broken = true;
         refuse("seq_cp of positions %d to %d of sequence %d to %d: only whole sequences can be copied between streams; use kv_unified",
@@ -138,6 +170,11 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     }
     llama_synchronize(lctx);
     window->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+    // copied now: what follows may cut a chunk and write to the window
+    const auto update = window->init_update(lctx, false);
+    if (update->get_status() == LLAMA_MEMORY_STATUS_SUCCESS) {
+        update->apply();
+    }
     chunks[s1] = chunks[s0];
     for (auto & chunk : chunks[s1]) {
         chunk.seqs.reset();

@@ -160,3 +160,38 @@ def test_state_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> Non
     with open_context(one.model, xkv=one.bases().params()) as ctx:
         ctx.feed(tokens[:200], N_BATCH)
         assert lib.llama_state_get_size(ctx.ptr) == 0
+
+
+def test_idle_sequence_leaves_room(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """In a unified cache, full micro-batches of one sequence do not crowd out those of another."""
+    one = tiny("llama")
+    shape = {"n_ctx": 1536, "n_seq_max": 3, "unified": True, "n_ubatch": 512}
+    logits = []
+    for kind in ({"flash_attn": False}, {"exact": False}, {"xkv": one.bases().params()}):
+        with open_context(one.model, **shape, **kind) as ctx:
+            parts = [ctx.decode((seq, tokens[100 * seq : 100 * seq + 500])) for seq in range(3)]
+            logits.append(np.concatenate([*parts, ctx.decode((0, tokens[:5]))]))
+    exact, flash, xkv = logits
+    assert deviation(xkv, exact) <= TOL_FLASH * deviation(flash, exact) + TOL_F32
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_copy_then_cut(cut: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """A copy between streams is done when it is asked for: a cut inside a chunk right after it holds."""
+    with open_pair(tiny("llama"), n_ctx=1024, n_seq_max=2) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:250], N_BATCH)
+            lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+            ctx.n_past[1] = 250
+            assert ctx.seq_rm(cut, 130)
+        for seq in range(2):
+            check(plain, xkv, tokens[300 + seq : 400], seq)
+
+
+def test_sequence_that_does_not_exist(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    with open_context(one.model, n_ctx=1024, n_seq_max=2, unified=True, xkv=one.bases().params()) as ctx:
+        with pytest.raises(AssertionError, match="llama_decode returned -"):
+            ctx.decode((2, tokens[:3]))
+        assert not ctx.seq_rm(2, 0)
+        ctx.decode((1, tokens[:3]))
