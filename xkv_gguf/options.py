@@ -37,7 +37,7 @@ class XkvOptions:
     n_block : int
         Tokens that leave the window together: a multiple of the sidecar's frame.
     n_absorb : int
-        Most queries per sequence and micro-batch for which attention runs on the coefficients themselves; above,
+        Most queries of a micro-batch for which attention runs on the coefficients themselves; above,
         K and V of one layer at a time are made from them first.
     type_coef : str
         Type of the stored coefficients: f32, f16, q8_0, q5_0 or q4_0.

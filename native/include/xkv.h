@@ -46,7 +46,7 @@ struct xkv_params {
     int32_t          n_sink;      // first tokens of a sequence that stay exact
     int32_t          n_window;    // most recent tokens that stay exact
     int32_t          n_block;     // tokens that leave the window together; a multiple of the sidecar's frame
-    int32_t          n_absorb;    // most queries per sequence of a micro-batch for which attention is absorbed
+    int32_t          n_absorb;    // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
     int32_t          type_coef_k; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0
     int32_t          type_coef_v;
     int32_t          type_basis;  // ggml_type of the bases: F32, F16; those of K are F32 on the CPU
