@@ -69,11 +69,11 @@ def file_sequences(engine: Engine, settings: Settings) -> list[list[int]]:
 
 def self_shape(engine: Engine, tokens: int) -> tuple[int, int, int]:
     """Sequences side by side, tokens per sequence and rounds for text that the model writes."""
-    n_len = min(SELF_LEN, engine.n_ctx_train)
+    longest = min(SELF_LEN, engine.n_ctx_train)
     # never one alone: attention of a single query is split over the threads, so its rounding depends on them
-    n_seq = max(2, min(SELF_SEQS, tokens // n_len))
-    n_len = min(n_len, tokens // n_seq)
-    return n_seq, n_len, max(1, round(tokens / (n_seq * n_len)))
+    n_seq = max(2, min(SELF_SEQS, tokens // longest))
+    n_round = -(-tokens // (n_seq * longest))
+    return n_seq, tokens // (n_seq * n_round), n_round
 
 
 def _run_files(engine: Engine, capture: Capture, texts: list[list[int]], progress: Progress) -> None:

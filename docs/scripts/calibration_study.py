@@ -2,7 +2,7 @@
 
 Calibrates a model on several texts with the same settings and prints two Markdown tables: the residual energy of
 held-out texts (the share of the variance of K and V that the planned ranks lose), and the mean Kullback-Leibler
-divergence of the next-token distribution from the f16 cache's. docs/calibration.md reports the first for texts of three kinds:
+divergence of the next-token distribution from the f16 cache's. docs/calibration.md reports the first one.
 
     python docs/scripts/calibration_study.py --model MODEL.gguf \
         --calibrate "mixed=prose.txt,code.py,docs.md" --calibrate "prose=prose.txt" \
