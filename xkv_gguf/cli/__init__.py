@@ -23,6 +23,7 @@ VERBS = {
     "run": "answer one prompt",
     "chat": "chat in the terminal",
     "bench": "measure speed and memory of caches side by side",
+    "eval": "score caches against f16 on texts: divergence, perplexity, bytes",
 }
 EXIT_ERROR = 1
 EXIT_INTERRUPT = 130

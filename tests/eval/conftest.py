@@ -1,0 +1,30 @@
+"""What the tests of `eval` share: the demo model's sidecar, and a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xkv_gguf.convert.pipeline import ensure_sidecar
+from xkv_gguf.haystack import paragraphs
+
+
+@pytest.fixture(scope="session")
+def sidecar(demo_model: Path) -> Path:
+    """The demo model's sidecar with default settings: found, or made once in the user's cache folder."""
+    return ensure_sidecar(demo_model)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Some 2000 tokens of prose."""
+    parts, size = [], 0
+    for paragraph in paragraphs(1):
+        parts.append(paragraph)
+        size += len(paragraph)
+        if size > 10_000:
+            break
+    path = tmp_path / "prose.txt"
+    path.write_text("\n\n".join(parts))
+    return path
