@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from .. import __version__
 from .._files import check_writable, read_text, write_atomic
 from .._model_file import ModelFile, open_model
 from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
+from ..convert.fingerprint import model_fingerprint
 from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
 from ..eval_rows import Partial, Row, make_row, row_key, table
@@ -58,7 +59,7 @@ class Plan:
     threads : int or None
     scratch : Path
         Folder for the reference.
-    keys : dict
+    keys : mapping
         `row_key` by the names of cache and text.
     """
 
@@ -70,7 +71,7 @@ class Plan:
     n_ubatch: int
     threads: int | None
     scratch: Path
-    keys: dict[tuple[str, str], str] = field(default_factory=dict)
+    keys: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def n_needed(self) -> int:
@@ -170,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model if args.model is not None else demo_model())
     plan = make_plan(args, model, out.absolute().parent)
     partial = Partial(out)
-    fingerprint = _keys(plan, specs, texts)
+    fingerprint = model_fingerprint(model.path)
+    plan = replace(plan, keys=make_keys(plan, fingerprint, specs, texts))
     try:
         rows = evaluate(plan, specs, texts, partial)
     except KeyboardInterrupt:
@@ -339,18 +341,25 @@ def command(args: argparse.Namespace, plan: Plan) -> str:
     return shlex.join([*words, "--text", *args.text, "--json", args.json])
 
 
-def _keys(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text]) -> str:
-    """Fill the plan's keys, and return the model's fingerprint."""
-    from .. import _loader
-    from ..convert.fingerprint import model_fingerprint
+def make_keys(
+    plan: Plan, fingerprint: str, specs: Sequence[CacheSpec], texts: Sequence[Text]
+) -> dict[tuple[str, str], str]:
+    """The `row_key` of each cache and text, by their names.
 
-    fingerprint = model_fingerprint(plan.model)
+    Raises
+    ------
+    XkvError
+        The sidecar of an xkv cache cannot be used, or cannot be made where there is none.
+    """
+    from .. import _loader
+
     common = {**plan.settings, "model": fingerprint, "version": __version__, "build": _loader.load().build_id}
+    keys = {}
     for spec in specs:
         cache = {"cache": spec.name, "sidecar": _sidecar(plan, spec)}
         for text in texts:
-            plan.keys[spec.name, text.name] = row_key(**common, **cache, text=text.name, sha256=text.sha256)
-    return fingerprint
+            keys[spec.name, text.name] = row_key(**common, **cache, text=text.name, sha256=text.sha256)
+    return keys
 
 
 def _sidecar(plan: Plan, spec: CacheSpec) -> list[Any] | None:
