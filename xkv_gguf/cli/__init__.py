@@ -23,6 +23,7 @@ VERBS = {
     "run": "answer one prompt",
     "chat": "chat in the terminal",
     "bench": "measure speed and memory of caches side by side",
+    "ruler": "score caches on the RULER tasks",
 }
 EXIT_ERROR = 1
 EXIT_INTERRUPT = 130
