@@ -154,6 +154,8 @@ def _basis(plan: Plan) -> dict[str, Any]:
         sidecar = [Path(plan.sidecar).name, stat.st_size, stat.st_mtime_ns]
     return {
         "model": model_fingerprint(plan.model),
+        # the fingerprint leaves out the tokenizer and the chat template
+        "model_bytes": plan.model.stat().st_size,
         "xkv_gguf": __version__,
         "build_id": _loader.load().build_id,
         "seed": plan.seed,

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from ..errors import OptionError
 
 T = TypeVar("T")
+MAX_GUESSES = 6  # interpolated ones; then halves, which end in any case
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,50 @@ def fit(task: Task, length: int, seed: int, index: int, cost: Cost) -> Sample:
     """
     build = task.builder(length, seed, index)
 
-    def fits(amount: int) -> bool:
-        return n_tokens(task, build(amount), cost) <= length
+    def size(amount: int) -> int:
+        return n_tokens(task, build(amount), cost)
 
-    least, most = task.least, 2 * task.least
-    if not fits(least):
-        raise too_short(task, length, n_tokens(task, build(least), cost))
-    while fits(most):
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return build(least)
+    least, shortest = task.least, size(task.least)
+    if shortest > length:
+        raise too_short(task, length, shortest)
+    most = largest(size, length, (least, shortest), (2 * least, size(2 * least)))
+    return build(most)
+
+
+def largest(size: Callable[[int], int], length: int, low: tuple[int, int], probe: tuple[int, int]) -> int:
+    """Largest amount whose size is at most `length`, in few calls: a size is costly and nearly linear in the amount.
+
+    Parameters
+    ----------
+    size : callable
+        From an amount to tokens.
+    length : int
+        Tokens.
+    low, probe : tuple of int
+        Two amounts with their sizes; that of `low` fits.
+
+    Returns
+    -------
+    int
+    """
+    high: tuple[int, int] | None = None
+    point = probe
+    calls = 0
+    while True:
+        slope = max((point[1] - low[1]) / (point[0] - low[0]), 1e-3)
+        if point[1] <= length:
+            low = point
+        else:
+            high = point
+        if high is not None and high[0] - low[0] <= 1:
+            return low[0]
+        guess = low[0] + max(1, int((length - low[1]) / slope))
+        if high is None:
+            guess = min(guess, 2 * low[0])
+        else:
+            guess = min(guess, high[0] - 1) if calls < MAX_GUESSES else (low[0] + high[0]) // 2
+        point = guess, size(guess)
+        calls += 1
 
 
 def too_short(task: Task, length: int, needed: int) -> OptionError:
