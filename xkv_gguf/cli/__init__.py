@@ -24,6 +24,7 @@ VERBS = {
     "chat": "chat in the terminal",
     "bench": "measure speed and memory of caches side by side",
     "eval": "score caches against f16 on texts: divergence, perplexity, bytes",
+    "ruler": "score caches on the RULER tasks",
 }
 EXIT_ERROR = 1
 EXIT_INTERRUPT = 130

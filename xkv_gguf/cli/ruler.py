@@ -1,0 +1,190 @@
+"""``xkv-gguf ruler``: RULER's synthetic tasks on caches side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import __version__
+from .._files import check_writable, write_atomic
+from .._model_file import ModelFile, open_model
+from ..cache_spec import CacheSpec, parse_caches
+from ..demo_model import demo_model
+from ..errors import OptionError
+from ..options import XkvOptions
+from ..ruler.partial import Partial
+from ..ruler.run import Plan, Runner
+from ..ruler.score import summarize, table
+from ..ruler.tasks import TASKS, parse_tasks
+
+DEFAULT_CACHES = "f16,xkv"
+DEFAULT_LENGTHS = "4096"
+N_BATCH = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file (default: the demo model)")
+    parser.add_argument(
+        "--length",
+        default=DEFAULT_LENGTHS,
+        metavar="LIST",
+        help="tokens of a prompt with room for its answer, with commas between (default: %(default)s)",
+    )
+    parser.add_argument("--tasks", default="all", metavar="LIST", help=f"all, or of {', '.join(TASKS)} (default: all)")
+    parser.add_argument(
+        "--caches",
+        default=DEFAULT_CACHES,
+        metavar="LIST",
+        help="f16, q8_0, q4_0, xkv, xkv:RATIO with commas between (default: %(default)s)",
+    )
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="per task and length (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: %(default)s)")
+    parser.add_argument(
+        "--json",
+        metavar="OUT",
+        help="write scores and answers to this file; OUT.partial keeps what an interrupted run did",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
+    parser.add_argument(
+        "--n-ubatch", type=int, default=N_BATCH, metavar="N", help="tokens of a micro-batch (default: %(default)s)"
+    )
+    parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the tasks, print the table, and write the JSON file."""
+    tasks = parse_tasks(args.tasks)
+    caches = parse_caches(args.caches)
+    for spec in caches:
+        if spec.kv_mode == "xkv":
+            XkvOptions.of(spec.options)
+    _check_counts(args)
+    out = Path(args.json) if args.json is not None else None
+    if out is not None:
+        check_writable(out)
+    model = open_model(args.model if args.model is not None else demo_model())
+    lengths = parse_lengths(args.length, model)
+    settings: dict[str, Any] = {"n_batch": max(N_BATCH, args.n_ubatch), "n_ubatch": args.n_ubatch}
+    if args.threads is not None:
+        settings |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
+    sidecar = _sidecar(model.path, caches, args)
+    plan = Plan(model.path, caches, tasks, lengths, args.samples, args.seed, settings, sidecar)
+    basis = _basis(plan)
+    partial = Partial(out.with_name(f"{out.name}.partial") if out is not None else None, basis)
+    samples = _run(plan, partial)
+    rows = summarize(samples)
+    if out is not None:
+        result = {
+            "rows": rows,
+            "model": {"name": model.path.name, "fingerprint": basis["model"]},
+            "command": _command(args, model),
+            "settings": {
+                "lengths": lengths,
+                "tasks": [task.name for task in tasks],
+                "caches": [spec.name for spec in caches],
+                "samples": args.samples,
+                "seed": args.seed,
+                "threads": args.threads,
+                "n_ubatch": args.n_ubatch,
+                "xkv_gguf": __version__,
+                "build_id": basis["build_id"],
+            },
+            "samples": samples,
+        }
+        write_atomic(out, json.dumps(result, indent=1) + "\n")
+        partial.remove()
+    print(table(rows))
+    return 0
+
+
+def parse_lengths(text: str, model: ModelFile) -> list[int]:
+    """Read a list such as ``4096,8192``: tokens, ascending, without repeats.
+
+    Raises
+    ------
+    OptionError
+        A length is no whole number, is not above 0, or exceeds the model's context.
+    """
+    lengths = []
+    for word in text.split(","):
+        try:
+            length = int(word)
+        except ValueError as error:
+            raise OptionError(f"--length: {word.strip()!r} is no whole number") from error
+        if length < 1:
+            raise OptionError(f"--length: {length}, expected 1 or more")
+        if model.n_ctx_train and length > model.n_ctx_train:
+            raise OptionError(
+                f"--length: {length}, expected at most {model.n_ctx_train}, the context of {model.path.name}"
+            )
+        lengths.append(length)
+    return sorted(set(lengths))
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    for option, value in (("--samples", args.samples), ("--threads", args.threads), ("--n-ubatch", args.n_ubatch)):
+        if value is not None and value < 1:
+            raise OptionError(f"{option}: {value}, expected 1 or more")
+
+
+def _sidecar(model: Path, caches: list[CacheSpec], args: argparse.Namespace) -> str | None:
+    """The sidecar of xkv caches that name none themselves; made here when there is none."""
+    if not any(spec.kv_mode == "xkv" and "sidecar" not in spec.options for spec in caches):
+        return None
+    from ..convert.pipeline import ensure_sidecar
+
+    return str(ensure_sidecar(model, args.sidecar, threads=args.threads))
+
+
+def _basis(plan: Plan) -> dict[str, Any]:
+    """What every answer depends on, beside its cache, task, length and index."""
+    from .. import _loader
+    from ..convert.fingerprint import model_fingerprint
+
+    sidecar = None
+    if plan.sidecar is not None:
+        stat = Path(plan.sidecar).stat()
+        sidecar = [Path(plan.sidecar).name, stat.st_size, stat.st_mtime_ns]
+    return {
+        "model": model_fingerprint(plan.model),
+        # the fingerprint leaves out the tokenizer and the chat template
+        "model_bytes": plan.model.stat().st_size,
+        "xkv_gguf": __version__,
+        "build_id": _loader.load().build_id,
+        "seed": plan.seed,
+        "settings": dict(plan.settings),
+        "sidecar": sidecar,
+    }
+
+
+def _run(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
+    """All samples of the plan, with a progress bar over those that are missing."""
+    from .. import _log
+
+    _log.silence()
+    wanted = plan.sample_keys()
+    done = sum(key in partial.records for key in wanted)
+    with tqdm(total=len(wanted), initial=done, desc="ruler", unit="sample", disable=None) as bar:
+        try:
+            return Runner(plan, partial, bar.update).run()
+        except KeyboardInterrupt:
+            if partial.path is not None and partial.records:
+                print(f"\n{partial.path} keeps the finished samples: the same command goes on", file=sys.stderr)
+            raise
+
+
+def _command(args: argparse.Namespace, model: ModelFile) -> str:
+    """The command line, with the model's name in place of its path."""
+    words = ["xkv-gguf", "ruler", model.path.name]
+    for option in ("length", "tasks", "caches", "samples", "seed", "json", "threads", "n_ubatch", "sidecar"):
+        value = getattr(args, option)
+        if value is not None:
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    return shlex.join(words)
