@@ -11,3 +11,10 @@ set_source_files_properties("${XKV_GENERATED_DIR}/xkv-build-id.cpp" TARGET_DIREC
 target_sources(llama PRIVATE ${xkv_sources})
 target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native/src")
 set_source_files_properties(${xkv_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+
+# one op of the CPU backend; with GGML_CPU_ALL_VARIANTS there is a target per instruction set
+foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
+    if (backend MATCHES "^ggml-cpu" AND TARGET ${backend})
+        target_sources(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ggml/xkv-q2_0-avx2.c")
+    endif()
+endforeach()

@@ -40,6 +40,17 @@ static llama_kv_cache_xkv * xkv_cast(const llama_context * ctx) {
     return dynamic_cast<llama_kv_cache_xkv *>(llama_get_memory(ctx));
 }
 
+static const llama_kv_cache_xkv & xkv_cast_seq(const llama_context * ctx, int32_t seq_id) {
+    const auto * xkv = xkv_cast(ctx);
+    if (!xkv) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the context's cache is not an xkv cache");
+    }
+    if (seq_id < 0 || (uint32_t) seq_id >= xkv->n_seq_max) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "seq_id is %d, expected 0 to %u", seq_id, xkv->n_seq_max - 1);
+    }
+    return *xkv;
+}
+
 int xkv_model_check(const llama_model * model) {
     return xkv_guard([&] {
         xkv_require(model, "model");
@@ -109,14 +120,15 @@ int xkv_seq_tokens(const llama_context * ctx, int32_t seq_id, uint32_t * n_exact
         xkv_require(ctx,      "ctx");
         xkv_require(n_exact,  "n_exact");
         xkv_require(n_stored, "n_stored");
-        const auto * xkv = xkv_cast(ctx);
-        if (!xkv) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the context's cache is not an xkv cache");
-        }
-        if (seq_id < 0 || (uint32_t) seq_id >= xkv->n_seq_max) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "seq_id is %d, expected 0 to %u", seq_id, xkv->n_seq_max - 1);
-        }
-        xkv->seq_tokens(seq_id, *n_exact, *n_stored);
+        xkv_cast_seq(ctx, seq_id).seq_tokens(seq_id, *n_exact, *n_stored);
+    });
+}
+
+int xkv_online(const llama_context * ctx, int32_t seq_id, xkv_online_info * info) {
+    return xkv_guard([&] {
+        xkv_require(ctx,  "ctx");
+        xkv_require(info, "info");
+        *info = xkv_cast_seq(ctx, seq_id).seq_online(seq_id);
     });
 }
 

@@ -20,7 +20,7 @@
 //
 
 llm_graph_input_xkv::llm_graph_input_xkv(const llama_kv_cache_xkv_context * mctx, bool absorb) :
-    mctx(mctx), n_slot(mctx->get_n_slot()), absorb(absorb) {}
+    mctx(mctx), n_slot(mctx->get_n_slot()), n_change(mctx->xkv->store->n_change()), absorb(absorb) {}
 
 void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
     const auto & xkv = *mctx->xkv;
@@ -72,7 +72,7 @@ bool llm_graph_input_xkv::can_reuse(const llm_graph_params & params) {
     mctx = static_cast<const llama_kv_cache_context *>(params.mctx)->as_xkv();
 
     // the shape of the micro-batch is checked by the input of the window
-    return mctx->get_n_slot() == n_slot;
+    return mctx->get_n_slot() == n_slot && mctx->xkv->store->n_change() == n_change;
 }
 
 //
@@ -104,73 +104,126 @@ static llm_graph_input_xkv * xkv_get_input(const llm_graph_context & gctx, const
     return (llm_graph_input_xkv *) gctx.res->add_input(std::move(inp));
 }
 
-// coefficients of the streams of the micro-batch: K [rank_k, n_slot, n_stream], V [n_slot, rank_v, n_stream]
-static ggml_tensor * xkv_view_coef_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, const xkv_store::group & gr) {
-    ggml_tensor * t = gr.coef_k;
-    return ggml_view_3d(ctx, t, t->ne[0], mctx->get_n_slot(), mctx->get_n_stream(), t->nb[1], t->nb[2], mctx->get_stream_0()*t->nb[2]);
-}
+// consecutive streams of the micro-batch that use the same bases
+struct xkv_span {
+    uint32_t first; // counted from the first stream of the micro-batch
+    uint32_t count;
+};
 
-static ggml_tensor * xkv_view_coef_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, const xkv_store::group & gr) {
-    ggml_tensor * t = gr.coef_v;
-    return ggml_view_3d(ctx, t, mctx->get_n_slot(), t->ne[1], mctx->get_n_stream(), t->nb[1], t->nb[2], mctx->get_stream_0()*t->nb[2]);
-}
-
-// K and V [n_embd_head, n_head_kv, n_slot, n_stream] of a layer's stored tokens, as type
-static ggml_tensor * xkv_materialize_k(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_type type, int il) {
-    ggml_context * ctx   = gctx.ctx0;
-    const auto &   xkv   = *inp->mctx->xkv;
-    const auto &   l     = xkv.store->layers[il];
-    const auto &   gr    = xkv.store->groups[l.ig];
-
-    ggml_tensor *& coef = inp->coef_k[l.ig];
-    if (!coef) {
-        coef = ggml_cast(ctx, xkv_view_coef_k(ctx, inp->mctx, gr), GGML_TYPE_F32);
+static std::vector<xkv_span> xkv_spans(const llama_kv_cache_xkv_context * mctx) {
+    const uint32_t n = mctx->get_n_stream();
+    if (mctx->xkv->store->shares_bases(mctx->get_stream_0(), n)) {
+        return { { 0, n } };
     }
-    ggml_tensor * basis = ggml_view_2d(ctx, l.basis_k, l.basis_k->ne[0], gr.rank[0], l.basis_k->nb[1], 0);
-    basis = ggml_cont(ctx, ggml_transpose(ctx, basis));
-
-    const int64_t n_head_kv = gctx.hparams.n_head_kv(il);
-    const int64_t n_stream  = inp->mctx->get_n_stream();
-
-    ggml_tensor * k = ggml_add(ctx, ggml_mul_mat(ctx, basis, coef), l.mean_k); // [n_embd_k, n_slot, n_stream]
-    k = ggml_reshape_3d(ctx, k, k->ne[0]/n_head_kv, n_head_kv, inp->n_slot*n_stream);
-    k = xkv_rotate(ctx, xkv.model, xkv.cparams, il, k, inp->origin);
-    k = type == GGML_TYPE_F32 ? k : ggml_cast(ctx, k, type);
-    return ggml_reshape_4d(ctx, k, k->ne[0], n_head_kv, inp->n_slot, n_stream);
+    std::vector<xkv_span> res;
+    for (uint32_t i = 0; i < n; ++i) {
+        res.push_back({ i, 1 });
+    }
+    return res;
 }
 
-static ggml_tensor * xkv_materialize_v(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_type type, int il) {
+// one result per span, beside each other along dim
+template <typename F> static ggml_tensor * xkv_concat_spans(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, int dim, F && build) {
+    ggml_tensor * res = nullptr;
+    for (const auto & span : xkv_spans(mctx)) {
+        ggml_tensor * t = build(span);
+        res = res ? ggml_concat(ctx, res, t, dim) : t;
+    }
+    return res;
+}
+
+// streams of a span of t [ne0, ne1, ne2, n_stream]
+static ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span) {
+    if (t->ne[3] == span.count) {
+        return t;
+    }
+    return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2], span.count, t->nb[1], t->nb[2], t->nb[3], span.first*t->nb[3]);
+}
+
+static ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, xkv_span span) {
+    return mctx->xkv->store->basis(kd, il, mctx->get_stream_0() + span.first);
+}
+
+static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32 ? t : ggml_cast(ctx, t, GGML_TYPE_F32);
+}
+
+//
+// materialized
+//
+
+// coefficients of a group, f32 [rank, n_slot, 1, n_stream]
+static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, uint32_t ig) {
+    ggml_tensor *& res = inp->coef[kd][ig];
+    if (res) {
+        return res;
+    }
+    const int64_t n_stream = inp->mctx->get_n_stream();
+    for (const auto & seg : inp->mctx->xkv->store->groups[ig].segments[kd]) {
+        ggml_tensor * t = seg.coef;
+
+        const int64_t ne0 = kd == xkv_store::kind::K ? seg.rank    : inp->n_slot;
+        const int64_t ne1 = kd == xkv_store::kind::K ? inp->n_slot : seg.rank;
+        t   = ggml_view_4d(ctx, t, ne0, ne1, 1, n_stream, t->nb[1], t->nb[2], t->nb[2], inp->mctx->get_stream_0()*t->nb[2]);
+        t   = ggml_cast(ctx, t, GGML_TYPE_F32);
+        res = res ? ggml_concat(ctx, res, t, kd == xkv_store::kind::K ? 0 : 1) : t;
+    }
+    if (kd == xkv_store::kind::V) {
+        res = ggml_cont(ctx, ggml_transpose(ctx, res));
+    }
+    return res;
+}
+
+// K or V [n_embd_head, n_head_kv, n_slot, n_stream] of a layer's stored tokens, as type
+static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_type type, int il) {
     ggml_context * ctx = gctx.ctx0;
-    const auto &   l   = inp->mctx->xkv->store->layers[il];
-    const auto &   gr  = inp->mctx->xkv->store->groups[l.ig];
+    const auto &   xkv = *inp->mctx->xkv;
+    const auto &   l   = xkv.store->layers[il];
 
-    ggml_tensor *& coef = inp->coef_v[l.ig];
-    if (!coef) {
-        coef = ggml_cast(ctx, xkv_view_coef_v(ctx, inp->mctx, gr), GGML_TYPE_F32);
-        coef = ggml_cont(ctx, ggml_transpose(ctx, coef));
+    const int64_t n_embd_head = kd == xkv_store::kind::K ? gctx.hparams.n_embd_head_k(il) : gctx.hparams.n_embd_head_v(il);
+    const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
+    const int64_t n_stream    = inp->mctx->get_n_stream();
+
+    ggml_tensor * coef = xkv_coef(ctx, inp, kd, l.ig);
+
+    ggml_tensor * x = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
+        ggml_tensor * basis = xkv_basis(inp->mctx, kd, il, span);
+        if (kd == xkv_store::kind::K) {
+            basis = ggml_cont(ctx, ggml_transpose(ctx, xkv_as_f32(ctx, basis)));
+        }
+        return ggml_mul_mat(ctx, basis, xkv_view_span(ctx, coef, span)); // [n_embd, n_slot, 1, span]
+    });
+    if (kd == xkv_store::kind::K) {
+        x = ggml_add(ctx, x, l.mean_k);
+        x = ggml_reshape_3d(ctx, x, n_embd_head, n_head_kv, inp->n_slot*n_stream);
+        x = xkv_rotate(ctx, xkv.model, xkv.cparams, il, x, inp->origin);
     }
-    ggml_tensor * v = ggml_mul_mat(ctx, l.basis_v, coef); // [n_embd_v, n_slot, n_stream]
-    v = type == GGML_TYPE_F32 ? v : ggml_cast(ctx, v, type);
-
-    const int64_t n_head_kv = gctx.hparams.n_head_kv(il);
-    return ggml_reshape_4d(ctx, v, v->ne[0]/n_head_kv, n_head_kv, inp->n_slot, inp->mctx->get_n_stream());
+    x = type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, type);
+    return ggml_reshape_4d(ctx, x, n_embd_head, n_head_kv, inp->n_slot, n_stream);
 }
 
-// q [n_embd_head, n_head, n_tokens], k [n_embd_head, n_head_kv, n_kv, n_stream], v [n_kv, n_head_kv, n_embd_head, n_stream]
+// q [n_embd_head, n_head, n_tokens], k and v [n_embd_head, n_head_kv, n_kv, n_stream]
 static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                                            ggml_tensor * v, float kq_scale, int il) {
     ggml_context * ctx = gctx.ctx0;
 
-    v = ggml_cont(ctx, ggml_permute(ctx, v, 2, 1, 0, 3));
     if (inp->n_slot > 0) {
-        k = ggml_concat(ctx, xkv_materialize_k(gctx, inp, k->type, il), k, 2);
-        v = ggml_concat(ctx, xkv_materialize_v(gctx, inp, v->type, il), v, 2);
+        const ggml_type type = k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
+
+        k = k->type == type ? k : ggml_cast(ctx, k, type);
+        v = v->type == type ? v : ggml_cast(ctx, v, type);
+        k = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::K, type, il), k, 2);
+        v = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::V, type, il), v, 2);
     }
     return gctx.build_attn_mha(q, k, v, nullptr, inp->mask_all, nullptr, nullptr, 0, kq_scale, il);
 }
 
-// scores [n_slot, n_tps, n_head, n_stream] of the stored tokens
-static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, int il) {
+//
+// absorbed
+//
+
+// scores [n_slot, n_tps, n_head, span] of the stored tokens of a span; q [n_embd_head, n_head, n_tps, span]
+static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
     const auto &   xkv = *inp->mctx->xkv;
     const auto &   l   = xkv.store->layers[il];
@@ -178,21 +231,22 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
 
     const int64_t n_embd_head = q->ne[0];
     const int64_t n_head      = q->ne[1];
+    const int64_t n_tps       = q->ne[2];
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_gqa       = n_head/n_head_kv;
-    const int64_t n_stream    = inp->mctx->get_n_stream();
-    const int64_t n_tps       = q->ne[2]/n_stream;
+    const int64_t n_stream    = span.count;
     const int64_t n_chunk     = xkv.store->n_chunk;
     const int64_t n_frame     = inp->n_slot/n_chunk;
-    const int64_t n_rank      = gr.rank[0];
-    const int64_t n_ext       = l.basis_k->ne[1]; // the directions and the mean
+    const int64_t n_rank      = gr.rank[xkv_store::kind::K];
 
     // every query in the frame of every chunk
+    ggml_tensor * origin = ggml_view_1d(ctx, inp->origin, n_frame*n_stream, span.first*n_frame*inp->origin->nb[0]);
+
     q = ggml_is_contiguous(q) ? q : ggml_cont(ctx, q);
     q = ggml_reshape_4d(ctx, q, n_embd_head, n_head*n_tps, 1, n_stream);
     q = ggml_repeat_4d(ctx, q, n_embd_head, n_head*n_tps, n_frame, n_stream);
     q = ggml_reshape_3d(ctx, q, n_embd_head, n_head*n_tps, n_frame*n_stream);
-    q = xkv_rotate(ctx, xkv.model, xkv.cparams, il, q, inp->origin);
+    q = xkv_rotate(ctx, xkv.model, xkv.cparams, il, q, origin);
 
     // through the basis: rows that share a KV head together
     const int64_t n_row = n_tps*n_frame*n_stream;
@@ -200,29 +254,38 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 1, 3, 2)); // [n_embd_head, n_gqa, n_row, n_head_kv]
     q = ggml_reshape_3d(ctx, q, n_embd_head, n_gqa*n_row, n_head_kv);
 
-    ggml_tensor * basis = ggml_view_3d(ctx, l.basis_k, n_embd_head, n_ext, n_head_kv, l.basis_k->nb[1],
-                                       ggml_row_size(l.basis_k->type, n_embd_head), 0);
+    // back to rows per query: x [n, n_gqa*n_row, n_head_kv] as [n, n_head*n_tps, n_frame, n_stream]
+    const auto by_query = [&](ggml_tensor * x) {
+        const int64_t n = x->ne[0];
+        x = ggml_reshape_4d(ctx, x, n, n_gqa, n_row, n_head_kv);
+        x = ggml_cont(ctx, ggml_permute(ctx, x, 0, 1, 3, 2)); // [n, n_gqa, n_head_kv, n_row]
+        return ggml_reshape_4d(ctx, x, n, n_head*n_tps, n_frame, n_stream);
+    };
 
-    q = ggml_mul_mat(ctx, basis, q); // [n_ext, n_gqa*n_row, n_head_kv]
-    q = ggml_reshape_4d(ctx, q, n_ext, n_gqa, n_row, n_head_kv);
-    q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 1, 3, 2)); // [n_ext, n_gqa, n_head_kv, n_row]
-    q = ggml_reshape_4d(ctx, q, n_ext, n_head*n_tps, n_frame, n_stream);
+    ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, span);
+    basis = ggml_view_3d(ctx, basis, n_embd_head, n_rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
+
+    ggml_tensor * q_coef = by_query(ggml_mul_mat(ctx, basis, q));
+
+    ggml_tensor * mean   = ggml_reshape_3d(ctx, l.mean_k, n_embd_head, 1, n_head_kv);
+    ggml_tensor * q_mean = by_query(ggml_mul_mat(ctx, mean, q));
 
     // to the coefficients of the chunk
-    ggml_tensor * q_coef = ggml_view_4d(ctx, q, n_rank, q->ne[1], q->ne[2], q->ne[3], q->nb[1], q->nb[2], q->nb[3], 0);
-    ggml_tensor * q_mean = ggml_view_4d(ctx, q, 1,      q->ne[1], q->ne[2], q->ne[3], q->nb[1], q->nb[2], q->nb[3], n_rank*q->nb[0]);
-
-    ggml_tensor * coef = gr.coef_k;
-    coef = ggml_view_4d(ctx, coef, n_rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
-                        inp->mctx->get_stream_0()*coef->nb[2]);
-
-    ggml_tensor * s = ggml_mul_mat(ctx, coef, q_coef); // [n_chunk, n_head*n_tps, n_frame, n_stream]
+    ggml_tensor * s = nullptr; // [n_chunk, n_head*n_tps, n_frame, n_stream]
+    for (const auto & seg : gr.segments[xkv_store::kind::K]) {
+        ggml_tensor * coef = seg.coef;
+        coef = ggml_view_4d(ctx, coef, seg.rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
+                            (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
+        ggml_tensor * q_seg = ggml_view_4d(ctx, q_coef, seg.rank, n_head*n_tps, n_frame, n_stream, q_coef->nb[1], q_coef->nb[2],
+                                           q_coef->nb[3], seg.first*q_coef->nb[0]);
+        ggml_tensor * t = ggml_mul_mat(ctx, coef, q_seg);
+        s = s ? ggml_add(ctx, s, t) : t;
+    }
 
     // the sum lays the scores out by slot
     if (n_stream == 1) {
-        s      = ggml_permute(ctx, ggml_reshape_4d(ctx, s, n_chunk, n_head, n_tps, n_frame), 0, 3, 2, 1);
-        q_mean = ggml_view_4d(ctx, q_mean, 1, n_head, n_tps, n_frame, q_mean->nb[1], n_head*q_mean->nb[1], q_mean->nb[2], 0);
-        q_mean = ggml_permute(ctx, q_mean, 0, 3, 2, 1);
+        s      = ggml_permute(ctx, ggml_reshape_4d(ctx, s,      n_chunk, n_head, n_tps, n_frame), 0, 3, 2, 1);
+        q_mean = ggml_permute(ctx, ggml_reshape_4d(ctx, q_mean, 1,       n_head, n_tps, n_frame), 0, 3, 2, 1);
     } else {
         s      = ggml_permute(ctx, s,      0, 2, 1, 3);
         q_mean = ggml_permute(ctx, q_mean, 0, 2, 1, 3);
@@ -230,24 +293,58 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     return ggml_reshape_4d(ctx, ggml_add(ctx, s, q_mean), inp->n_slot, n_tps, n_head, n_stream);
 }
 
+// output [n_embd_head, n_tps, n_head, span] of the stored tokens of a span; p [n_slot, n_tps, n_head, span]
+static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
+    ggml_context * ctx = gctx.ctx0;
+    const auto &   gr  = inp->mctx->xkv->store->groups[inp->mctx->xkv->store->layers[il].ig];
+
+    const int64_t n_slot      = p->ne[0];
+    const int64_t n_tps       = p->ne[1];
+    const int64_t n_head      = p->ne[2];
+    const int64_t n_stream    = span.count;
+    const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
+    const int64_t n_embd_head = gctx.hparams.n_embd_head_v(il);
+    const int64_t n_rank      = gr.rank[xkv_store::kind::V];
+
+    p = ggml_view_4d(ctx, p, n_slot, n_tps*n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
+
+    ggml_tensor * o = nullptr; // [n_rank, n_tps*n_head, 1, n_stream]
+    for (const auto & seg : gr.segments[xkv_store::kind::V]) {
+        ggml_tensor * coef = seg.coef;
+        coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
+                            (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
+        ggml_tensor * t = ggml_mul_mat(ctx, coef, p);
+        o = o ? ggml_concat(ctx, o, t, 0) : t;
+    }
+    o = ggml_reshape_4d(ctx, o, n_rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
+
+    ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, span);
+    basis = ggml_view_3d(ctx, basis, n_rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
+
+    o = ggml_mul_mat(ctx, basis, o); // [n_embd_head, n_tps*n_gqa, n_head_kv, n_stream]
+    return ggml_reshape_4d(ctx, o, n_embd_head, n_tps, n_head, n_stream);
+}
+
 static ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                                        ggml_tensor * v, float kq_scale, int il) {
     ggml_context * ctx     = gctx.ctx0;
     const auto &   hparams = gctx.hparams;
 
-    const int64_t n_head    = q->ne[1];
-    const int64_t n_head_kv = k->ne[1];
-    const int64_t n_kv      = k->ne[2];
-    const int64_t n_stream  = k->ne[3];
-    const int64_t n_tps     = q->ne[2]/n_stream;
-    const int64_t n_slot    = inp->n_slot;
+    const int64_t n_head   = q->ne[1];
+    const int64_t n_kv     = k->ne[2];
+    const int64_t n_stream = k->ne[3];
+    const int64_t n_tps    = q->ne[2]/n_stream;
+    const int64_t n_slot   = inp->n_slot;
 
     // scores of the window
-    ggml_tensor * q_w = ggml_view_4d(ctx, q, q->ne[0], n_head, n_tps, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tps, 0);
-    ggml_tensor * kq  = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q_w, 0, 2, 1, 3)); // [n_kv, n_tps, n_head, n_stream]
+    q = ggml_view_4d(ctx, q, q->ne[0], n_head, n_tps, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tps, 0);
+    ggml_tensor * kq = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_kv, n_tps, n_head, n_stream]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     if (n_slot > 0) {
-        kq = ggml_concat(ctx, xkv_scores(gctx, inp, q, il), kq, 0);
+        ggml_tensor * s = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
+            return xkv_scores(gctx, inp, xkv_view_span(ctx, q, span), il, span);
+        });
+        kq = ggml_concat(ctx, s, kq, 0);
     }
     if (hparams.attn_soft_cap) {
         kq = ggml_tanh (ctx, ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping));
@@ -256,28 +353,18 @@ static ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph
     kq = ggml_soft_max_ext(ctx, kq, inp->mask_all, kq_scale, 0.0f);
 
     // output of the window
+    v = ggml_is_quantized(v->type) ? ggml_cast(ctx, v, GGML_TYPE_F32) : v;
+    v = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3)); // [n_kv, n_embd_head, n_head_kv, n_stream]
+
     ggml_tensor * p_w = ggml_view_4d(ctx, kq, n_kv, n_tps, n_head, n_stream, kq->nb[1], kq->nb[2], kq->nb[3], n_slot*kq->nb[0]);
-    ggml_tensor * out = ggml_mul_mat(ctx, ggml_permute(ctx, v, 0, 2, 1, 3), p_w); // [n_embd_head, n_tps, n_head, n_stream]
+    ggml_tensor * out = ggml_mul_mat(ctx, v, p_w); // [n_embd_head, n_tps, n_head, n_stream]
 
     // output of the store
     if (n_slot > 0) {
-        const auto & l  = inp->mctx->xkv->store->layers[il];
-        const auto & gr = inp->mctx->xkv->store->groups[l.ig];
-
-        const int64_t n_embd_head = out->ne[0];
-        const int64_t n_rank      = gr.rank[1];
-
-        ggml_tensor * p_s  = ggml_view_4d(ctx, kq, n_slot, n_tps*n_head, 1, n_stream, kq->nb[1], kq->nb[3], kq->nb[3], 0);
-        ggml_tensor * coef = xkv_view_coef_v(ctx, inp->mctx, gr);
-        coef = ggml_view_4d(ctx, coef, n_slot, n_rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2], 0);
-
-        ggml_tensor * o = ggml_mul_mat(ctx, coef, p_s); // [n_rank, n_tps*n_head, 1, n_stream]
-        o = ggml_reshape_4d(ctx, o, n_rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
-
-        ggml_tensor * basis = ggml_view_3d(ctx, l.basis_v, n_rank, n_embd_head, n_head_kv, l.basis_v->nb[1], n_embd_head*l.basis_v->nb[1], 0);
-
-        o   = ggml_mul_mat(ctx, basis, o); // [n_embd_head, n_tps*n_gqa, n_head_kv, n_stream]
-        out = ggml_add(ctx, out, ggml_reshape_4d(ctx, o, n_embd_head, n_tps, n_head, n_stream));
+        ggml_tensor * p_s = ggml_view_4d(ctx, kq, n_slot, n_tps, n_head, n_stream, kq->nb[1], kq->nb[2], kq->nb[3], 0);
+        out = ggml_add(ctx, out, xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
+            return xkv_output(gctx, inp, xkv_view_span(ctx, p_s, span), il, span);
+        }));
     }
 
     return ggml_permute(ctx, out, 0, 2, 1, 3); // [n_embd_head, n_head, n_tps, n_stream]
@@ -328,5 +415,16 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
 
 uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
     const auto * xkv = dynamic_cast<const llama_kv_cache_xkv *>(mem);
-    return xkv ? 64*xkv->store->layers.size() : 0;
+    if (!xkv) {
+        return 0;
+    }
+    const auto & store = *xkv->store;
+
+    uint32_t res = 0;
+    for (const auto & gr : store.groups) {
+        const uint32_t n_segment = gr.segments[0].size() + gr.segments[1].size();
+        const uint32_t n_span    = xkv->config.online ? store.n_stream : 1;
+        res += gr.count*(32 + n_span*(40 + 4*n_segment));
+    }
+    return res;
 }

@@ -20,11 +20,11 @@ public:
 
     // nodes that are built once per graph
     ggml_tensor *                     mask_all = nullptr; // mask of store and window
-    std::map<uint32_t, ggml_tensor *> coef_k;             // per group: f32 [rank_k, n_slot, n_stream]
-    std::map<uint32_t, ggml_tensor *> coef_v;             // per group: f32 [rank_v, n_slot, n_stream]
+    std::map<uint32_t, ggml_tensor *> coef[2];            // per kind and group: f32 [rank, n_slot, 1, n_stream]
 
     const llama_kv_cache_xkv_context * mctx;
 
     const uint32_t n_slot;
+    const uint32_t n_change; // of the store's bases
     const bool     absorb;
 };

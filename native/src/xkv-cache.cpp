@@ -2,6 +2,7 @@
 
 #include "xkv-error.h"
 #include "xkv-flush.h"
+#include "xkv-online.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -26,13 +27,14 @@ static uint32_t xkv_n_seq_stream(const llama_cparams & cparams) {
 }
 
 llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                                       const xkv_sidecar & sidecar, const xkv_config & config) :
-    model(model), cparams(cparams), config(config), n_seq_max(cparams.n_seq_max) {
-    const uint32_t n_exact = config.n_sink + config.n_window + config.n_block;
+                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config) :
+    model(model), cparams(cparams), config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar) {
+    const uint32_t n_chunk = sidecar->frame;
+    const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
     if (cparams.n_ctx_seq <= n_exact) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
-                  "n_ctx is %u tokens per sequence, expected more than sinks + window + block = %u + %u + %u; raise n_ctx or lower n_window",
-                  cparams.n_ctx_seq, config.n_sink, config.n_window, config.n_block);
+                  "n_ctx is %u tokens per sequence, expected more than sinks + window + chunk = %u + %u + %u; raise n_ctx or lower n_window",
+                  cparams.n_ctx_seq, config.n_sink, config.n_window, n_chunk);
     }
 
     const uint32_t n_stream = xkv_n_stream(cparams);
@@ -40,18 +42,24 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
     const uint32_t n_cell   = GGML_PAD(n_seq*n_exact + cparams.n_ubatch, 32);
 
     // each sequence of a stream can leave one chunk that is not full
-    const uint32_t n_chunk = (cparams.n_ctx_seq - config.n_sink - config.n_window + sidecar.frame - 1)/sidecar.frame + n_seq;
+    const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
 
-    store = std::make_unique<xkv_store>(model, sidecar, config, GGML_PAD(n_chunk*sidecar.frame, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
+    store = std::make_unique<xkv_store>(model, *sidecar, config, GGML_PAD(n_chunks*n_chunk, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
 
-    // V is transposed: decoding reads it without flash attention
-    window = std::make_unique<llama_kv_cache>(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ true, cparams.offload_kqv,
+    window = std::make_unique<llama_kv_cache>(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, cparams.offload_kqv,
                                               cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr,
                                               nullptr, nullptr, nullptr, "xkv_window_");
 
-    chunks.assign(n_stream, std::vector<xkv_chunk>(store->n_slot/store->n_chunk));
+    // upstream turns K and V of quantized caches by a Hadamard matrix; compression needs them as they are
+    window->attn_rot_k = false;
+    window->attn_rot_v = false;
+
+    chunks.assign(n_stream, std::vector<xkv_chunk>(store->n_slot/n_chunk));
 
     flusher = std::make_unique<xkv_flush>(*this);
+    if (config.online) {
+        online = std::make_unique<xkv_online_bases>(*this, *flusher);
+    }
 }
 
 llama_kv_cache_xkv::~llama_kv_cache_xkv() = default;
@@ -131,8 +139,23 @@ void llama_kv_cache_xkv::clear(bool data) {
     for (auto & table : chunks) {
         std::fill(table.begin(), table.end(), xkv_chunk());
     }
+    drop_bases();
     broken = false;
     refusal.clear();
+}
+
+void llama_kv_cache_xkv::drop_bases() {
+    for (uint32_t s = 0; online && s < chunks.size(); ++s) {
+        const bool empty = std::all_of(chunks[s].begin(), chunks[s].end(), [](const xkv_chunk & chunk) { return chunk.n == 0; });
+        if (empty && cells(s).get_used() == 0) {
+            store->reset_bases(s);
+            online->reset(s);
+        }
+    }
+}
+
+xkv_online_info llama_kv_cache_xkv::seq_online(llama_seq_id seq_id) const {
+    return online ? online->info(get_stream(seq_id)) : xkv_online_info();
 }
 
 llama_kv_cells & llama_kv_cache_xkv::cells(uint32_t stream) const {
@@ -143,9 +166,8 @@ ggml_tensor * llama_kv_cache_xkv::window_k(uint32_t il, uint32_t stream) const {
     return window->layers[window->map_layer_ids.at(il)].k_stream[stream];
 }
 
-ggml_tensor * llama_kv_cache_xkv::window_v(ggml_context * ctx, uint32_t il, uint32_t stream) const {
-    ggml_tensor * v = window->layers[window->map_layer_ids.at(il)].v_stream[stream]; // [n_embd_v, size] by name, transposed in fact
-    return ggml_view_2d(ctx, v, v->ne[1], v->ne[0], ggml_row_size(v->type, v->ne[1]), 0);
+ggml_tensor * llama_kv_cache_xkv::window_v(uint32_t il, uint32_t stream) const {
+    return window->layers[window->map_layer_ids.at(il)].v_stream[stream];
 }
 
 uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
@@ -162,13 +184,14 @@ uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
 
 bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
     try {
-        // sequences that share a stream share its window, those without new tokens too
-        std::vector<bool> touched(chunks.size(), false);
-        for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-            touched[get_stream(ubatch.seq_id_unq[s])] = true;
+        std::vector<uint32_t> n_new(chunks.size(), 0);
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            n_new[get_stream(ubatch.seq_id[i][0])]++;
         }
+        // tokens stay exact until their room is needed; sequences without new tokens make room as well
         for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) n_seq_max; ++seq_id) {
-            if (touched[get_stream(seq_id)]) {
+            const uint32_t stream = get_stream(seq_id);
+            if (n_new[stream] > 0 && cells(stream).get_used() + n_new[stream] > window->get_size()) {
                 flush_seq(seq_id);
             }
         }
@@ -192,7 +215,7 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
             exact.push_back(pc);
         }
     }
-    if (exact.size() < config.n_window + config.n_block) {
+    if (exact.size() <= config.n_window) {
         return;
     }
     const size_t n_leave = exact.size() - config.n_window;
@@ -226,6 +249,9 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
         return;
     }
 
+    if (online) {
+        online->observe(lctx, stream, jobs);
+    }
     flusher->compress(lctx, stream, jobs);
 
     for (const auto & job : jobs) {
@@ -242,8 +268,8 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const {
     auto res = window->memory_breakdown();
-    for (const auto & buf : store->buffers()) {
-        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    for (const auto & [buft, bytes] : store->buffers()) {
+        res[buft] += bytes;
     }
     for (const auto & [buft, bytes] : flusher->buffers()) {
         res[buft] += bytes;

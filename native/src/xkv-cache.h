@@ -14,6 +14,8 @@ struct llama_cparams;
 struct llama_model;
 
 class xkv_flush;
+class xkv_online_bases;
+struct xkv_online_info;
 
 // Up to n_chunk consecutive tokens of one set of sequences, kept as coefficients in the chunk's slots.
 struct xkv_chunk {
@@ -30,7 +32,7 @@ class llama_kv_cache_xkv : public llama_memory_i {
 public:
     // throws xkv_error
     llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                       const xkv_sidecar & sidecar, const xkv_config & config);
+                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config);
     ~llama_kv_cache_xkv();
 
     //
@@ -76,6 +78,9 @@ public:
     // tokens of a sequence that are exact (sinks, window) and that are compressed
     void seq_tokens(llama_seq_id seq_id, uint32_t & n_exact, uint32_t & n_stored) const;
 
+    // how the bases of the sequence's stream followed its tokens
+    xkv_online_info seq_online(llama_seq_id seq_id) const;
+
     // bytes allocated, by part
     std::vector<std::pair<std::string, size_t>> parts() const;
 
@@ -84,20 +89,23 @@ public:
 
     llama_kv_cache * get_window() const { return window.get(); }
 
-    // storage of a layer in the window: K [n_embd_k, size], V transposed [size, n_embd_v]
+    // storage of a layer in the window: K [n_embd_k, size], V [n_embd_v, size]
     ggml_tensor * window_k(uint32_t il, uint32_t stream) const;
-    ggml_tensor * window_v(ggml_context * ctx, uint32_t il, uint32_t stream) const;
+    ggml_tensor * window_v(uint32_t il, uint32_t stream) const;
 
     const llama_model   & model;
     const llama_cparams & cparams;
     const xkv_config      config;
     const uint32_t        n_seq_max;
 
+    const std::shared_ptr<const xkv_sidecar> sidecar;
+
     std::unique_ptr<xkv_store> store;
 
 private:
     std::unique_ptr<llama_kv_cache> window;
     std::unique_ptr<xkv_flush>      flusher;
+    std::unique_ptr<xkv_online_bases>     online; // empty while bases stay as calibrated
 
     std::vector<std::vector<xkv_chunk>> chunks; // per stream and chunk index
 
@@ -109,6 +117,9 @@ private:
     void refuse(const char * fmt, ...);
 
     llama_kv_cells & cells(uint32_t stream) const;
+
+    // bases go with the last token of a stream
+    void drop_bases();
 
     // oldest tokens of a sequence leave the window
     void flush_seq(llama_seq_id seq_id);

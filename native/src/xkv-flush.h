@@ -1,6 +1,7 @@
 #pragma once
 
 #include "xkv-graph.h"
+#include "xkv-store.h"
 
 #include "llama.h"
 
@@ -28,6 +29,11 @@ public:
     void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & offsets,
                  const std::vector<uint32_t> & cells);
 
+    // nodes in a graph of this class for K or V of a group of layers: the tokens of cells, centred and K in the frames of
+    // their chunks, f32 [dim, n]; cells and origin (minus the chunks' positions) are inputs
+    ggml_tensor * build_group(xkv_graph & graph, xkv_store::kind kd, uint32_t ig, uint32_t stream, ggml_tensor * cells,
+                              ggml_tensor * origin) const;
+
     std::map<ggml_backend_buffer_type_t, size_t> buffers() const { return graph.buffers(); }
 
 private:
@@ -37,8 +43,7 @@ private:
 
     void compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job);
 
-    // rows of 32 coefficients of V: [n_row] I64 or I32, for chunks ics
-    ggml_tensor * input_v_rows(ggml_type type, const std::vector<uint32_t> & ics, uint32_t rank);
-
-    size_t n_node() const;
+    // numbers of one layer [n_embd, n]
+    ggml_tensor * build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
+                              ggml_tensor * origin) const;
 };

@@ -8,6 +8,7 @@
 
 void xkv_graph::begin(llama_context * lctx, size_t n_node) {
     inputs.clear();
+    inputs_f32.clear();
 
     context.reset(ggml_init({
         /*.mem_size   =*/ 2*n_node*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_node, false),
@@ -37,6 +38,25 @@ ggml_tensor * xkv_graph::input(ggml_type type, std::vector<int64_t> data) {
     return t;
 }
 
+ggml_tensor * xkv_graph::input(int64_t ne0, int64_t ne1, std::vector<float> data) {
+    ggml_tensor * t = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, ne0, ne1);
+    GGML_ASSERT((int64_t) data.size() == ne0*ne1);
+    ggml_set_input(t);
+    inputs_f32.emplace_back(t, std::move(data));
+    return t;
+}
+
+void xkv_graph::output(ggml_tensor * t) {
+    ggml_set_output(t);
+    expand(t);
+}
+
+std::vector<float> xkv_graph::read(const ggml_tensor * t) {
+    std::vector<float> res(ggml_nelements(t));
+    ggml_backend_tensor_get(t, res.data(), 0, ggml_nbytes(t));
+    return res;
+}
+
 void xkv_graph::expand(ggml_tensor * t) {
     ggml_build_forward_expand(gf, t);
 }
@@ -56,6 +76,9 @@ void xkv_graph::run() {
             const std::vector<int32_t> narrow(data.begin(), data.end());
             ggml_backend_tensor_set(t, narrow.data(), 0, ggml_nbytes(t));
         }
+    }
+    for (const auto & [t, data] : inputs_f32) {
+        ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
     }
     const auto status = ggml_backend_sched_graph_compute(sched.get(), gf);
     ggml_backend_sched_synchronize(sched.get());

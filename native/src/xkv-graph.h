@@ -20,7 +20,14 @@ public:
     // an input of type I32 or I64; data is copied when the graph runs
     ggml_tensor * input(ggml_type type, std::vector<int64_t> data);
 
+    // an f32 input [ne0, ne1]
+    ggml_tensor * input(int64_t ne0, int64_t ne1, std::vector<float> data);
+
     void expand(ggml_tensor * t);
+
+    // an f32 result to read after run()
+    void output(ggml_tensor * t);
+    static std::vector<float> read(const ggml_tensor * t);
 
     // allocates, sets the inputs, computes and waits; throws xkv_error
     void run();
@@ -37,4 +44,5 @@ private:
     size_t                 n_node_max = 0;
 
     std::vector<std::pair<ggml_tensor *, std::vector<int64_t>>> inputs;
+    std::vector<std::pair<ggml_tensor *, std::vector<float>>>   inputs_f32;
 };

@@ -1,6 +1,7 @@
 // How a context comes to have an xkv cache: the scope of a thread, and the hooks of llama_model::create_memory.
 
 #include "xkv-cache.h"
+#include "xkv-codec.h"
 #include "xkv-error.h"
 #include "xkv-hooks.h"
 #include "xkv-scope.h"
@@ -9,11 +10,12 @@
 #include "llama-cparams.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <memory>
 
 struct xkv_scope {
     xkv_config                   config;
-    std::unique_ptr<xkv_sidecar> sidecar;
+    std::shared_ptr<xkv_sidecar> sidecar;
 };
 
 static thread_local std::unique_ptr<xkv_scope> g_scope;
@@ -38,44 +40,78 @@ static uint32_t xkv_check_tokens(const char * name, int32_t value, int32_t min) 
     return value;
 }
 
+static std::shared_ptr<xkv_sidecar> xkv_open_sidecar(const xkv_params & params) {
+    if (params.sidecar) {
+        return std::make_shared<xkv_sidecar>(params.sidecar);
+    }
+    if (!params.first || !params.count || params.n_group == 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sidecar is NULL and there are no groups, expected the path of a file that xkv-gguf convert wrote, or first and count");
+    }
+    if (params.frame != 32 && params.frame != 64 && params.frame != 128 && params.frame != 256) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is %u tokens, expected 32, 64, 128 or 256", params.frame);
+    }
+    std::vector<xkv_sidecar::group> groups;
+    for (uint32_t g = 0; g < params.n_group; ++g) {
+        groups.push_back({ params.first[g], params.count[g], { 0, 0 } });
+    }
+    return std::make_shared<xkv_sidecar>(std::move(groups), params.frame);
+}
+
+static void xkv_check_segments(const xkv_params & params, const xkv_sidecar & sidecar, xkv_config & config) {
+    const size_t n_group = sidecar.groups.size();
+    if (!params.segments) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segments is NULL, expected at least one for K and V of each of %zu groups", n_group);
+    }
+    for (auto & segments : config.segments) {
+        segments.resize(n_group);
+    }
+    for (uint32_t i = 0; i < params.n_segment; ++i) {
+        const auto & seg = params.segments[i];
+        if (seg.group >= n_group || seg.kind > 1 || seg.rank == 0) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u has group %u, kind %u and rank %u, expected a group below %zu, kind 0 or 1, a rank above 0",
+                      i, seg.group, seg.kind, seg.rank, n_group);
+        }
+        const ggml_type type = xkv_check_type("type of a segment", seg.type,
+                { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0, GGML_TYPE_Q1_0 });
+        if (seg.kind == xkv_sidecar::V && sidecar.frame % xkv_block_size(type) != 0) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u stores V as %s in blocks of %u tokens, but chunks are %u tokens; expected a frame of a multiple",
+                      i, ggml_type_name(type), xkv_block_size(type), sidecar.frame);
+        }
+        config.segments[seg.kind][seg.group].push_back({ seg.rank, type });
+    }
+    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
+        for (size_t g = 0; g < n_group; ++g) {
+            const auto & list = config.segments[kd][g];
+            if (list.empty()) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one", kd == xkv_sidecar::K ? 'K' : 'V', g);
+            }
+            for (size_t i = 0; i + 1 < list.size(); ++i) {
+                const uint32_t block = std::max(32u, kd == xkv_sidecar::K ? xkv_block_size(list[i].type) : 1);
+                if (list[i].rank % block != 0) {
+                    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %zu of %c of group %zu has rank %u, expected a multiple of %u", i,
+                              kd == xkv_sidecar::K ? 'K' : 'V', g, list[i].rank, block);
+                }
+            }
+        }
+    }
+}
+
 void xkv_scope_open(const xkv_params & params) {
     auto scope = std::make_unique<xkv_scope>();
 
-    if (!params.sidecar) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sidecar is NULL, expected the path of a file that xkv-gguf convert wrote");
+    scope->sidecar = xkv_open_sidecar(params);
+
+    auto & config = scope->config;
+    config.n_sink     = xkv_check_tokens("n_sink",   params.n_sink,   0);
+    config.n_window   = xkv_check_tokens("n_window", params.n_window, 1);
+    config.n_absorb   = xkv_check_tokens("n_absorb", params.n_absorb, 0);
+    config.n_prior    = xkv_check_tokens("n_prior",  params.n_prior,  0);
+    config.type_basis = xkv_check_type("type_basis", params.type_basis, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0 });
+    config.online     = params.online != 0;
+    if (!config.online && !scope->sidecar->calibrated()) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }
-    scope->sidecar = std::make_unique<xkv_sidecar>(params.sidecar);
-
-    auto &       config  = scope->config;
-    const auto & sidecar = *scope->sidecar;
-
-    config.n_sink   = xkv_check_tokens("n_sink",   params.n_sink,   0);
-    config.n_window = xkv_check_tokens("n_window", params.n_window, 1);
-    config.n_block  = xkv_check_tokens("n_block",  params.n_block,  1);
-    config.n_absorb = xkv_check_tokens("n_absorb", params.n_absorb, 0);
-    if (config.n_block % sidecar.frame != 0) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_block is %u tokens, expected a multiple of the sidecar's frame of %u", config.n_block, sidecar.frame);
-    }
-
-    config.type_coef[0] = xkv_check_type("type_coef_k", params.type_coef_k, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
-    config.type_coef[1] = xkv_check_type("type_coef_v", params.type_coef_v, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
-    config.type_basis   = xkv_check_type("type_basis",  params.type_basis,  { GGML_TYPE_F32, GGML_TYPE_F16 });
-
-    const uint32_t * ranks[2] = { params.rank_k, params.rank_v };
-    for (int kd = 0; kd < 2; ++kd) {
-        if (ranks[kd] && params.n_group != sidecar.groups.size()) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "ranks for %u groups, expected %zu as in sidecar %s", params.n_group, sidecar.groups.size(),
-                      sidecar.path.c_str());
-        }
-        for (size_t g = 0; g < sidecar.groups.size(); ++g) {
-            const uint32_t rank = ranks[kd] ? ranks[kd][g] : sidecar.groups[g].rank[kd];
-            if (rank == 0 || rank > sidecar.groups[g].dim[kd]) {
-                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "rank_%c of group %zu is %u, expected 1 to %u", kd == 0 ? 'k' : 'v', g, rank,
-                          sidecar.groups[g].dim[kd]);
-            }
-            config.rank[kd].push_back(rank);
-        }
-    }
+    xkv_check_segments(params, *scope->sidecar, config);
 
     g_scope = std::move(scope);
 }
@@ -84,12 +120,20 @@ void xkv_scope_close() {
     g_scope.reset();
 }
 
-static void xkv_check_model(const llama_model & model, const xkv_sidecar & sidecar) {
+static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, const xkv_config & config) {
     const std::string reason = xkv_unsupported_reason(model);
     if (!reason.empty()) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
     }
     const auto & hparams = model.hparams;
+    if (!sidecar.calibrated()) {
+        std::vector<uint32_t> n_embd[2];
+        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+            n_embd[0].push_back(hparams.n_embd_k_gqa(il));
+            n_embd[1].push_back(hparams.n_embd_v_gqa(il));
+        }
+        sidecar.set_embd(n_embd[0], n_embd[1]);
+    }
     if (sidecar.n_embd[0].size() != hparams.n_layer()) {
         xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s is for %zu layers, the model has %u; run xkv-gguf convert for this model",
                   sidecar.path.c_str(), sidecar.n_embd[0].size(), hparams.n_layer());
@@ -98,6 +142,22 @@ static void xkv_check_model(const llama_model & model, const xkv_sidecar & sidec
         if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != hparams.n_embd_v_gqa(il)) {
             xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
                       sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
+        }
+        if (hparams.n_embd_head_k(il) % xkv_block_size(config.type_basis) != 0) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
+                      ggml_type_name(config.type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(config.type_basis));
+        }
+    }
+    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
+        for (size_t g = 0; g < sidecar.groups.size(); ++g) {
+            uint32_t rank = 0;
+            for (const auto & seg : config.segments[kd][g]) {
+                rank += seg.rank;
+            }
+            if (rank > sidecar.groups[g].dim[kd]) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
+                          kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
+            }
         }
     }
 }
@@ -117,18 +177,26 @@ llama_memory_i * xkv_create_memory(const llama_model & model, const llama_memory
         return nullptr;
     }
     return xkv_keep_error([&]() -> llama_memory_i * {
-        xkv_check_model(model, *g_scope->sidecar);
+        xkv_check_model(model, *g_scope->sidecar, g_scope->config);
         if (!cparams.flash_attn) {
             xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention is off, but an xkv cache needs it; set flash_attn_type to enabled or auto");
         }
         if (!cparams.causal_attn || cparams.embeddings) {
             xkv_throw(XKV_STATUS_UNSUPPORTED, "an xkv cache is for causal text generation, not for embeddings; use kv_mode f16");
         }
-        if ((params.type_k != GGML_TYPE_F16 && params.type_k != GGML_TYPE_F32) || params.type_v != params.type_k) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_k and type_v are %s and %s, but the window of an xkv cache is exact: expected f16 (or f32) for both",
-                      ggml_type_name(params.type_k), ggml_type_name(params.type_v));
+        if (params.type_v != params.type_k) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_k and type_v are %s and %s, expected the same for both: they are the window's", ggml_type_name(params.type_k),
+                      ggml_type_name(params.type_v));
         }
-        return new llama_kv_cache_xkv(model, params, cparams, *g_scope->sidecar, g_scope->config);
+        xkv_check_type("type_k, the window's type,", params.type_k, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
+        for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+            const uint32_t block = xkv_block_size(params.type_k);
+            if (model.hparams.n_embd_head_k(il) % block != 0 || model.hparams.n_embd_head_v(il) % block != 0) {
+                xkv_throw(XKV_STATUS_UNSUPPORTED, "the window's type is %s, but the heads of layer %u have %u and %u numbers, expected multiples of %u; use f16",
+                          ggml_type_name(params.type_k), il, model.hparams.n_embd_head_k(il), model.hparams.n_embd_head_v(il), block);
+            }
+        }
+        return new llama_kv_cache_xkv(model, params, cparams, g_scope->sidecar, g_scope->config);
     });
 }
 

@@ -3,6 +3,7 @@
 #include "xkv-cache.h"
 #include "xkv-error.h"
 #include "xkv-flush.h"
+#include "xkv-online.h"
 
 #include "llama-impl.h"
 
@@ -37,6 +38,7 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         refuse("seq_rm of sequence %d from %d: %s", seq_id, p0, err.what());
         return false;
     }
+    drop_bases();
     return true;
 }
 
@@ -180,9 +182,9 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         chunk.seqs.reset();
         chunk.seqs.set(seq_id_dst, chunk.n > 0);
     }
-    for (const auto & gr : store->groups) {
-        ggml_backend_tensor_copy(gr.coef_k_stream[s0], gr.coef_k_stream[s1]);
-        ggml_backend_tensor_copy(gr.coef_v_stream[s0], gr.coef_v_stream[s1]);
+    store->copy_stream(s0, s1);
+    if (online) {
+        online->copy(s0, s1);
     }
 }
 
@@ -199,6 +201,7 @@ void llama_kv_cache_xkv::seq_keep(llama_seq_id seq_id) {
         const bool keep = chunk.n > 0 && chunk.seqs.test(seq_id);
         chunk = keep ? xkv_chunk { chunk.pos, chunk.n, xkv_chunk::seq_set_t().set(seq_id) } : xkv_chunk();
     }
+    drop_bases();
 }
 
 void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {

@@ -11,9 +11,7 @@
 #include <cstring>
 #include <memory>
 
-static const uint32_t XKV_FORMAT_VERSION = 1;
-
-using file_ptr = std::unique_ptr<FILE, int (*)(FILE *)>;
+static const uint32_t XKV_FORMAT_VERSION = 2;
 
 static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
     const int64_t id = gguf_find_key(ctx, key);
@@ -41,9 +39,42 @@ static std::vector<uint32_t> xkv_get_u32s(const xkv_sidecar & sc, const gguf_con
     return std::vector<uint32_t>(data, data + gguf_get_arr_n(ctx, id));
 }
 
+// consecutive groups that cover the layers; fills their dimensions
+static void xkv_check_groups(const std::string & what, std::vector<xkv_sidecar::group> & groups, const std::vector<uint32_t> * n_embd) {
+    const size_t n_layer = std::min(n_embd[0].size(), n_embd[1].size());
+
+    uint32_t next = 0;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        auto & gr = groups[g];
+        if (gr.first != next || gr.count == 0 || (uint64_t) gr.first + gr.count > n_layer) {
+            xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu holds layers %u + %u, expected to start at layer %u and end within %zu layers",
+                      what.c_str(), g, gr.first, gr.count, next, n_layer);
+        }
+        next = gr.first + gr.count;
+        for (int kd = 0; kd < 2; ++kd) {
+            gr.dim[kd] = 0;
+            for (uint32_t il = gr.first; il < next; ++il) {
+                gr.dim[kd] += n_embd[kd][il];
+            }
+        }
+    }
+    if (next != n_embd[0].size() || next != n_embd[1].size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "%s: groups cover %u layers, expected %zu", what.c_str(), next, n_embd[0].size());
+    }
+}
+
+xkv_sidecar::xkv_sidecar(std::vector<group> groups, uint32_t frame) : frame(frame), groups(std::move(groups)) {}
+
+void xkv_sidecar::set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v) {
+    n_embd[K] = std::move(n_embd_k);
+    n_embd[V] = std::move(n_embd_v);
+    xkv_check_groups("groups without calibration", groups, n_embd);
+}
+
 xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
-    file_ptr file(fopen(path.c_str(), "rb"), fclose);
-    if (!file) {
+    if (FILE * f = fopen(path.c_str(), "rb")) {
+        file.reset(f, fclose);
+    } else {
         xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot be opened", path.c_str());
     }
     fseek(file.get(), 0, SEEK_END);
@@ -59,13 +90,12 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
                   path.c_str(), gguf_get_val_str(ctx.get(), id_arch));
     }
     const uint32_t version = xkv_get_u32(*this, ctx.get(), "xkv.format_version");
-    if (version > XKV_FORMAT_VERSION) {
-        xkv_throw(XKV_STATUS_VERSION, "sidecar %s: format version %u, this library reads up to %u; upgrade xkv-gguf",
-                  path.c_str(), version, XKV_FORMAT_VERSION);
+    if (version != XKV_FORMAT_VERSION) {
+        xkv_throw(XKV_STATUS_VERSION, "sidecar %s: format version %u, expected %u; %s", path.c_str(), version, XKV_FORMAT_VERSION,
+                  version > XKV_FORMAT_VERSION ? "upgrade xkv-gguf" : "run xkv-gguf convert again");
     }
 
     frame     = xkv_get_u32(*this, ctx.get(), "xkv.frame");
-    n_sink    = xkv_get_u32(*this, ctx.get(), "xkv.n_sink");
     n_embd[K] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_k");
     n_embd[V] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_v");
 
@@ -73,72 +103,54 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
     }
 
-    const auto first  = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
-    const auto count  = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
-    const auto rank_k = xkv_get_u32s(*this, ctx.get(), "xkv.group.rank_k");
-    const auto rank_v = xkv_get_u32s(*this, ctx.get(), "xkv.group.rank_v");
+    const auto first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
+    const auto count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
 
-    if (first.empty() || count.size() != first.size() || rank_k.size() != first.size() || rank_v.size() != first.size()) {
-        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu, %zu, %zu and %zu entries, expected equal lengths",
-                  path.c_str(), first.size(), count.size(), rank_k.size(), rank_v.size());
+    if (first.empty() || count.size() != first.size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu and %zu entries, expected equal lengths", path.c_str(),
+                  first.size(), count.size());
     }
-
-    uint32_t next = 0;
     for (size_t g = 0; g < first.size(); ++g) {
-        group gr = { first[g], count[g], { rank_k[g], rank_v[g] }, { 0, 0 } };
-
-        const size_t n_layer = std::min(n_embd[K].size(), n_embd[V].size());
-        if (gr.first != next || gr.count == 0 || (uint64_t) gr.first + gr.count > n_layer) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group %zu holds layers %u + %u, expected to start at layer %u and end within %zu layers",
-                      path.c_str(), g, gr.first, gr.count, next, n_layer);
-        }
-        next = gr.first + gr.count;
-
-        for (int kd = K; kd <= V; ++kd) {
-            for (uint32_t il = gr.first; il < next; ++il) {
-                gr.dim[kd] += n_embd[kd][il];
-            }
-            for (bool is_basis : { true, false }) {
-                char name[64];
-                snprintf(name, sizeof(name), "group.%zu.%c.%s", g, kd == K ? 'k' : 'v', is_basis ? "basis" : "mean");
-
-                const int64_t id = gguf_find_tensor(ctx.get(), name);
-                if (id < 0) {
-                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s is missing", path.c_str(), name);
-                }
-                const ggml_type type  = gguf_get_tensor_type(ctx.get(), id);
-                const uint64_t  n_num = is_basis ? (uint64_t) gr.dim[kd]*gr.dim[kd] : gr.dim[kd];
-                if ((type != GGML_TYPE_F32 && type != GGML_TYPE_F16) || gguf_get_tensor_size(ctx.get(), id) != n_num*ggml_type_size(type)) {
-                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s and %zu bytes, expected %llu numbers of f32 or f16",
-                              path.c_str(), name, ggml_type_name(type), gguf_get_tensor_size(ctx.get(), id), (unsigned long long) n_num);
-                }
-                const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id) };
-                if (t.offset + n_num*ggml_type_size(type) > size) {
-                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated",
-                              path.c_str(), name, (unsigned long long) size);
-                }
-                (is_basis ? bases : means)[kd].push_back(t);
-            }
-            if (gr.rank[kd] == 0 || gr.rank[kd] > gr.dim[kd]) {
-                xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group %zu has rank %u for %c, expected 1 to %u", path.c_str(), g,
-                          gr.rank[kd], kd == K ? 'K' : 'V', gr.dim[kd]);
-            }
-        }
-        groups.push_back(gr);
+        groups.push_back({ first[g], count[g], { 0, 0 } });
     }
-    if (next != n_embd[K].size() || next != n_embd[V].size()) {
-        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: groups cover %u layers, expected %zu", path.c_str(), next, n_embd[K].size());
+    xkv_check_groups("sidecar " + path, groups, n_embd);
+
+    const auto find = [&](size_t g, int kd, const char * what, uint64_t n_num, bool half) {
+        char name[64];
+        snprintf(name, sizeof(name), "group.%zu.%c.%s", g, kd == K ? 'k' : 'v', what);
+
+        const int64_t id = gguf_find_tensor(ctx.get(), name);
+        if (id < 0) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s is missing", path.c_str(), name);
+        }
+        const ggml_type type = gguf_get_tensor_type(ctx.get(), id);
+        if ((type != GGML_TYPE_F32 && !(half && type == GGML_TYPE_F16)) || gguf_get_tensor_size(ctx.get(), id) != n_num*ggml_type_size(type)) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s and %zu bytes, expected %llu numbers of f32%s", path.c_str(),
+                      name, ggml_type_name(type), gguf_get_tensor_size(ctx.get(), id), (unsigned long long) n_num, half ? " or f16" : "");
+        }
+        const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id) };
+        if (t.offset + n_num*ggml_type_size(type) > size) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated",
+                      path.c_str(), name, (unsigned long long) size);
+        }
+        return t;
+    };
+    for (size_t g = 0; g < groups.size(); ++g) {
+        for (int kd = K; kd <= V; ++kd) {
+            const uint64_t dim = groups[g].dim[kd];
+            bases  [kd].push_back(find(g, kd, "basis",    dim*dim, true));
+            means  [kd].push_back(find(g, kd, "mean",     dim,     false));
+            spectra[kd].push_back(find(g, kd, "spectrum", dim,     false));
+        }
     }
 }
 
 std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n) const {
-    file_ptr file(fopen(path.c_str(), "rb"), fclose);
-
     std::vector<float>       res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
 
     void * dst = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
-    if (!file || fseek(file.get(), (long) t.offset, SEEK_SET) != 0 ||
+    if (fseek(file.get(), (long) t.offset, SEEK_SET) != 0 ||
         fread(dst, ggml_type_size((ggml_type) t.type), n, file.get()) != n) {
         xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n,
                   (unsigned long long) t.offset);
@@ -150,9 +162,14 @@ std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n) const {
 }
 
 std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row) const {
-    return read(bases[kd][g], (uint64_t) n_row*groups[g].dim[kd]);
+    const uint64_t n = (uint64_t) n_row*groups[g].dim[kd];
+    return calibrated() ? read(bases[kd][g], n) : std::vector<float>(n, 0.0f);
 }
 
 std::vector<float> xkv_sidecar::mean(uint32_t g, kind kd) const {
-    return read(means[kd][g], groups[g].dim[kd]);
+    return calibrated() ? read(means[kd][g], groups[g].dim[kd]) : std::vector<float>(groups[g].dim[kd], 0.0f);
+}
+
+std::vector<float> xkv_sidecar::spectrum(uint32_t g, kind kd) const {
+    return calibrated() ? read(spectra[kd][g], groups[g].dim[kd]) : std::vector<float>(groups[g].dim[kd], 0.0f);
 }

@@ -1,11 +1,15 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
+#include <memory>
 #include <string>
 #include <vector>
 
-// The sidecar file of a model (convert/FORMAT.md): bases, means and ranks per group of layers.
-// The constructor reads and checks the metadata, the tensors are read on demand.
+// The sidecar file of a model (convert/FORMAT.md): bases, means and spectra per group of layers. The constructor reads and
+// checks the metadata; the tensors are read on demand, from a file that stays open.
+//
+// Without calibration there is no file: groups alone, with bases, means and spectra of zeros.
 class xkv_sidecar {
 public:
     enum kind { K = 0, V = 1 };
@@ -13,12 +17,19 @@ public:
     struct group {
         uint32_t first;    // first layer
         uint32_t count;    // number of layers
-        uint32_t rank[2];  // planned ranks of K and V
         uint32_t dim[2];   // numbers per token of all layers together
     };
 
     // throws xkv_error
     explicit xkv_sidecar(const std::string & path);
+
+    // no calibration; dimensions are set by the model later
+    xkv_sidecar(std::vector<group> groups, uint32_t frame);
+
+    // without calibration: numbers per token of K and V for each layer; throws xkv_error when the groups don't fit
+    void set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v);
+
+    bool calibrated() const { return file != nullptr; }
 
     // the first n_row directions, each dim numbers, [n_row*dim]; throws xkv_error
     std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row) const;
@@ -26,10 +37,12 @@ public:
     // [dim]; throws xkv_error
     std::vector<float> mean(uint32_t g, kind kd) const;
 
+    // [dim] variance along each direction, descending; throws xkv_error
+    std::vector<float> spectrum(uint32_t g, kind kd) const;
+
     const std::string path;
 
-    uint32_t              frame  = 0; // chunk length in tokens
-    uint32_t              n_sink = 0; // tokens left out of calibration
+    uint32_t              frame = 0; // chunk length in tokens
     std::vector<uint32_t> n_embd[2];  // per layer: numbers per token of K and V
     std::vector<group>    groups;
 
@@ -41,6 +54,9 @@ private:
 
     std::vector<tensor> bases[2]; // per group
     std::vector<tensor> means[2];
+    std::vector<tensor> spectra[2];
+
+    std::shared_ptr<FILE> file;
 
     std::vector<float> read(const tensor & t, uint64_t n) const;
 };

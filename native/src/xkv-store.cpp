@@ -1,5 +1,6 @@
 #include "xkv-store.h"
 
+#include "xkv-codec.h"
 #include "xkv-error.h"
 
 #include "llama-impl.h"
@@ -7,182 +8,251 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <map>
+
+ggml_backend_buffer_type_t xkv_store::buft(uint32_t il) const {
+    return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+}
+
+ggml_backend_dev_t xkv_store::device(uint32_t il) const {
+    return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const {
+    pool res = { what, {}, {} };
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+    make([&](uint32_t il) {
+        auto & ctx = ctx_map[buft(il)];
+        if (!ctx) {
+            ctx = ggml_init({ /*.mem_size =*/ n_tensors*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true });
+            res.ctxs.emplace_back(ctx);
+        }
+        return ctx;
+    });
+    for (const auto & [type, ctx] : ctx_map) {
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, type);
+        if (!buf) {
+            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio",
+                      ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type), ggml_backend_buft_name(type));
+        }
+        ggml_backend_buffer_clear(buf, 0);
+        res.bufs.emplace_back(buf);
+    }
+    return res;
+}
+
+// decoding multiplies with coefficients and bases as they are stored
+static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const char * what) {
+    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+
+    const int64_t n = 256; // whole blocks of every type
+    ggml_tensor * a = ggml_new_tensor_2d(ctx.get(), type,          n, n);
+    ggml_tensor * b = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n, 1);
+    if (!ggml_backend_dev_supports_op(dev, ggml_mul_mat(ctx.get(), a, b))) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s of type %s cannot be multiplied on %s; leave %s out of the types", what, ggml_type_name(type),
+                  ggml_backend_dev_name(dev), ggml_type_name(type));
+    }
+}
 
 xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot,
                      uint32_t n_stream, bool offload) :
-    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream) {
+    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), type_basis(config.type_basis),
+    offload(offload), own(n_stream) {
     const auto & hparams = model.hparams;
-
-    // one context per part and buffer type, so that the bytes of a part are those of its buffers
-    std::map<std::pair<int, ggml_backend_buffer_type_t>, ggml_context *> ctx_map;
-
-    const size_t n_tensors = sidecar.groups.size()*2*(1 + n_stream) + hparams.n_layer()*5;
-
-    auto buft_for = [&](uint32_t il) {
-        return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
-    };
-
-    auto ctx_for = [&](part p, uint32_t il) {
-        auto * buft = buft_for(il);
-        auto & ctx  = ctx_map[{ p, buft }];
-        if (!ctx) {
-            ctx = ggml_init({ /*.mem_size =*/ n_tensors*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true });
-            ctxs.emplace_back(ctx);
-        }
-        return ctx;
-    };
 
     layers.resize(hparams.n_layer());
 
+    size_t n_segment = 0;
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
         const auto & sg = sidecar.groups[ig];
 
-        group gr = {};
-        gr.first = sg.first;
-        gr.count = sg.count;
-        for (int kd = 0; kd < 2; ++kd) {
-            gr.rank[kd] = GGML_PAD(config.rank[kd][ig], 32);
+        group gr = { sg.first, sg.count, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {} };
+        for (auto kd : { kind::K, kind::V }) {
+            for (const auto & seg : config.segments[kd][ig]) {
+                // rows of K, and of the bases of V, are whole blocks
+                const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
+                const uint32_t rank  = GGML_PAD(seg.rank, block);
+                gr.segments[kd].push_back({ seg.type, gr.rank[kd], rank, nullptr });
+                gr.rank[kd] += rank;
+                n_segment++;
+                xkv_check_supported(device(sg.first), seg.type, "coefficients");
+            }
         }
+        xkv_check_supported(device(sg.first), type_basis, "bases");
 
-        ggml_context * ctx_k = ctx_for(PART_COEF_K, gr.first);
-        ggml_context * ctx_v = ctx_for(PART_COEF_V, gr.first);
-        const bool on_host   = ggml_backend_buft_is_host(buft_for(gr.first));
-
-        gr.coef_k = ggml_new_tensor_3d(ctx_k, config.type_coef[0], gr.rank[0], n_slot, n_stream);
-        gr.coef_v = ggml_new_tensor_3d(ctx_v, config.type_coef[1], n_slot, gr.rank[1], n_stream);
-        ggml_format_name(gr.coef_k, "xkv_coef_k_g%zu", ig);
-        ggml_format_name(gr.coef_v, "xkv_coef_v_g%zu", ig);
-
-        for (uint32_t s = 0; s < n_stream; ++s) {
-            gr.coef_k_stream.push_back(ggml_view_2d(ctx_k, gr.coef_k, gr.rank[0], n_slot, gr.coef_k->nb[1], s*gr.coef_k->nb[2]));
-            gr.coef_v_stream.push_back(ggml_view_2d(ctx_v, gr.coef_v, n_slot, gr.rank[1], gr.coef_v->nb[1], s*gr.coef_v->nb[2]));
-        }
-
+        uint32_t off[2] = { 0, 0 };
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-            ggml_context * ctx = ctx_for(PART_BASES, gr.first);
-
-            // decoding takes every query through basis_k once per chunk, and on the CPU f32 is the faster type for that
-            const ggml_type type_k = on_host ? GGML_TYPE_F32 : config.type_basis;
-
-            const uint32_t n_embd_k = hparams.n_embd_k_gqa(il);
-            const uint32_t n_embd_v = hparams.n_embd_v_gqa(il);
-
-            layer & l = layers[il];
-            l.ig      = ig;
-            l.basis_k = ggml_new_tensor_2d(ctx, type_k, n_embd_k, gr.rank[0] + n_mean_row);
-            l.basis_v = ggml_new_tensor_2d(ctx, config.type_basis, gr.rank[1], n_embd_v);
-            l.mean_k  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd_k);
-            l.mean_v  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd_v);
-            l.mean_o  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(il)*hparams.n_head(il));
-            ggml_format_name(l.basis_k, "xkv_basis_k_l%u", il);
-            ggml_format_name(l.basis_v, "xkv_basis_v_l%u", il);
+            layers[il] = { (uint32_t) ig, { off[0], off[1] }, nullptr, nullptr, nullptr };
+            off[0] += hparams.n_embd_k_gqa(il);
+            off[1] += hparams.n_embd_v_gqa(il);
         }
         groups.push_back(gr);
     }
 
-    for (const auto & [key, ctx] : ctx_map) {
-        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, key.second);
-        if (!buf) {
-            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio",
-                      ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, key.second), ggml_backend_buft_name(key.second));
-        }
-        ggml_backend_buffer_clear(buf, 0);
-        bufs.emplace_back(buf);
-        buf_parts.push_back((part) key.first);
+    for (auto kd : { kind::K, kind::V }) {
+        pools.push_back(make_pool(kd == kind::K ? PART_COEF_K : PART_COEF_V, n_segment, [&](const ctx_of_t & ctx_of) {
+            for (size_t ig = 0; ig < groups.size(); ++ig) {
+                for (auto & seg : groups[ig].segments[kd]) {
+                    seg.coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(groups[ig].first), seg.type, seg.rank, n_slot, n_stream) :
+                                               ggml_new_tensor_3d(ctx_of(groups[ig].first), seg.type, n_slot, seg.rank, n_stream);
+                    ggml_format_name(seg.coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(seg.type));
+                }
+            }
+        }));
     }
+    pools.push_back(make_pool(PART_MEANS, 3*layers.size(), [&](const ctx_of_t & ctx_of) {
+        for (const auto & gr : groups) {
+            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+                auto * ctx = ctx_of(gr.first);
+                layers[il].mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(il));
+                layers[il].mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(il));
+                layers[il].mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(il)*hparams.n_head(il));
+            }
+        }
+    }));
+    fill_means();
 
-    fill_bases(model, sidecar, config);
+    calibrated = make_bases();
+    fill_bases(*calibrated);
 
     for (const auto & [name, bytes] : parts()) {
         LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes/1024.0/1024.0);
     }
 }
 
-// data [n] as the tensor's type; rows of quantized types are not used for bases
-static void xkv_set_tensor(ggml_tensor * t, const std::vector<float> & data) {
-    GGML_ASSERT((int64_t) data.size() == ggml_nelements(t));
-    if (t->type == GGML_TYPE_F32) {
-        ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
-        return;
+//
+// coefficients
+//
+
+std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
+    const group & gr = groups[ig];
+
+    std::vector<float>   res((size_t) n_chunk*gr.rank[kd]);
+    std::vector<uint8_t> data;
+    std::vector<float>   x;
+    for (const auto & seg : gr.segments[kd]) {
+        const ggml_tensor * t = seg.coef;
+        x.resize((size_t) n_chunk*seg.rank);
+        if (kd == kind::K) {
+            data.resize(n_chunk*t->nb[1]);
+            ggml_backend_tensor_get(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+        } else {
+            const size_t n_byte = ggml_row_size(t->type, n_chunk);
+            data.resize(seg.rank*n_byte);
+            ggml_backend_tensor_get_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+        }
+        xkv_decode(seg.type, data.data(), x.data(), x.size());
+        for (uint32_t i = 0; i < n_chunk; ++i) {
+            for (uint32_t r = 0; r < seg.rank; ++r) {
+                res[(size_t) i*gr.rank[kd] + seg.first + r] = kd == kind::K ? x[(size_t) i*seg.rank + r] : x[(size_t) r*n_chunk + i];
+            }
+        }
     }
-    std::vector<ggml_fp16_t> half(data.size());
-    ggml_fp32_to_fp16_row(data.data(), half.data(), data.size());
-    ggml_backend_tensor_set(t, half.data(), 0, ggml_nbytes(t));
+    return res;
 }
 
-void xkv_store::fill_bases(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config) {
-    const auto & hparams = model.hparams;
+void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef) {
+    const group & gr = groups[ig];
 
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        const group & gr = groups[ig];
+    std::vector<uint8_t> data;
+    std::vector<float>   x;
+    for (const auto & seg : gr.segments[kd]) {
+        ggml_tensor * t = seg.coef;
+        x.resize((size_t) n_chunk*seg.rank);
+        for (uint32_t i = 0; i < n_chunk; ++i) {
+            for (uint32_t r = 0; r < seg.rank; ++r) {
+                x[kd == kind::K ? (size_t) i*seg.rank + r : (size_t) r*n_chunk + i] = coef[(size_t) i*gr.rank[kd] + seg.first + r];
+            }
+        }
+        data.resize(ggml_row_size(seg.type, x.size()));
+        xkv_encode(seg.type, x.data(), data.data(), x.size());
+        if (kd == kind::K) {
+            ggml_backend_tensor_set(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+        } else {
+            const size_t n_byte = ggml_row_size(t->type, n_chunk);
+            ggml_backend_tensor_set_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+        }
+    }
+}
 
-        for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
-            const uint32_t rank  = config.rank[kd][ig];
-            const uint32_t dim   = sidecar.groups[ig].dim[kd];
-            const auto     basis = sidecar.basis(ig, kd, rank);
-            const auto     mean  = sidecar.mean (ig, kd);
-
-            size_t off = 0; // the layer's first column
-            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-                const layer &  l      = layers[il];
-                const uint32_t n_embd = sidecar.n_embd[kd][il];
-
-                const std::vector<float> mean_l(mean.begin() + off, mean.begin() + off + n_embd);
-
-                std::vector<float> data(ggml_nelements(kd == xkv_sidecar::K ? l.basis_k : l.basis_v), 0.0f);
-                for (uint32_t r = 0; r < rank; ++r) {
-                    for (uint32_t i = 0; i < n_embd; ++i) {
-                        const float x = basis[(size_t) r*dim + off + i];
-                        if (kd == xkv_sidecar::K) {
-                            data[(size_t) r*n_embd + i] = x;
-                        } else {
-                            data[(size_t) i*gr.rank[1] + r] = x;
-                        }
-                    }
-                }
-                if (kd == xkv_sidecar::K) {
-                    std::copy(mean_l.begin(), mean_l.end(), data.begin() + (size_t) gr.rank[0]*n_embd);
-                    xkv_set_tensor(l.basis_k, data);
-                    xkv_set_tensor(l.mean_k, mean_l);
-                } else {
-                    xkv_set_tensor(l.basis_v, data);
-                    xkv_set_tensor(l.mean_v, mean_l);
-
-                    const uint32_t n_head_dim = hparams.n_embd_head_v(il);
-                    const uint32_t n_gqa      = hparams.n_gqa(il);
-
-                    std::vector<float> mean_o;
-                    for (uint32_t h = 0; h < hparams.n_head(il); ++h) {
-                        const auto head = mean_l.begin() + (size_t) (h/n_gqa)*n_head_dim;
-                        mean_o.insert(mean_o.end(), head, head + n_head_dim);
-                    }
-                    xkv_set_tensor(l.mean_o, mean_o);
-                }
-                off += n_embd;
+void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
+    reset_bases(dst);
+    if (own[src]) {
+        own_bases(dst);
+        for (auto kd : { kind::K, kind::V }) {
+            for (uint32_t il = 0; il < layers.size(); ++il) {
+                ggml_backend_tensor_copy(own[src]->basis[kd][il], own[dst]->basis[kd][il]);
+            }
+        }
+    }
+    std::vector<uint8_t> data;
+    for (const auto & gr : groups) {
+        for (auto kd : { kind::K, kind::V }) {
+            for (const auto & seg : gr.segments[kd]) {
+                data.resize(seg.coef->nb[2]);
+                ggml_backend_tensor_get(seg.coef, data.data(), src*data.size(), data.size());
+                ggml_backend_tensor_set(seg.coef, data.data(), dst*data.size(), data.size());
             }
         }
     }
 }
 
 void xkv_store::clear() {
-    for (size_t i = 0; i < bufs.size(); ++i) {
-        if (buf_parts[i] != PART_BASES) {
-            ggml_backend_buffer_clear(bufs[i].get(), 0);
+    for (auto & p : pools) {
+        for (auto & buf : p.bufs) {
+            if (p.what != PART_MEANS) {
+                ggml_backend_buffer_clear(buf.get(), 0);
+            }
         }
     }
 }
 
-std::vector<std::pair<std::string, size_t>> xkv_store::parts() const {
-    static const char * names[PART_COUNT] = { "K coefficients", "V coefficients", "bases and means" };
+//
+// report
+//
 
-    std::vector<std::pair<std::string, size_t>> res;
-    for (int p = 0; p < PART_COUNT; ++p) {
-        size_t bytes = 0;
-        for (size_t i = 0; i < bufs.size(); ++i) {
-            bytes += buf_parts[i] == p ? ggml_backend_buffer_get_size(bufs[i].get()) : 0;
+std::vector<std::pair<std::string, size_t>> xkv_store::parts() const {
+    size_t bytes[PART_COUNT] = {};
+
+    const auto count = [&](const pool & p) {
+        for (const auto & buf : p.bufs) {
+            bytes[p.what] += ggml_backend_buffer_get_size(buf.get());
         }
-        res.emplace_back(names[p], bytes);
+    };
+    for (const auto & p : pools) {
+        count(p);
+    }
+    count(calibrated->mem);
+    for (const auto & set : own) {
+        if (set) {
+            count(set->mem);
+        }
+    }
+    return {
+        { "K coefficients",  bytes[PART_COEF_K] },
+        { "V coefficients",  bytes[PART_COEF_V] },
+        { "bases and means", bytes[PART_BASES] + bytes[PART_MEANS] },
+    };
+}
+
+std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> xkv_store::buffers() const {
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> res;
+
+    const auto list = [&](const pool & p) {
+        for (const auto & buf : p.bufs) {
+            res.emplace_back(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
+        }
+    };
+    for (const auto & p : pools) {
+        list(p);
+    }
+    list(calibrated->mem);
+    for (const auto & set : own) {
+        if (set) {
+            list(set->mem);
+        }
     }
     return res;
 }

@@ -1,0 +1,89 @@
+#pragma once
+
+#include "xkv-flush.h"
+#include "xkv-store.h"
+
+#include "xkv.h"
+
+#include <cstdint>
+#include <vector>
+
+class llama_kv_cache_xkv;
+struct xkv_chunk;
+
+// Bases that follow the prompt. When the number of a stream's stored tokens has doubled, the tokens that are about to
+// leave the window show how much the bases lose on them. When that is more than calibration made expect, the bases are
+// computed anew from the calibrated covariance, the stored coefficients and these tokens; stored coefficients are
+// projected onto the new bases.
+//
+// The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it
+// (Rayleigh-Ritz): products with many rows run on the backend, the small eigenproblems in LAPACK.
+class xkv_online_bases {
+public:
+    xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush & flush);
+
+    // before the jobs' tokens are compressed; throws xkv_error
+    void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+
+    // the stream has no tokens any more
+    void reset(uint32_t stream);
+
+    // stream dst holds a copy of stream src
+    void copy(uint32_t src, uint32_t dst) { states[dst] = states[src]; }
+
+    xkv_online_info info(uint32_t stream) const { return states[stream].info; }
+
+private:
+    using kind = xkv_store::kind;
+
+    struct state {
+        uint32_t        n_next   = 0; // tokens at which the next check is due
+        uint32_t        n_update = 0; // tokens at the last update
+        xkv_online_info info     = {};
+
+        // per kind and group: directions in use; fewer than the rank only when there was no calibration
+        std::vector<uint32_t> n_dir[2];
+    };
+
+    // one kind of one group
+    struct problem {
+        kind     kd;
+        uint32_t ig;
+    };
+
+    // what an update works with: rows of the old basis, then new directions
+    struct space {
+        uint32_t           n_old = 0;
+        uint32_t           n     = 0;
+        std::vector<float> rows;   // [n, dim]
+        std::vector<float> gram;   // [n, n] rows with each other
+        std::vector<float> cov;    // [n, n] the expected covariance of future tokens
+        std::vector<float> combos; // [rank, n] the new basis in terms of rows; unused ones are zero
+    };
+
+    llama_kv_cache_xkv & cache;
+    const xkv_flush &    flush;
+
+    xkv_graph graph;
+
+    std::vector<state>   states;   // per stream
+    std::vector<problem> problems; // all kinds and groups
+    float                expected; // error of the calibrated bases on the calibration data
+
+    // mean over problems of the share of the tokens' variance that is lost
+    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+
+    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+
+    void build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
+    bool solve(const problem & pr, space & sp) const;
+    void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp);
+
+    // weight 1 - noise of every direction's type [rank]
+    std::vector<float> kept(const problem & pr) const;
+
+    // the tokens of the jobs as inputs of the graph
+    ggml_tensor * input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
+
+    std::vector<uint32_t> stored_chunks(uint32_t stream) const;
+};
