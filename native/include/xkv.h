@@ -37,19 +37,29 @@ enum xkv_status {
     XKV_STATUS_INTERNAL         = 8,
 };
 
+// Directions of one kind of one group whose coefficients share a type.
+struct xkv_segment {
+    uint32_t group;
+    uint32_t kind; // 0 = K, 1 = V
+    uint32_t rank; // directions, a multiple of the type's block along them (K) and of 32; the group's last segment may end at its dimension
+    int32_t  type; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0, Q2_0, Q1_0
+};
+
 // How the next llama_context of this thread keeps its KV cache. Sizes are in tokens.
 struct xkv_params {
-    const char *     sidecar;     // path of the sidecar GGUF file
-    const uint32_t * rank_k;      // [n_group] ranks to use, or NULL for the sidecar's own plan
-    const uint32_t * rank_v;      // [n_group]
-    uint32_t         n_group;     // length of rank_k and rank_v (0 when they are NULL)
-    int32_t          n_sink;      // first tokens of a sequence that stay exact
-    int32_t          n_window;    // most recent tokens that stay exact
-    int32_t          n_block;     // tokens that leave the window together; a multiple of the sidecar's frame
-    int32_t          n_absorb;    // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
-    int32_t          type_coef_k; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0
-    int32_t          type_coef_v;
-    int32_t          type_basis;  // ggml_type of the bases: F32, F16; those of K are F32 on the CPU
+    const char *               sidecar;   // path of the sidecar GGUF file, or NULL: no calibration, bases are learnt from the first tokens
+    const uint32_t *           first;     // [n_group] without a sidecar: first layer and number of layers of each group
+    const uint32_t *           count;
+    uint32_t                   n_group;
+    uint32_t                   frame;     // without a sidecar: chunk length in tokens
+    const struct xkv_segment * segments;  // by group, K before V, then by descending variance
+    uint32_t                   n_segment;
+    int32_t                    n_sink;    // first tokens of a sequence that stay exact
+    int32_t                    n_window;  // fewest recent tokens that stay exact
+    int32_t                    n_absorb;  // most queries of a micro-batch for which attention is absorbed
+    int32_t                    type_basis;// F32, F16, Q8_0, Q5_0
+    int32_t                    online;    // 1: bases follow the prompt, 0: they stay as calibrated
+    int32_t                    n_prior;   // tokens that the calibration is worth when bases are updated
 };
 
 // One line of a memory report: bytes that are allocated now.
@@ -90,6 +100,9 @@ int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts,
 
 // tokens of a sequence by where they are kept: exact (sinks and window) and compressed
 int xkv_seq_tokens(const struct llama_context * ctx, int32_t seq_id, uint32_t * n_exact, uint32_t * n_stored);
+
+struct xkv_online_info { uint32_t n_update; uint32_t n_check; float residual; float expected; };
+int xkv_online(const struct llama_context * ctx, int32_t seq_id, struct xkv_online_info * info); // of the stream that holds the sequence
 
 // the text of the operation that an xkv context refused since the last call, "" when there was none
 const char * xkv_context_refusal(struct llama_context * ctx);
