@@ -10,9 +10,9 @@ import numpy as np
 
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
-from xkv_gguf.convert.sidecar_info import KINDS, Kind
 from xkv_gguf.convert.text import cut_texts, read_texts
 
 FILE_LEN = 2048
@@ -43,6 +43,10 @@ class LayerGroups:
             return [sum(embd[f : f + c]) for f, c in zip(first, count, strict=True)]
 
         return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)})
+
+    def name(self, group: int) -> str:
+        """Layers of a group for people: "0-4"."""
+        return f"{self.first[group]}-{self.first[group] + self.count[group] - 1}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from xkv_gguf import _native
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.sidecar_info import KINDS, Kind
+from xkv_gguf.convert.plan import KINDS, Kind
 
 F64 = npt.NDArray[np.float64]
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from xkv_gguf.convert.fingerprint import model_fingerprint
-from xkv_gguf.convert.sidecar_info import SUFFIX, sidecar_beside
+from xkv_gguf.convert.sidecar_info import FORMAT_VERSION, SUFFIX, sidecar_beside
 
 
 def cache_folder() -> Path:
@@ -29,7 +29,8 @@ def cached_sidecar(model: str | Path) -> Path:
     ModelError
         The model cannot be read.
     """
-    return cache_folder() / f"{model_fingerprint(model)}{SUFFIX}"
+    # with the version, so that an update makes a new one instead of stumbling over the old
+    return cache_folder() / f"{model_fingerprint(model)}-v{FORMAT_VERSION}{SUFFIX}"
 
 
 def find_sidecar(model: str | Path) -> Path | None:

@@ -11,17 +11,21 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from xkv_gguf.convert.cache_plan import Wishes
 from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.find import cached_sidecar, find_sidecar
 from xkv_gguf.convert.fingerprint import model_fingerprint, read_model_header
-from xkv_gguf.convert.plan import bytes_per_coef, check_rank, group_layers, plan_ranks, ratio_range
-from xkv_gguf.convert.settings import RATIO, Settings
+from xkv_gguf.convert.group_choice import Candidate, choose, predicted_distortion, within_reach
+from xkv_gguf.convert.model_shape import find_shape, known_shape
+from xkv_gguf.convert.plan import Kind, group_layers
+from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sidecar_info import Calibration, Group, Kind, SidecarInfo, sidecar_beside, tensor_name
+from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, sidecar_beside, tensor_name
 from xkv_gguf.convert.sidecar_write import check_writable, write_sidecar
-from xkv_gguf.convert.solve import Solver
+from xkv_gguf.convert.sizes import ModelShape
+from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.errors import SidecarError
 
 __all__ = ["Converted", "convert", "ensure_sidecar", "find_sidecar"]
@@ -72,87 +76,84 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     fingerprint = model_fingerprint(model)
     with Engine(model, settings.threads) as engine:
         embd_k, embd_v = model_layers(engine)
-        n_layer = len(embd_k)
-        group_size = settings.groups_of(n_layer)
-        groups = LayerGroups.of(*group_layers(n_layer, group_size), embd_k, embd_v)
-        ratio, notes = _settle_ratio(groups, settings)
+        shape = known_shape(find_shape(header), embd_k, embd_v)
+        wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.knob, settings.n_sink)
+        sizes = settings.group_sizes(embd_k, embd_v)
+        captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
+        candidates = [Candidate.of(size, captured, shape) for size in sizes]
+        candidates = within_reach(candidates, shape, wishes, settings.frame)
         texts = file_sequences(engine, settings) if settings.data else None
         n_run = sum(map(len, texts)) if texts is not None else int(np.prod(self_shape(engine, settings.tokens)))
-        biggest = max(max(dims) for dims in groups.dims.values())
+        notes = []
+        biggest = max(max(dims) for dims in captured.dims.values())
         if n_run < 4 * biggest:
             notes.append(
                 f"{n_run} calibration tokens are few for groups of {biggest} numbers, {4 * biggest} are advised"
             )
-
+        n_basis = sum(2 * len(candidate.groups.first) for candidate in candidates)
         with (
             tqdm(total=n_run, desc="calibrating", unit="tok", disable=not show_progress) as run_bar,
-            tqdm(total=2 * len(groups.first), desc="solving", unit="basis", disable=not show_progress) as solve_bar,
-            Solver[tuple[int, Kind]](settings.threads, settings.basis_type, solve_bar.update) as solver,
+            tqdm(total=n_basis, desc="solving", unit="basis", disable=not show_progress) as solve_bar,
+            Solver[tuple[int, int, Kind]](settings.threads, settings.basis_type, solve_bar.update) as solver,
         ):
 
-            def use(g: int, kind: Kind, sums: Sums) -> None:
-                first, last = groups.first[g], groups.first[g] + groups.count[g] - 1
-                what = f"{kind.upper()} of layers {first}-{last}"
-                solver.submit((g, kind), sums.gram, sums.total, sums.n_tokens, what)
+            def use(captured_group: int, kind: Kind, sums: Sums) -> None:
+                for candidate in candidates:
+                    for g in (g for g, inside in enumerate(candidate.inside) if inside == captured_group):
+                        part = candidate.cut(g, kind, sums)
+                        what = f"{kind.upper()} of layers {candidate.groups.name(g)}"
+                        solver.submit((candidate.size, g, kind), part.gram, part.total, part.n_tokens, what)
 
-            text = collect(engine, groups, settings, texts, run_bar.update, use)
+            text = collect(engine, captured, settings, texts, run_bar.update, use)
             bases = solver.results()
 
+    chosen, tried = _choose(candidates, bases, shape, wishes, settings.frame)
+    notes += tried
     arrays: dict[str, Array] = {}
-    spectra: dict[Kind, list[Array]] = {"k": [], "v": []}
-    for (g, kind), basis in bases.items():
-        spectra[kind].append(basis.spectrum)
-        arrays[tensor_name(g, kind, "basis")] = basis.basis
-        arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
-        arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
-
-    if ratio > 0:
-        bpc = bytes_per_coef(settings.type_coef)
-        rank_k, rank_v = plan_ranks(spectra["k"], spectra["v"], ratio, bpc, bpc)
-    else:
-        assert settings.rank_k is not None and settings.rank_v is not None
-        rank_k = [min(settings.rank_k, d) for d in groups.dims["k"]]
-        rank_v = [min(settings.rank_v, d) for d in groups.dims["v"]]
+    for (size, g, kind), basis in bases.items():
+        if size == chosen.size:
+            arrays[tensor_name(g, kind, "basis")] = basis.basis
+            arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
+            arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
     info = SidecarInfo(
         fingerprint=fingerprint,
         architecture=header.scalar("general.architecture"),
         name=str(header.scalar("general.name", "")),
         embd_k=tuple(embd_k),
         embd_v=tuple(embd_v),
-        group_size=group_size,
+        group_size=chosen.size,
         frame=settings.frame,
         n_sink=settings.n_sink,
-        groups=tuple(Group(*row) for row in zip(groups.first, groups.count, rank_k, rank_v, strict=True)),
-        ratio=ratio,
+        groups=tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True)),
         calibration=Calibration(
             "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
         ),
-        settings=settings.record(n_layer),
+        settings=settings.record(len(embd_k)),
+        knob=settings.knob,
+        n_ctx=wishes.n_ctx,
     )
     write_sidecar(out, info, arrays)
     return Converted(out, info, tuple(notes))
 
 
-def _settle_ratio(groups: LayerGroups, settings: Settings) -> tuple[float, list[str]]:
-    """The ratio to plan for, 0 for given ranks, and notes; refuses what the model's dimensions rule out."""
-    if settings.rank_k is not None and settings.rank_v is not None:
-        for what, rank, dims in (
-            ("rank of K", settings.rank_k, groups.dims["k"]),
-            ("rank of V", settings.rank_v, groups.dims["v"]),
-        ):
-            # smaller groups take their dimension
-            check_rank(rank, max(dims), what)
-        return 0.0, []
-    bpc = bytes_per_coef(settings.type_coef)
-    if settings.ratio is not None:
-        ones: dict[Kind, list[Array]] = {kind: [np.ones(d) for d in dims] for kind, dims in groups.dims.items()}
-        plan_ranks(ones["k"], ones["v"], settings.ratio, bpc, bpc)
-        return settings.ratio, []
-    low, high = ratio_range(groups.dims["k"], groups.dims["v"], bpc, bpc)
-    ratio = min(max(RATIO, low), high)
-    if ratio == RATIO:
-        return ratio, []
-    return ratio, [f"the default ratio {RATIO:g} is out of reach for so small a model, {ratio:.3g} is used"]
+def _choose(
+    candidates: list[Candidate],
+    bases: dict[tuple[int, int, Kind], Basis],
+    shape: ModelShape,
+    wishes: Wishes,
+    frame: int,
+) -> tuple[Candidate, list[str]]:
+    """The candidate to write, and a note that compares them where there are several."""
+    if len(candidates) == 1:
+        return candidates[0], []
+    found: dict[int, float] = {}
+    for candidate in candidates:
+        spectra = {(g, kind): basis.spectrum for (size, g, kind), basis in bases.items() if size == candidate.size}
+        found[candidate.size] = predicted_distortion(candidate.statistics(spectra, frame), shape, wishes)
+    size = choose(found)
+    values = ", ".join(f"{n}: {value:.4f}" for n, value in found.items())
+    note = f"group size {size} is taken; predicted distortion at {wishes.knob} by group size: {values}"
+    return next(candidate for candidate in candidates if candidate.size == size), [note]
 
 
 def ensure_sidecar(

@@ -1,37 +1,93 @@
-"""How ranks are shared out. Pure functions of spectra."""
+"""Which directions are kept, and with how many bits: reverse water-filling over all groups, K and V together.
+
+Pure functions of spectra. A direction of relative variance v costs `v * noise(type)` when it is stored and `v` when it
+is dropped. At the best plan, a byte more buys the same everywhere; that price is found by bisection, and what is left
+of the budget then goes where it helps most.
+"""
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from xkv_gguf.convert.coef_types import TYPES
+from xkv_gguf.convert.waterfill import STEP, Problem, fill
 from xkv_gguf.errors import OptionError
 
 Spectrum = npt.NDArray[np.floating]
+Kind = Literal["k", "v"]
+KINDS: tuple[Kind, ...] = ("k", "v")
 
-RANK_STEP = 32
-"""Ranks grow in steps of one ggml quantization block."""
-
-BYTES_PER_COEF: dict[str, float] = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
-"""Bytes that one coefficient takes, by ggml type name."""
+MAX_SEGMENTS = 4
 
 
-def bytes_per_coef(type_name: str) -> float:
-    """Bytes of one coefficient of a ggml type.
+@dataclass(frozen=True)
+class Segment:
+    """Directions of one kind of one group, after those of the segment before, whose coefficients share a type."""
 
-    Raises
-    ------
-    OptionError
-        The type cannot hold coefficients.
+    group: int
+    kind: Kind
+    rank: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a plan needs to know of a model's groups of layers.
+
+    Attributes
+    ----------
+    first, count : tuple of int
+        First layer and number of layers of each group.
+    spectra : dict of str to tuple of ndarray
+        By kind and group: variance along each of the group's D directions, descending.
+    weights : dict of str to tuple of float
+        By kind and group: what one unit of relative distortion costs.
+    frame : int
+        Tokens per chunk.
+    kld_scale : float
+        Mean divergence of the next-token distribution, in nats, per unit of distortion; 0 when unknown.
     """
-    try:
-        return BYTES_PER_COEF[type_name]
-    except KeyError as err:
-        raise OptionError(f"coefficient type {type_name!r}: one of {', '.join(BYTES_PER_COEF)} expected") from err
+
+    first: tuple[int, ...]
+    count: tuple[int, ...]
+    spectra: dict[Kind, tuple[Spectrum, ...]]
+    weights: dict[Kind, tuple[float, ...]]
+    frame: int
+    kld_scale: float = 0.0
+
+    def dim(self, group: int, kind: Kind) -> int:
+        """Numbers per token of one kind of a group: D."""
+        return len(self.spectra[kind][group])
+
+    def variances(self, group: int, kind: Kind) -> npt.NDArray[np.float64]:
+        """Weighted share of the variance along each direction, shape (D,); zeros for a spectrum of zeros."""
+        spectrum = np.asarray(self.spectra[kind][group], dtype=np.float64)
+        total = spectrum.sum()
+        return self.weights[kind][group] * spectrum / total if total > 0 else np.zeros_like(spectrum)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What is counted against a budget.
+
+    Attributes
+    ----------
+    slots : int
+        Tokens that the store has room for; 1 to count bytes per token.
+    type_basis : str
+        Type of the bases, for their distortion.
+    with_bases : bool
+        Whether a direction's bytes in the basis count.
+    """
+
+    slots: int
+    type_basis: str
+    with_bases: bool = True
 
 
 def group_layers(n_layer: int, group_size: int) -> tuple[list[int], list[int]]:
@@ -56,110 +112,153 @@ def group_layers(n_layer: int, group_size: int) -> tuple[list[int], list[int]]:
     return first, count
 
 
-def check_rank(rank: int, dim: int, what: str) -> None:
-    """Check that a rank is a multiple of 32 below the dimension, or the dimension itself.
-
-    Raises
-    ------
-    OptionError
-        It is not; the text begins with `what`.
-    """
-    if rank == dim or (0 < rank < dim and rank % RANK_STEP == 0):
-        return
-    raise OptionError(f"{what} {rank}: a multiple of {RANK_STEP} below {dim}, or {dim}, expected")
-
-
 def energy_kept(spectrum: Spectrum, rank: int) -> float:
     """Share of the variance that the first `rank` directions hold, 0 to 1 (1 for a spectrum of zeros)."""
     total = float(np.sum(spectrum, dtype=np.float64))
     return float(np.sum(spectrum[:rank], dtype=np.float64)) / total if total > 0 else 1.0
 
 
-def ratio_range(dims_k: Sequence[int], dims_v: Sequence[int], bpc_k: float, bpc_v: float) -> tuple[float, float]:
-    """Smallest and largest ratio to f16: every rank at its dimension, and every rank at 32.
+def assumed_spectrum(dim: int) -> Spectrum:
+    """Variances that are assumed where nothing was measured: direction i has 1 / (i + 8)^1.5.
 
-    Parameters
-    ----------
-    dims_k, dims_v : sequence of int
-        Dimensions of the groups.
-    bpc_k, bpc_v : float
-        Bytes of one coefficient of K and of V.
+    An assumption about the shape only: a heavy tail after a steep beginning. It decides how many bits each direction
+    gets until bases are learnt, which directions these are it does not say.
     """
-    plain = 2.0 * (sum(dims_k) + sum(dims_v))
-    full = bpc_k * sum(dims_k) + bpc_v * sum(dims_v)
-    least = bpc_k * sum(min(RANK_STEP, d) for d in dims_k) + bpc_v * sum(min(RANK_STEP, d) for d in dims_v)
-    return plain / full, plain / least
+    result: Spectrum = (np.arange(dim) + 8.0) ** -1.5
+    return result
 
 
-def plan_ranks(
-    spectra_k: Sequence[Spectrum],
-    spectra_v: Sequence[Spectrum],
-    ratio: float,
-    bytes_per_coef_k: float,
-    bytes_per_coef_v: float,
-) -> tuple[list[int], list[int]]:
-    """Ranks that keep the most energy in a given number of bytes per token.
+def granule(type_name: str, kind: Kind, frame: int) -> int:
+    """Directions that a segment of a type is a multiple of; 0 when the type cannot be used.
 
-    Starts every group at rank 32 and gives the next 32 directions to the group and kind (K or V) where they hold the
-    largest share of that group's variance per byte, as long as the budget lasts. Spectra descend, so the greedy
-    choice is the best one up to the last step.
+    A row of K is a token, so that a quantization block lies along the directions. A row of V is a direction, so that
+    a block lies along the tokens of a chunk and has to fit into it.
+    """
+    block = TYPES[type_name].block
+    if kind == "k":
+        return max(STEP, block)
+    return STEP if frame % block == 0 else 0
+
+
+def stored_rank(segment: Segment) -> int:
+    """Coefficients per token of a segment: its rank, and zeros up to a whole block of K (of 32 directions of V)."""
+    block = TYPES[segment.type].block
+    if block == 1:
+        return segment.rank
+    step = block if segment.kind == "k" else STEP
+    return -(-segment.rank // step) * step
+
+
+def plan_segments(
+    stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices, budget: float
+) -> tuple[Segment, ...] | None:
+    """The segments with the least distortion in a budget.
 
     Parameters
     ----------
-    spectra_k, spectra_v : sequence of ndarray
-        Per group, the variances per direction in descending order; their lengths are the groups' dimensions D.
-    ratio : float
-        f16 bytes per token of the whole plain cache over the coefficients' bytes per token.
-    bytes_per_coef_k, bytes_per_coef_v : float
-        Bytes of one coefficient of K and of V, see `BYTES_PER_COEF`.
+    stats : Statistics
+    types : sequence of str
+        Coefficient types that may be used, by descending bytes.
+    max_segments : int
+        Most segments of one kind of one group.
+    prices : Prices
+    budget : float
+        Bytes, for what `prices` counts.
 
     Returns
     -------
-    rank_k, rank_v : list of int
-        Multiples of 32, or exactly D.
+    tuple of Segment, or None
+        By group, K before V, then by descending variance; None when even the smallest plan is over the budget. Every
+        kind of every group keeps at least one segment.
+    """
+    problem, names = _problem(stats, types, max_segments, prices)
+    counts = fill(problem, budget)
+    if counts is None:
+        return None
+    segments = []
+    for row, (g, kind) in zip(counts, _sources(stats), strict=True):
+        left = stats.dim(g, kind)
+        for name, n in zip(names, row, strict=True):
+            if n > 0:
+                segments.append(Segment(g, kind, min(int(n) * STEP, left), name))
+                left -= segments[-1].rank
+    return tuple(segments)
+
+
+def least_cost(stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices) -> float:
+    """Bytes of the smallest plan; parameters as in `plan_segments`."""
+    return _problem(stats, types, max_segments, prices)[0].least_cost()
+
+
+def same_rank(stats: Statistics, rank: int | None, type_name: str) -> tuple[Segment, ...]:
+    """One segment for every kind of every group, of the same rank (at most D) or of full rank (None).
 
     Raises
     ------
     OptionError
-        The ratio is not a number that can be met; the text names the range that can.
+        The rank is no multiple of what the type needs, or the type cannot be used for V.
     """
-    dims_k = [len(s) for s in spectra_k]
-    dims_v = [len(s) for s in spectra_v]
-    spectra = [*spectra_k, *spectra_v]
-    dims = dims_k + dims_v
-    cost = [bytes_per_coef_k] * len(dims_k) + [bytes_per_coef_v] * len(dims_v)
-    plain = 2.0 * sum(dims)
-    ranks = [min(RANK_STEP, d) for d in dims]
-    spent = sum(r * c for r, c in zip(ranks, cost, strict=True))
-    lowest, highest = ratio_range(dims_k, dims_v, bytes_per_coef_k, bytes_per_coef_v)
-    slack = 1e-9
-    if not lowest * (1 - slack) <= ratio <= highest * (1 + slack):
-        # rounded inwards, so that the printed ends can be asked for
-        low, high = math.ceil(lowest * 1000) / 1000, math.floor(highest * 1000) / 1000
-        raise OptionError(
-            f"ratio {ratio:g}: {low:.3f} (full rank) to {high:.3f} (rank {RANK_STEP} everywhere) expected "
-            "for this model and coefficient type"
-        )
-    budget = plain / ratio * (1 + slack)
+    segments = []
+    for g, kind in _sources(stats):
+        step, dim = granule(type_name, kind, stats.frame), stats.dim(g, kind)
+        if step == 0:
+            raise OptionError(
+                f"type {type_name} for V: its blocks of {TYPES[type_name].block} tokens do not fit into chunks of "
+                f"{stats.frame}; use another type"
+            )
+        if rank is not None and rank < dim and (rank < 1 or rank % step):
+            raise OptionError(f"rank {rank}: a multiple of {step} (for {type_name}), or 'full', expected")
+        segments.append(Segment(g, kind, dim if rank is None else min(rank, dim), type_name))
+    return tuple(segments)
 
-    heap: list[tuple[float, int]] = []
 
-    def push(i: int) -> None:
-        if ranks[i] < dims[i]:
-            step = spectra[i][ranks[i] : ranks[i] + RANK_STEP]
-            total = float(np.sum(spectra[i], dtype=np.float64))
-            gain = float(np.sum(step, dtype=np.float64)) / total if total > 0 else 0.0
-            heapq.heappush(heap, (-gain / (len(step) * cost[i]), i))
+def distortion(stats: Statistics, segments: Sequence[Segment], type_basis: str) -> float:
+    """Predicted distortion: over all groups and kinds, the weighted share of the variance that is lost.
 
-    for i in range(len(spectra)):
-        push(i)
-    while heap:
-        _, i = heapq.heappop(heap)
-        step = min(RANK_STEP, dims[i] - ranks[i])
-        if spent + step * cost[i] > budget:
-            continue  # a cheaper kind may still fit
-        ranks[i] += step
-        spent += step * cost[i]
-        push(i)
-    n = len(dims_k)
-    return ranks[:n], ranks[n:]
+    Dropped directions lose theirs, stored ones the noise of their type and of the bases' type.
+    """
+    done = dict.fromkeys(_sources(stats), 0)
+    lost = sum(float(stats.variances(*source).sum()) for source in done)
+    for segment in segments:
+        source = (segment.group, segment.kind)
+        kept = float(stats.variances(*source)[done[source] : done[source] + segment.rank].sum())
+        lost -= kept * (1 - TYPES[segment.type].noise - TYPES[type_basis].noise)
+        done[source] += segment.rank
+    return max(0.0, lost)
+
+
+def _sources(stats: Statistics) -> list[tuple[int, Kind]]:
+    return [(g, kind) for g in range(len(stats.first)) for kind in KINDS]
+
+
+def _problem(
+    stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices
+) -> tuple[Problem, tuple[str, ...]]:
+    """The plan in steps of 32 directions, and the types that its columns stand for."""
+    sources = _sources(stats)
+    steps = {(kind, t): granule(t, kind, stats.frame) for kind in KINDS for t in types}
+    for kind in KINDS:
+        if not any(steps[kind, t] for t in types):
+            raise OptionError(
+                f"coefficient types {'+'.join(types)}: none has blocks that fit into chunks of {stats.frame} tokens, "
+                f"as {kind.upper()} needs; allow a type with smaller blocks"
+            )
+    dims = np.array([stats.dim(*source) for source in sources])
+    # a segment may end inside a block where the directions end, so the last block counts as whole
+    longest = max(step for step in steps.values()) // STEP
+    n_step = int(-(-dims.max() // (STEP * longest)) * longest)
+    gains = np.zeros((len(sources), n_step))
+    there = np.clip(dims[:, None] - STEP * np.arange(n_step), 0, STEP)  # directions in each step
+    for i, source in enumerate(sources):
+        padded = np.zeros(n_step * STEP)
+        padded[: dims[i]] = stats.variances(*source)
+        gains[i] = padded.reshape(n_step, STEP).sum(axis=1)
+    costs = np.empty((len(sources), len(types), n_step))
+    basis_bytes = TYPES[prices.type_basis].bytes if prices.with_bases else 0.0
+    for j, t in enumerate(types):
+        stored = there if TYPES[t].block == 1 else np.full_like(there, STEP)
+        costs[:, j] = stored * TYPES[t].bytes * prices.slots + (there > 0) * STEP * basis_bytes * dims[:, None]
+    keep = np.array([1 - TYPES[t].noise - TYPES[prices.type_basis].noise for t in types])
+    granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
+    ends = -(-dims // STEP)
+    return Problem(gains, costs, keep, granules, ends, min(max_segments, len(types))), tuple(types)

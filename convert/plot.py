@@ -7,20 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from xkv_gguf.convert.cache_plan import CachePlan
+from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.sidecar import Sidecar
-from xkv_gguf.convert.sidecar_info import KINDS
 from xkv_gguf.convert.sidecar_write import check_writable
 from xkv_gguf.errors import OptionError
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def plot_spectra(sidecar: Sidecar, path: Path) -> None:
-    """Draw the variance along each direction, one line per group, K and V side by side; dots mark the planned ranks.
+def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
+    """Draw the variance along each direction, one line per group, K and V side by side; dots end a plan's segments.
 
     Parameters
     ----------
     sidecar : Sidecar
+    plan : CachePlan
     path : Path
         A file name that ends in .png, .svg or .pdf.
 
@@ -45,18 +47,18 @@ def plot_spectra(sidecar: Sidecar, path: Path) -> None:
         for g, group in enumerate(info.groups):
             spectrum = np.asarray(sidecar.spectrum(g, kind), dtype=np.float64)
             share = spectrum / max(spectrum.sum(), np.finfo(np.float64).tiny)
-            rank = group.rank_k if kind == "k" else group.rank_v
+            ends = np.cumsum([segment.rank for segment in plan.of(g, kind)])
             x = np.arange(1, len(share) + 1)
-            label = f"layers {group.first}-{group.first + group.count - 1}, rank {rank}"
+            label = f"layers {group.first}-{group.first + group.count - 1}, rank {ends[-1]}"
             line = axis.semilogy(x[share > 0], share[share > 0], lw=1.2, label=label)[0]
-            if share[rank - 1] > 0:
-                axis.plot(rank, share[rank - 1], "o", ms=5, color=line.get_color())
+            ends = ends[share[ends - 1] > 0]
+            axis.plot(ends, share[ends - 1], "o", ms=4, color=line.get_color())
         axis.set_title(f"{kind.upper()}, {len(info.groups)} groups")
         axis.set_xlabel("direction")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     axes[0].set_ylabel("share of the variance")
-    figure.suptitle(f"{info.name or info.architecture}: spectra, dots at the planned ranks")
+    figure.suptitle(f"{info.name or info.architecture}: spectra, dots where segments end")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temp:
         figure.savefig(Path(temp) / path.name, dpi=120)
         (Path(temp) / path.name).replace(path)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from xkv_gguf.convert.plan import BYTES_PER_COEF
-from xkv_gguf.convert.sidecar_info import FRAMES
+from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
+from xkv_gguf.convert.plan import group_layers
+from xkv_gguf.convert.sidecar_info import FRAMES, PLAN_CTX
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
 
 GROUP_SIZE = 5
-RATIO = 7.0
+AUTO_SIZES = (2, 5, 10)
+"""Group sizes that "auto" chooses from."""
+
+AUTO_DIM = 4096
+"""Most numbers per token of a group that "auto" tries."""
+
 FRAME = 64
 TOKENS = 24576
 BASIS_TYPES = ("f16", "f32")
@@ -32,14 +39,13 @@ class Settings:
 
     Attributes
     ----------
-    group_size : int, optional
-        Most layers that share coefficients. None is `GROUP_SIZE`, or all layers of a smaller model.
-    ratio : float, optional
-        f16 bytes per token over coefficient bytes per token. None is `RATIO`, or the nearest that a tiny model allows.
-    rank_k, rank_v : int, optional
-        Ranks of every group (at most its dimension), both or neither; they take the place of a ratio.
-    type_coef : str
-        Coefficient type that the ratio counts with.
+    group_size : int or "auto", optional
+        Most layers that share coefficients. None is `GROUP_SIZE`, or all layers of a smaller model. "auto" takes the
+        smallest of `AUTO_SIZES` that comes close to the best one's predicted distortion.
+    knob : Knob
+        What caches are planned for unless their user says otherwise.
+    n_ctx : int, optional
+        Context in tokens that the knob is meant for. None is `PLAN_CTX`, or that of the model where it is smaller.
     frame : int
         Chunk length of the keys' frame in tokens.
     n_sink : int
@@ -59,11 +65,9 @@ class Settings:
         A value is impossible for any model.
     """
 
-    group_size: int | None = None
-    ratio: float | None = None
-    rank_k: int | None = None
-    rank_v: int | None = None
-    type_coef: str = "q8_0"
+    group_size: int | Literal["auto"] | None = None
+    knob: Knob = DEFAULT_KNOB
+    n_ctx: int | None = None
     frame: int = FRAME
     n_sink: int = 4
     data: tuple[Path, ...] = ()
@@ -73,19 +77,10 @@ class Settings:
     threads: int = field(default_factory=default_threads)
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise OptionError(f"group size {self.group_size}: at least 1 expected")
-        if self.ratio is not None and not 0 < self.ratio < 1e6:
-            raise OptionError(f"ratio {self.ratio:g}: a number above 0 expected")
-        if (self.rank_k is None) != (self.rank_v is None):
-            raise OptionError("ranks: both of K and V expected, or neither")
-        if self.rank_k is not None and self.ratio is not None:
-            raise OptionError("ranks and ratio: one of them expected, they decide the same thing")
-        for name, rank in (("rank of K", self.rank_k), ("rank of V", self.rank_v)):
-            if rank is not None and rank < 1:
-                raise OptionError(f"{name} {rank}: at least 1 expected")
-        if self.type_coef not in BYTES_PER_COEF:
-            raise OptionError(f"coefficient type {self.type_coef!r}: one of {', '.join(BYTES_PER_COEF)} expected")
+        if isinstance(self.group_size, int) and self.group_size < 1:
+            raise OptionError(f"group size {self.group_size}: at least 1, or auto, expected")
+        if self.n_ctx is not None and not 1 <= self.n_ctx < 1 << 31:
+            raise OptionError(f"n_ctx {self.n_ctx}: at least 1 expected")
         if self.frame not in FRAMES:
             raise OptionError(f"frame {self.frame}: one of {', '.join(map(str, FRAMES))} expected")
         if not 0 <= self.n_sink <= MIN_TOKENS // 4:
@@ -105,16 +100,30 @@ class Settings:
             "basis_type": self.basis_type,
             "data": [path.name for path in self.data],
             "frame": self.frame,
-            "group_size": self.groups_of(n_layer),
+            "group_size": self.group_size if self.group_size is not None else min(GROUP_SIZE, n_layer),
             "n_sink": self.n_sink,
-            "rank_k": self.rank_k,
-            "rank_v": self.rank_v,
-            "ratio": self.ratio,
             "seed": self.seed,
             "tokens": self.tokens,
-            "type_coef": self.type_coef,
         }
 
-    def groups_of(self, n_layer: int) -> int:
-        """Group size for a model."""
-        return self.group_size if self.group_size is not None else min(GROUP_SIZE, n_layer)
+    def group_sizes(self, embd_k: Sequence[int], embd_v: Sequence[int]) -> list[int]:
+        """Group sizes to try for a model of these K and V numbers per token, ascending; one unless "auto"."""
+        n_layer = len(embd_k)
+        if self.group_size is None:
+            return [min(GROUP_SIZE, n_layer)]
+        if self.group_size != "auto":
+            return [self.group_size]
+        sizes = [n for n in AUTO_SIZES if n <= n_layer and _widest_group(n, embd_k, embd_v) <= AUTO_DIM]
+        return sizes or [1]
+
+    def plan_ctx(self, n_ctx_train: int) -> int:
+        """Context that the knob is meant for."""
+        if self.n_ctx is not None:
+            return self.n_ctx
+        return min(PLAN_CTX, n_ctx_train) if n_ctx_train > 0 else PLAN_CTX
+
+
+def _widest_group(size: int, embd_k: Sequence[int], embd_v: Sequence[int]) -> int:
+    """Most numbers per token of K or of V among groups of at most `size` layers."""
+    groups = list(zip(*group_layers(len(embd_k), size), strict=True))
+    return max(sum(embd[f : f + c]) for embd in (embd_k, embd_v) for f, c in groups)

@@ -14,15 +14,14 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from xkv_gguf.convert.fingerprint import model_fingerprint
 from xkv_gguf.convert.gguf_read import GgufFormatError, GgufHeader, GgufTensor, read_header
-from xkv_gguf.convert.plan import bytes_per_coef, plan_ranks
+from xkv_gguf.convert.knob import Knob
+from xkv_gguf.convert.plan import KINDS, Kind, Statistics
 from xkv_gguf.convert.sidecar_info import (
     ARCHITECTURE,
     FILE_TYPE,
     FORMAT_VERSION,
-    KINDS,
     Calibration,
     Group,
-    Kind,
     SidecarInfo,
     check_info,
     tensor_name,
@@ -74,32 +73,19 @@ class Sidecar:
         """Variance along each direction, f32, shape (D,), descending."""
         return self._array(group, kind, "spectrum")
 
-    def plan(self, ratio: float, type_coef_k: str = "q8_0", type_coef_v: str = "q8_0") -> tuple[list[int], list[int]]:
-        """Ranks for another ratio than the one that the file was planned for.
-
-        Parameters
-        ----------
-        ratio : float
-            f16 bytes per token over coefficient bytes per token.
-        type_coef_k, type_coef_v : str
-            ggml type names of the coefficients.
-
-        Returns
-        -------
-        rank_k, rank_v : list of int
-
-        Raises
-        ------
-        OptionError
-            The ratio cannot be met; the text names the range.
-        """
-        groups = range(len(self.info.groups))
-        return plan_ranks(
-            [self.spectrum(g, "k") for g in groups],
-            [self.spectrum(g, "v") for g in groups],
-            ratio,
-            bytes_per_coef(type_coef_k),
-            bytes_per_coef(type_coef_v),
+    def statistics(self) -> Statistics:
+        """What a plan needs to know."""
+        info = self.info
+        spectra: dict[Kind, tuple[Array, ...]] = {
+            kind: tuple(np.asarray(self.spectrum(g, kind)) for g in range(len(info.groups))) for kind in KINDS
+        }
+        return Statistics(
+            first=tuple(g.first for g in info.groups),
+            count=tuple(g.count for g in info.groups),
+            spectra=spectra,
+            weights={"k": tuple(g.weight_k for g in info.groups), "v": tuple(g.weight_v for g in info.groups)},
+            frame=info.frame,
+            kld_scale=info.kld_scale,
         )
 
     def check_model(self, model: str | Path) -> None:
@@ -159,11 +145,14 @@ def _check_frozen_part(path: Path) -> str:
     version = int.from_bytes(head[_VERSION_AT : _VERSION_AT + 4], "little")
     if version > FORMAT_VERSION:
         raise SidecarVersionError(
-            f"sidecar {path}: has format version {version}, this xkv-gguf reads up to {FORMAT_VERSION}; "
+            f"sidecar {path}: has format version {version}, this xkv-gguf reads {FORMAT_VERSION}; "
             "update xkv-gguf or make the sidecar again"
         )
-    if version < 1:
-        raise SidecarError(f"sidecar {path}: has format version {version}, 1 expected; {REMAKE}")
+    if version < FORMAT_VERSION:
+        raise SidecarVersionError(
+            f"sidecar {path}: has format version {version}, which is older than {FORMAT_VERSION}, the one that this "
+            f"xkv-gguf reads; {REMAKE}"
+        )
     return found
 
 
@@ -194,7 +183,13 @@ class _Fields:
         return str(self._get(key, GGUFValueType.STRING, False))
 
     def array(self, key: str, length: int) -> list[int]:
-        values = [int(v) for v in self._get(key, GGUFValueType.UINT32, True)]
+        return [int(v) for v in self._entries(key, GGUFValueType.UINT32, length)]
+
+    def floats(self, key: str, length: int) -> list[float]:
+        return [float(v) for v in self._entries(key, GGUFValueType.FLOAT32, length)]
+
+    def _entries(self, key: str, vtype: GGUFValueType, length: int) -> Any:
+        values = self._get(key, vtype, True)
         if len(values) != length:
             raise ValueError(f"field {key} has {len(values)} entries, {length} expected")
         return values
@@ -205,8 +200,8 @@ def _parse_info(f: _Fields) -> SidecarInfo:
     embd = {kind: tuple(f.array(f"xkv.embd_{kind}", n_layer)) for kind in KINDS}
     first = f.header.fields.get("xkv.group.first")
     n_group = len(first.value) if first is not None and isinstance(first.value, np.ndarray) else 0
-    names = ("first", "count", "rank_k", "rank_v")
-    columns = [f.array(f"xkv.group.{name}", n_group) for name in names]
+    layers = [f.array(f"xkv.group.{name}", n_group) for name in ("first", "count")]
+    weights = [f.floats(f"xkv.group.weight_{kind}", n_group) for kind in KINDS]
     if f.string("general.type") != FILE_TYPE:
         raise ValueError(f"has general.type {f.string('general.type')!r}, {FILE_TYPE!r} expected")
     text = f.string("xkv.settings")
@@ -225,8 +220,7 @@ def _parse_info(f: _Fields) -> SidecarInfo:
         group_size=f.u32("xkv.group_size"),
         frame=f.u32("xkv.frame"),
         n_sink=f.u32("xkv.n_sink"),
-        groups=tuple(Group(*row) for row in zip(*columns, strict=True)),
-        ratio=f.f32("xkv.ratio"),
+        groups=tuple(Group(*row) for row in zip(*layers, *weights, strict=True)),
         calibration=Calibration(
             source=f.string("xkv.calibration.source"),
             tokens=f.u64("xkv.calibration.tokens"),
@@ -235,6 +229,9 @@ def _parse_info(f: _Fields) -> SidecarInfo:
             text_sha256=f.string("xkv.calibration.text_sha256"),
         ),
         settings=settings,
+        knob=Knob(f.string("xkv.plan.knob"), f.string("xkv.plan.value")),
+        n_ctx=f.u32("xkv.plan.n_ctx"),
+        kld_scale=f.f32("xkv.kld_scale"),
     )
 
 
@@ -276,7 +273,7 @@ def read_sidecar(path: str | Path) -> Sidecar:
     SidecarError
         The file is missing, is not a sidecar, is truncated or damaged, or holds impossible values.
     SidecarVersionError
-        It has a newer format version.
+        It has a newer or an older format version.
     """
     path = Path(path)
     try:

@@ -1,33 +1,33 @@
-"""What a sidecar holds besides arrays: names, layers, groups, ranks and provenance."""
+"""What a sidecar holds besides arrays: names, layers, groups, weights, the knob and provenance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from xkv_gguf.convert.plan import RANK_STEP
-from xkv_gguf.convert.sizes import GroupShape
+import numpy as np
 
-FORMAT_VERSION = 1
+from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
+from xkv_gguf.convert.plan import Kind
+
+FORMAT_VERSION = 2
 ARCHITECTURE = "xkv"
 FILE_TYPE = "xkv-sidecar"
 SUFFIX = ".xkv.gguf"
 FRAMES = (32, 64, 128, 256)
-
-Kind = Literal["k", "v"]
-KINDS: tuple[Kind, ...] = ("k", "v")
+PLAN_CTX = 8192
 
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive layers `first` .. `first + count - 1` and the ranks planned for them."""
+    """Consecutive layers `first` .. `first + count - 1`, and what a unit of relative distortion of K and of V costs."""
 
     first: int
     count: int
-    rank_k: int
-    rank_v: int
+    weight_k: float = 1.0
+    weight_v: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,29 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SidecarInfo:
-    """Everything in a sidecar but the arrays. `embd_k` and `embd_v` are K and V numbers per token, by layer."""
+    """Everything in a sidecar but the arrays.
+
+    Attributes
+    ----------
+    fingerprint, architecture, name : str
+        Of the model.
+    embd_k, embd_v : tuple of int
+        K and V numbers per token, by layer.
+    group_size : int
+        Most layers in a group.
+    frame, n_sink : int
+        Tokens per chunk; first tokens that were left out.
+    groups : tuple of Group
+    calibration : Calibration
+    settings : mapping
+        Of the conversion, for people.
+    knob : Knob
+        What a cache is planned for unless its user says otherwise.
+    n_ctx : int
+        Context that the user had in mind, in tokens.
+    kld_scale : float
+        Mean divergence of the next-token distribution in nats per unit of distortion; 0 when unknown.
+    """
 
     fingerprint: str
     architecture: str
@@ -66,9 +88,11 @@ class SidecarInfo:
     frame: int
     n_sink: int
     groups: tuple[Group, ...]
-    ratio: float
     calibration: Calibration
     settings: Mapping[str, Any] = field(default_factory=dict)
+    knob: Knob = DEFAULT_KNOB
+    n_ctx: int = PLAN_CTX
+    kld_scale: float = 0.0
 
     @property
     def n_layer(self) -> int:
@@ -79,13 +103,6 @@ class SidecarInfo:
         """Numbers per token of one kind of a group: D."""
         g = self.groups[group]
         return sum((self.embd_k if kind == "k" else self.embd_v)[g.first : g.first + g.count])
-
-    @property
-    def shapes(self) -> tuple[GroupShape, ...]:
-        """Dimensions and planned ranks by group, for `sizes`."""
-        return tuple(
-            GroupShape(self.dim(i, "k"), self.dim(i, "v"), g.rank_k, g.rank_v) for i, g in enumerate(self.groups)
-        )
 
 
 def tensor_name(group: int, kind: str, part: str) -> str:
@@ -116,8 +133,11 @@ def check_info(info: SidecarInfo) -> None:
         raise ValueError(f"has group size {info.group_size}, 1 to {info.n_layer} expected")
     if info.frame not in FRAMES:
         raise ValueError(f"has frame {info.frame}, one of 32, 64, 128 and 256 expected")
-    if not 0 <= info.ratio < 1e6:
-        raise ValueError(f"has ratio {info.ratio}")
+    if info.n_ctx < 1:
+        raise ValueError(f"has a plan for a context of {info.n_ctx} tokens, at least 1 expected")
+    # as it is read back: f32
+    if not 0 <= np.float32(info.kld_scale) < np.inf:
+        raise ValueError(f"has divergence scale {info.kld_scale:g}, 0 or a finite number above expected")
     if info.calibration.source not in ("self", "files"):
         raise ValueError(f"has calibration source {info.calibration.source!r}, 'self' or 'files' expected")
     layer = 0
@@ -130,9 +150,7 @@ def check_info(info: SidecarInfo) -> None:
         layer += g.count
     if layer != info.n_layer:
         raise ValueError(f"has groups for {layer} layers, {info.n_layer} expected")
-    for i, s in enumerate(info.shapes):
-        for kind, rank, dim in (("K", s.rank_k, s.dim_k), ("V", s.rank_v, s.dim_v)):
-            if rank != dim and not (0 < rank < dim and rank % RANK_STEP == 0):
-                raise ValueError(
-                    f"group {i} has {kind} rank {rank}, a multiple of {RANK_STEP} below {dim}, or {dim}, expected"
-                )
+    for i, g in enumerate(info.groups):
+        for kind, weight in (("K", g.weight_k), ("V", g.weight_v)):
+            if not 0 < np.float32(weight) < np.inf:
+                raise ValueError(f"group {i} has {kind} weight {weight:g}, a finite number above 0 expected")

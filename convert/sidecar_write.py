@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType, GGUFWriter
 
+from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.sidecar import DIGEST_AT, file_digest
 from xkv_gguf.convert.sidecar_info import (
     ARCHITECTURE,
     FILE_TYPE,
     FORMAT_VERSION,
-    KINDS,
     SidecarInfo,
     check_info,
     tensor_name,
@@ -36,6 +36,9 @@ def _add_fields(writer: GGUFWriter, info: SidecarInfo) -> None:
     def array(key: str, values: list[int]) -> None:
         writer.add_key_value(key, values, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32)
 
+    def floats(key: str, values: list[float]) -> None:
+        writer.add_key_value(key, values, GGUFValueType.ARRAY, sub_type=GGUFValueType.FLOAT32)
+
     writer.add_uint32("xkv.format_version", FORMAT_VERSION)
     string("xkv.digest", "0" * 64)
     string("general.type", FILE_TYPE)
@@ -50,9 +53,12 @@ def _add_fields(writer: GGUFWriter, info: SidecarInfo) -> None:
     writer.add_uint32("xkv.n_sink", info.n_sink)
     array("xkv.group.first", [g.first for g in info.groups])
     array("xkv.group.count", [g.count for g in info.groups])
-    array("xkv.group.rank_k", [g.rank_k for g in info.groups])
-    array("xkv.group.rank_v", [g.rank_v for g in info.groups])
-    writer.add_float32("xkv.ratio", info.ratio)
+    floats("xkv.group.weight_k", [g.weight_k for g in info.groups])
+    floats("xkv.group.weight_v", [g.weight_v for g in info.groups])
+    writer.add_float32("xkv.kld_scale", info.kld_scale)
+    string("xkv.plan.knob", info.knob.kind)
+    string("xkv.plan.value", info.knob.value)
+    writer.add_uint32("xkv.plan.n_ctx", info.n_ctx)
     string("xkv.calibration.source", info.calibration.source)
     writer.add_uint64("xkv.calibration.tokens", info.calibration.tokens)
     writer.add_uint64("xkv.calibration.seed", info.calibration.seed)

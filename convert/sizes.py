@@ -5,38 +5,80 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xkv_gguf.convert.plan import bytes_per_coef
+from xkv_gguf.convert.coef_types import QUANT_BLOCK, TYPES, bytes_per_coef
+from xkv_gguf.convert.plan import KINDS, Kind, Segment, stored_rank
 
 CONTEXTS = (4096, 32768, 131072)
 """Contexts for which totals are printed, in tokens."""
 
-BASIS_BYTES = {"f32": 4, "f16": 2}
 SLOT_PAD = 256
-MEAN_ROWS = 4
+CELL_PAD = 32
+BASIS_PAD = 32
 
 
 @dataclass(frozen=True)
-class GroupShape:
-    """Dimensions and ranks of one group of layers: `dim_k` and `dim_v` numbers per token become `rank_k`, `rank_v`."""
+class ModelShape:
+    """Sizes of a model's layers, in numbers per token.
 
-    dim_k: int
-    dim_v: int
-    rank_k: int
-    rank_v: int
+    Attributes
+    ----------
+    embd_k, embd_v : tuple of int
+        K and V of each layer.
+    embd_out : tuple of int
+        Output of attention of each layer, before its projection: heads times head size of V.
+    head_k, head_v : int
+        Size of a head of K and of V; the greatest common divisor where layers differ.
+    """
+
+    embd_k: tuple[int, ...]
+    embd_v: tuple[int, ...]
+    embd_out: tuple[int, ...]
+    head_k: int
+    head_v: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per token that a plain cache keeps."""
+        return sum(self.embd_k) + sum(self.embd_v)
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether windows and bases of this model can be quantized."""
+        return self.head_k % QUANT_BLOCK == 0 and self.head_v % QUANT_BLOCK == 0
+
+    def dim(self, kind: Kind, first: int, count: int) -> int:
+        """Numbers per token of one kind of a group of layers."""
+        return sum((self.embd_k if kind == "k" else self.embd_v)[first : first + count])
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What decides an xkv cache's size besides ranks. Sizes are in tokens, types are ggml type names."""
+    """What decides an xkv cache's size besides its segments. Sizes are in tokens, types are ggml type names."""
 
+    n_ctx: int
     n_sink: int = 4
-    n_window: int = 128
-    n_block: int = 128
+    n_window: int = 64
     n_ubatch: int = 512
     frame: int = 64
-    type_coef_k: str = "q8_0"
-    type_coef_v: str = "q8_0"
-    type_basis: str = "f16"
+    type_window: str = "f16"
+    type_basis: str = "q8_0"
+
+    @property
+    def n_cell(self) -> int:
+        """Cells of the window: sinks, recent tokens, a chunk that fills, and a micro-batch."""
+        return _pad(self.n_sink + self.n_window + self.frame + self.n_ubatch, CELL_PAD)
+
+    @property
+    def n_slot(self) -> int:
+        """Tokens that the store has room for."""
+        # one chunk more than there are full ones, for the chunk that is cut short
+        n_chunk = -(-max(0, self.n_ctx - self.n_sink - self.n_window) // self.frame) + 1
+        return _pad(n_chunk * self.frame, SLOT_PAD)
+
+    @property
+    def n_exact(self) -> int:
+        """Tokens that a context has to exceed, so that something is left to compress."""
+        return self.n_sink + self.n_window + self.frame
 
 
 def plain_bytes_per_token(embd_k: Sequence[int], embd_v: Sequence[int], type_name: str) -> float:
@@ -44,45 +86,55 @@ def plain_bytes_per_token(embd_k: Sequence[int], embd_v: Sequence[int], type_nam
     return (sum(embd_k) + sum(embd_v)) * bytes_per_coef(type_name)
 
 
-def coef_bytes_per_token(groups: Sequence[GroupShape], type_coef_k: str, type_coef_v: str) -> float:
+def coef_bytes_per_token(segments: Sequence[Segment]) -> float:
     """Bytes per token of the coefficient store."""
-    bpc_k, bpc_v = bytes_per_coef(type_coef_k), bytes_per_coef(type_coef_v)
-    return sum(g.rank_k * bpc_k + g.rank_v * bpc_v for g in groups)
+    return sum(stored_rank(s) * TYPES[s.type].bytes for s in segments)
 
 
-def predict_parts(groups: Sequence[GroupShape], layout: CacheLayout, n_ctx: int) -> dict[str, int]:
-    """Predicted bytes of an xkv cache for one sequence, by the names of the parts in its report.
+def window_bytes(shape: ModelShape, layout: CacheLayout) -> int:
+    """Bytes of sinks and window."""
+    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_cell
 
-    The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Left out are the scratch of a flush, which is
-    allocated when the first block leaves the window, and one more f32 vector per layer beside the means.
+
+def mean_bytes(shape: ModelShape) -> int:
+    """Bytes of the means: f32, of K and V, and of V as it is added to the output of each layer."""
+    return 4 * (shape.numbers + sum(shape.embd_out))
+
+
+def predict_parts(
+    shape: ModelShape, first: Sequence[int], count: Sequence[int], segments: Sequence[Segment], layout: CacheLayout
+) -> dict[str, int]:
+    """Bytes of an xkv cache for one sequence, by the names of the parts in its report.
+
+    The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Left out is the scratch of a flush, which is
+    allocated when the first chunk leaves the window.
 
     Parameters
     ----------
-    groups : sequence of GroupShape
+    shape : ModelShape
+    first, count : sequence of int
+        First layer and number of layers of each group.
+    segments : sequence of Segment
     layout : CacheLayout
-    n_ctx : int
-        Context in tokens.
 
     Returns
     -------
     dict of str to int
         Bytes of "K coefficients", "V coefficients", "bases and means", "sinks and window".
     """
-    dims = sum(g.dim_k + g.dim_v for g in groups)
-    n_exact = layout.n_sink + layout.n_window + layout.n_block
-    n_cell = _pad(n_exact + layout.n_ubatch, 32)
-    # one chunk more than there are full ones, for the chunk that is cut short
-    n_chunk = -(-max(0, n_ctx - layout.n_sink - layout.n_window) // layout.frame) + 1
-    n_slot = _pad(n_chunk * layout.frame, SLOT_PAD)
-    bpc_k, bpc_v = bytes_per_coef(layout.type_coef_k), bytes_per_coef(layout.type_coef_v)
-    basis_k = sum(g.dim_k * (_pad(g.rank_k, 32) + MEAN_ROWS) for g in groups)
-    basis_v = sum(g.dim_v * _pad(g.rank_v, 32) for g in groups)
+    coef = {
+        kind: round(coef_bytes_per_token([s for s in segments if s.kind == kind]) * layout.n_slot) for kind in KINDS
+    }
+    bases = 0.0
+    for g, (f, c) in enumerate(zip(first, count, strict=True)):
+        for kind in KINDS:
+            rank = sum(s.rank for s in segments if (s.group, s.kind) == (g, kind))
+            bases += shape.dim(kind, f, c) * _pad(rank, BASIS_PAD) * TYPES[layout.type_basis].bytes
     return {
-        "K coefficients": round(sum(_pad(g.rank_k, 32) for g in groups) * n_slot * bpc_k),
-        "V coefficients": round(sum(_pad(g.rank_v, 32) for g in groups) * n_slot * bpc_v),
-        # on the CPU, bases of K are f32 whatever type is asked for
-        "bases and means": round(basis_k * BASIS_BYTES["f32"] + basis_v * BASIS_BYTES[layout.type_basis]) + 4 * dims,
-        "sinks and window": 2 * dims * n_cell,
+        "K coefficients": coef["k"],
+        "V coefficients": coef["v"],
+        "bases and means": round(bases) + mean_bytes(shape),
+        "sinks and window": window_bytes(shape, layout),
     }
 
 

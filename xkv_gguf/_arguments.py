@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ._model_file import ModelFile, check_adapter
+from .convert.sizes import CacheLayout
 from .errors import OptionError, OutOfMemoryError, UnsupportedError
-from .options import XkvOptions, closest
+from .options import closest
 from .report import format_bytes
 
 DEFAULT_N_CTX = 4096
@@ -126,18 +127,18 @@ def resolve_ctx(n_ctx: int | None, model: ModelFile) -> int:
     return -(-n_ctx // CTX_STEP) * CTX_STEP
 
 
-def check_ctx_for_xkv(n_ctx: int, options: XkvOptions) -> None:
-    """Refuse a context that sinks, window and block fill by themselves.
+def check_ctx_for_xkv(layout: CacheLayout) -> None:
+    """Refuse a context that sinks, window and a chunk fill by themselves.
 
     Raises
     ------
     OptionError
         Says how large the context has to be.
     """
-    if n_ctx <= options.n_exact:
+    if layout.n_ctx <= layout.n_exact:
         raise OptionError(
-            f"n_ctx: {n_ctx}, expected more than sinks + window + block = {options.n_sink} + {options.n_window} + "
-            f"{options.n_block}; raise n_ctx or lower the xkv options"
+            f"n_ctx: {layout.n_ctx}, expected more than sinks + window + chunk = {layout.n_sink} + {layout.n_window} + "
+            f"{layout.frame}; raise n_ctx or lower the xkv options"
         )
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from .convert.coef_types import bytes_per_coef
 from .convert.fingerprint import model_shards, read_model_header
-from .convert.gguf_read import GgufFormatError, GgufHeader, read_header
-from .convert.plan import bytes_per_coef
+from .convert.gguf_read import GgufFormatError, read_header
+from .convert.model_shape import find_shape
+from .convert.sizes import ModelShape
 from .errors import ModelError
 
 
@@ -26,15 +24,19 @@ class ModelFile:
     architecture : str
     n_ctx_train : int
         Context that the model was trained with; 0 when the file does not say.
-    kv_numbers : int
-        Numbers per token that a plain cache keeps, K and V of all layers; 0 when the file does not say or the
-        architecture keeps something else.
+    shape : ModelShape or None
+        Sizes of K and V; None when the file does not say or the architecture keeps something else.
     """
 
     path: Path
     architecture: str
     n_ctx_train: int
-    kv_numbers: int
+    shape: ModelShape | None
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers per token that a plain cache keeps, K and V of all layers; 0 when unknown."""
+        return self.shape.numbers if self.shape is not None else 0
 
     def plain_bytes(self, kv_mode: str, n_ctx: int) -> int:
         """Bytes of a plain cache for `n_ctx` tokens; 0 when unknown."""
@@ -64,7 +66,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         path=file,
         architecture=arch,
         n_ctx_train=n_ctx_train if isinstance(n_ctx_train, int) else 0,
-        kv_numbers=_kv_numbers(header, arch),
+        shape=find_shape(header),
     )
 
 
@@ -87,36 +89,3 @@ def check_adapter(path: str | os.PathLike[str]) -> None:
             f"lora_path {path}: general.type is {header.scalar('general.type')!r}, 'adapter' expected; "
             "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
         )
-
-
-def _kv_numbers(header: GgufHeader, arch: str) -> int:
-    """Numbers of K and V per token by the usual metadata; 0 for latents, recurrent parts, or gaps."""
-    other_kinds = (f"{arch}.attention.kv_lora_rank", f"{arch}.ssm.")
-    if any(key.startswith(other_kinds) for key in header.fields):
-        return 0
-    value = _Ints({key.removeprefix(f"{arch}."): field.value for key, field in header.fields.items()})
-    n_layer, n_embd, n_head = (value.one(key) for key in ("block_count", "embedding_length", "attention.head_count"))
-    if not (n_layer and n_embd and n_head):
-        return 0
-    head_k = value.one("attention.key_length") or n_embd // n_head
-    head_v = value.one("attention.value_length") or n_embd // n_head
-    heads = value.per_layer("attention.head_count_kv", n_layer) or n_layer * n_head
-    return heads * (head_k + head_v)
-
-
-@dataclass(frozen=True)
-class _Ints:
-    """Whole numbers of a header, which may be one for all layers or one for each."""
-
-    fields: Mapping[str, Any]
-
-    def one(self, key: str) -> int:
-        value = self.fields.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-    def per_layer(self, key: str, n_layer: int) -> int:
-        """Sum over the layers."""
-        value = self.fields.get(key)
-        if isinstance(value, np.ndarray) and value.size == n_layer and value.dtype.kind in "iu":
-            return int(value.sum())
-        return n_layer * self.one(key)

@@ -6,7 +6,8 @@ Pointers of llama_cpp (plain integers) are taken as they are and cast here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import cffi
 
 from . import _loader
+from .convert.plan import KINDS, Segment
 from .errors import (
     OptionError,
     OutOfMemoryError,
@@ -42,22 +44,45 @@ EXCEPTIONS: dict[int, type[XkvError]] = {
 }
 
 # enum ggml_type
-GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8}
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q1_0": 41, "q2_0": 42}
 
 
 @dataclass(frozen=True)
 class ScopeParams:
-    """What `struct xkv_params` holds, in Python types; ranks None for the sidecar's own plan."""
+    """What `struct xkv_params` holds, in Python types.
 
-    sidecar: str
-    n_sink: int
-    n_window: int
-    n_block: int
-    n_absorb: int
-    type_coef_k: str
-    type_coef_v: str
-    type_basis: str
-    ranks: tuple[Sequence[int], Sequence[int]] | None = None
+    Without a sidecar, `first`, `count` (layers of each group) and `frame` say what it would.
+    """
+
+    segments: tuple[Segment, ...]
+    sidecar: str | None
+    n_sink: int = 4
+    n_window: int = 64
+    n_absorb: int = 8
+    type_basis: str = "q8_0"
+    online: bool = True
+    n_prior: int = 1000
+    first: tuple[int, ...] = ()
+    count: tuple[int, ...] = ()
+    frame: int = 0
+
+
+@dataclass(frozen=True)
+class OnlineInfo:
+    """How the bases of a stream follow what it reads.
+
+    Attributes
+    ----------
+    n_update, n_check : int
+        Times that bases were renewed, and that it was found out whether they should be.
+    residual, expected : float
+        Share of the variance that the bases lost at the last check, and that the plan expects.
+    """
+
+    n_update: int
+    n_check: int
+    residual: float
+    expected: float
 
 
 @dataclass(frozen=True)
@@ -123,21 +148,28 @@ def scope(params: ScopeParams) -> Iterator[None]:
         The sidecar or a parameter cannot be used.
     """
     api = native()
+    # cffi keeps no reference to what a struct's pointers point to: these names do
+    sidecar = api.ffi.NULL if params.sidecar is None else api.ffi.new("char[]", os.fsencode(params.sidecar))
+    first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
+    segments = api.ffi.new(
+        "struct xkv_segment[]",
+        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type]) for s in params.segments],
+    )
     fields: dict[str, Any] = {
+        "sidecar": sidecar,
+        "first": first,
+        "count": count,
+        "n_group": len(params.first),
+        "frame": params.frame,
+        "segments": segments,
+        "n_segment": len(params.segments),
         "n_sink": params.n_sink,
         "n_window": params.n_window,
-        "n_block": params.n_block,
         "n_absorb": params.n_absorb,
-        "type_coef_k": GGML_TYPES[params.type_coef_k],
-        "type_coef_v": GGML_TYPES[params.type_coef_v],
         "type_basis": GGML_TYPES[params.type_basis],
+        "online": int(params.online),
+        "n_prior": params.n_prior,
     }
-    # cffi keeps no reference to what a struct's pointers point to: these names do
-    sidecar = api.ffi.new("char[]", params.sidecar.encode())
-    fields["sidecar"] = sidecar
-    if params.ranks is not None:
-        rank_k, rank_v = (api.ffi.new("uint32_t[]", list(ranks)) for ranks in params.ranks)
-        fields.update(rank_k=rank_k, rank_v=rank_v, n_group=len(rank_k))
     check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
     try:
         yield
@@ -174,6 +206,14 @@ def seq_tokens(context: int, seq_id: int) -> tuple[int, int]:
     n_exact, n_stored = api.ffi.new("uint32_t *"), api.ffi.new("uint32_t *")
     check_status(api.lib.xkv_seq_tokens(api.context(context), seq_id, n_exact, n_stored))
     return int(n_exact[0]), int(n_stored[0])
+
+
+def online_info(context: int, seq_id: int) -> OnlineInfo:
+    """How the bases of the stream that holds a sequence have followed what it read, in an xkv cache."""
+    api = native()
+    info = api.ffi.new("struct xkv_online_info *")
+    check_status(api.lib.xkv_online(api.context(context), seq_id, info))
+    return OnlineInfo(int(info.n_update), int(info.n_check), float(info.residual), float(info.expected))
 
 
 def take_refusal(context: int) -> str:

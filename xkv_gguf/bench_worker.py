@@ -51,7 +51,6 @@ class Bench:
             xkv=request["xkv"],
             n_ctx=request["n_ctx"],
             n_batch=N_PREFILL,
-            n_ubatch=N_PREFILL,
             verbose=False,
             **threads,
         )

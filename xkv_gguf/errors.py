@@ -20,7 +20,7 @@ class SidecarError(XkvError):
 
 
 class SidecarVersionError(SidecarError):
-    """The sidecar was written by a newer version of the format."""
+    """The sidecar has another version of the format than the one that is read."""
 
 
 class SidecarMismatchError(SidecarError):

@@ -12,6 +12,9 @@ from . import _arguments, _loader, _log, _native, _sidecars
 from ._api import internals, llama_cpp
 from ._context import CheckedContext
 from ._model_file import ModelFile, open_model
+from .convert.cache_plan import WINDOWS, CachePlan
+from .convert.sidecar_info import FRAMES
+from .convert.sizes import CacheLayout
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
 from .options import XkvOptions, check_kv_mode
 from .report import KvPart, KvReport
@@ -21,9 +24,7 @@ PARENT_ARGUMENTS = tuple(
     for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
-# an xkv window is exact
 CACHE_TYPES = {
-    "xkv": llama_cpp.GGML_TYPE_F16,
     "f16": llama_cpp.GGML_TYPE_F16,
     "q8_0": llama_cpp.GGML_TYPE_Q8_0,
     "q4_0": llama_cpp.GGML_TYPE_Q4_0,
@@ -48,6 +49,12 @@ class Llama(llama_cpp.Llama):
     **kwargs
         As in `llama_cpp.Llama`. ``n_ctx`` is 4096 unless given (at most the model's own), and is rounded up to a
         multiple of 256. Unknown names are refused, and so are ``type_k`` and ``type_v``, which follow from `kv_mode`.
+        ``n_ubatch`` of an xkv cache is chosen with its size unless given.
+
+    Attributes
+    ----------
+    xkv_plan : CachePlan or None
+        How an xkv cache was laid out; None for the others.
 
     Raises
     ------
@@ -56,7 +63,7 @@ class Llama(llama_cpp.Llama):
     ModelError
         The model is missing, is no GGUF model, or llama.cpp cannot load it.
     SidecarError
-        The sidecar is missing, damaged, newer, or of another model.
+        The sidecar is missing, damaged, of another version, or of another model.
     UnsupportedError
         The model's architecture or a setting cannot be used with the cache.
     OutOfMemoryError
@@ -79,6 +86,8 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() needs it when a check below fails
         self.n_prompt_tokens = 0  # of the last call of generate()
+        self._scope: _native.ScopeParams | None = None
+        self._n_ubatch_given = "n_ubatch" in kwargs
         _loader.verify()
         self.kv_mode = check_kv_mode(kv_mode)
         if xkv is not None and kv_mode != "xkv":
@@ -89,10 +98,10 @@ class Llama(llama_cpp.Llama):
         _arguments.check_mode(kv_mode, kwargs)
         model = open_model(model_path)
         settings = self._settings(kwargs, model)
-        params = self._prepare(model, settings)
+        self.xkv_plan = self._prepare(model, settings)
         with contextlib.ExitStack() as around:
-            if params is not None:
-                around.enter_context(_native.scope(params))
+            if self._scope is not None:
+                around.enter_context(_native.scope(self._scope))
             errors = around.enter_context(_log.collect(quiet=not settings["verbose"]))
             try:
                 super().__init__(str(model.path), **settings)
@@ -111,24 +120,31 @@ class Llama(llama_cpp.Llama):
         settings["n_ctx"] = n_ctx
         # the parent allocates logits for n_batch as it is given
         settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
-        settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
+        if self.kv_mode != "xkv":
+            settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
         return settings
 
-    def _prepare(self, model: ModelFile, settings: Mapping[str, Any]) -> _native.ScopeParams | None:
-        """Find the sidecar, and check sizes before anything large is allocated."""
+    def _prepare(self, model: ModelFile, settings: dict[str, Any]) -> CachePlan | None:
+        """Plan the cache, and check sizes before anything large is allocated; settings get what the plan chose."""
         n_ctx = settings["n_ctx"]
         on_cpu = settings.get("n_gpu_layers", 0) == 0
         if self.kv_mode != "xkv":
             if on_cpu:
                 _arguments.check_memory(model.plain_bytes(self.kv_mode, n_ctx), n_ctx, self.kv_mode)
             return None
-        _arguments.check_ctx_for_xkv(n_ctx, self.xkv_options)
-        sidecar = _sidecars.open_sidecar(model.path, self.xkv_options, settings.get("n_threads_batch") or None)
-        params = _sidecars.scope_params(sidecar, self.xkv_options)
+        options = self.xkv_options
+        least = CacheLayout(n_ctx, options.n_sink, options.n_window or WINDOWS[-1], frame=options.frame or FRAMES[0])
+        _arguments.check_ctx_for_xkv(least)  # before a sidecar is made
+        sidecar = _sidecars.open_sidecar(model.path, options, settings.get("n_threads_batch") or None)
+        plan, self._scope = _sidecars.scope_params(
+            sidecar, options, n_ctx, settings.get("n_ubatch"), model, settings["n_batch"]
+        )
+        _arguments.check_ctx_for_xkv(plan.layout)
         if on_cpu:
-            n_ubatch = min(settings["n_batch"], settings.get("n_ubatch", 512))
-            _arguments.check_memory(_sidecars.predicted_bytes(sidecar, params, n_ctx, n_ubatch), n_ctx, "xkv")
-        return params
+            _arguments.check_memory(plan.total_bytes, n_ctx, "xkv")
+        settings["n_ubatch"] = plan.layout.n_ubatch
+        settings["type_k"] = settings["type_v"] = _native.GGML_TYPES[plan.layout.type_window]
+        return plan
 
     def _check_context(self) -> None:
         """Check what the parent made, and let failures of the context speak."""
@@ -167,10 +183,11 @@ class Llama(llama_cpp.Llama):
     def kv_report(self) -> KvReport:
         """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
         parts = tuple(KvPart(name, size) for name, size in _native.report(self._ctx.ctx))
-        n_exact, n_stored = self.n_tokens, 0
-        if self.kv_mode == "xkv":
-            n_exact, n_stored = _native.seq_tokens(self._ctx.ctx, 0)
-        return KvReport(self.kv_mode, self.n_ctx(), parts, n_exact, n_stored)
+        if self.kv_mode != "xkv":
+            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens)
+        n_exact, n_stored = _native.seq_tokens(self._ctx.ctx, 0)
+        online = _native.online_info(self._ctx.ctx, 0)
+        return KvReport("xkv", self.n_ctx(), parts, n_exact, n_stored, online.n_update, online.n_check)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those that the context holds.
@@ -258,6 +275,8 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         del state["type_k"], state["type_v"]
+        if self.kv_mode == "xkv" and not self._n_ubatch_given:
+            del state["n_ubatch"]  # the copy's plan chooses it again
         options = self.xkv_options if self.kv_mode == "xkv" else None
         return {**state, "kv_mode": self.kv_mode, "xkv": options}
 

@@ -4,47 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .convert.cache_plan import Rank
+from .convert.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
+from .convert.knob import KNOBS, Knob, one_knob
+from .convert.plan import MAX_SEGMENTS
+from .convert.sidecar_info import FRAMES
 from .errors import OptionError
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
-COEF_TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
-BASIS_TYPES = ("f32", "f16")
 MAX_TOKENS = 1 << 24
-BLOCK_STEP = 32  # every frame length divides into a block
+ALONE = ("group_size", "frame")  # what a sidecar decides otherwise
 
 
 @dataclass(frozen=True)
 class XkvOptions:
     """How an xkv cache is laid out. Sizes are in tokens, types are ggml type names.
 
+    One number decides the size: `ratio`, `coef_ratio`, `budget` or `quality`. None of them takes what the sidecar was
+    made for. What else is None then follows from it, see `convert.cache_plan`.
+
     Attributes
     ----------
     sidecar : str, optional
         Path of the sidecar. None looks beside the model and in the cache folder, and makes one if there is none.
     ratio : float, optional
-        f16 bytes per token over coefficient bytes per token, in the limit of a long context. None takes the ranks
-        that the sidecar was planned with.
+        f16's bytes over all bytes of this cache, at the context's n_ctx.
+    coef_ratio : float, optional
+        f16 bytes per token over coefficient bytes per token, the limit for a long context.
+    budget : int or str, optional
+        All bytes of this cache: a whole number, or a size such as "26MiB".
+    quality : str, optional
+        high, medium or low: a `coef_ratio` by name, see `convert.knob.QUALITIES`.
     n_sink : int
         First tokens of a sequence that stay exact.
-    n_window : int
-        Most recent tokens that stay exact.
-    n_block : int
-        Tokens that leave the window together: a multiple of the sidecar's frame.
+    n_window : int, optional
+        Fewest recent tokens that stay exact.
     n_absorb : int
         Most queries of a micro-batch for which attention runs on the coefficients themselves; above,
         K and V of one layer at a time are made from them first.
-    type_coef : str
-        Type of the stored coefficients: f32, f16, q8_0, q5_0 or q4_0.
-    type_coef_v : str, optional
-        Type of the coefficients of V where it differs. None is `type_coef`.
-    type_basis : str
-        Type of the bases in memory: f32 or f16. On the CPU, those of K are f32 in any case, which is faster.
+    type_window : str, optional
+        Type of the exact tokens: f16, f32 or q8_0.
+    type_basis : str, optional
+        Type of the bases in memory: f32, f16, q8_0 or q5_0.
+    types : tuple of str or str
+        Types that coefficients may have: of f32, f16, q8_0, q5_0, q4_0, q2_0, q1_0, also as "q8_0+q4_0". V can have
+        q1_0 only with chunks of 128 tokens or more, and q2_0 with 64.
+    max_segments : int
+        Most types beside each other in one kind of one group.
+    rank : int or "full", optional
+        This number of directions everywhere, in the one type of `types`, in place of a plan.
+    online : bool
+        Whether bases follow the prompt; else they stay as calibrated.
+    n_prior : int
+        Tokens that the calibration is worth when bases follow the prompt.
+    calibrate : bool
+        False uses no sidecar: bases are learnt from the first tokens, and the plan assumes the spectra's shape.
+    group_size, frame : int, optional
+        Most layers in a group (5) and tokens per chunk (64); only without calibration.
 
     Raises
     ------
@@ -54,13 +75,22 @@ class XkvOptions:
 
     sidecar: str | None = None
     ratio: float | None = None
+    coef_ratio: float | None = None
+    budget: int | str | None = None
+    quality: str | None = None
     n_sink: int = 4
-    n_window: int = 128
-    n_block: int = 128
+    n_window: int | None = None
     n_absorb: int = 8
-    type_coef: str = "q8_0"
-    type_coef_v: str | None = None
-    type_basis: str = "f16"
+    type_window: str | None = None
+    type_basis: str | None = None
+    types: tuple[str, ...] | str = DEFAULT_TYPES
+    max_segments: int = MAX_SEGMENTS
+    rank: Rank | None = None
+    online: bool = True
+    n_prior: int = 1000
+    calibrate: bool = True
+    group_size: int | None = None
+    frame: int | None = None
 
     def __post_init__(self) -> None:
         sidecar: object = self.sidecar
@@ -69,35 +99,62 @@ class XkvOptions:
             object.__setattr__(self, "sidecar", sidecar)
         if sidecar is not None and not (isinstance(sidecar, str) and sidecar):
             raise OptionError(f"xkv option sidecar: {sidecar!r}, expected a path")
-        if self.ratio is not None:
-            if not _is_number(self.ratio) or not math.isfinite(self.ratio) or self.ratio <= 0:
-                raise OptionError(f"xkv option ratio: {self.ratio!r}, expected a number above 0")
-            object.__setattr__(self, "ratio", float(self.ratio))
+        for name in ("ratio", "coef_ratio"):
+            if getattr(self, name) is not None and not _is_number(getattr(self, name)):
+                raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected a number above 0")
+        knob = self.knob
+        if knob is not None and knob.kind in ("ratio", "coef_ratio"):
+            object.__setattr__(self, knob.kind, knob.number)
         _check_int("xkv option n_sink", self.n_sink, 0)
-        _check_int("xkv option n_window", self.n_window, 1)
         _check_int("xkv option n_absorb", self.n_absorb, 0)
-        _check_int("xkv option n_block", self.n_block, 1)
-        if self.n_block % BLOCK_STEP:
-            raise OptionError(f"xkv option n_block: {self.n_block}, expected a multiple of {BLOCK_STEP}")
-        _check_choice("xkv option type_coef", self.type_coef, COEF_TYPES)
-        if self.type_coef_v is not None:
-            _check_choice("xkv option type_coef_v", self.type_coef_v, COEF_TYPES)
-        _check_choice("xkv option type_basis", self.type_basis, BASIS_TYPES)
+        _check_int("xkv option n_prior", self.n_prior, 0)
+        _check_int("xkv option max_segments", self.max_segments, 1)
+        if self.n_window is not None:
+            _check_int("xkv option n_window", self.n_window, 1)
+        if self.type_window is not None:
+            _check_choice("xkv option type_window", self.type_window, WINDOW_TYPES)
+        if self.type_basis is not None:
+            _check_choice("xkv option type_basis", self.type_basis, BASIS_TYPES)
+        for name in ("online", "calibrate"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected True or False")
+        object.__setattr__(self, "types", _coef_types(self.types))
+        self._check_rank()
+        self._check_calibrate()
+
+    def _check_rank(self) -> None:
+        rank: object = self.rank
+        if rank is None:
+            return
+        if rank != "full":
+            _check_int("xkv option rank", rank, 1)
+        if self.knob is not None:
+            raise OptionError(f"xkv options rank and {self.knob.kind}: one of them expected, both decide the size")
+        if len(self.types) != 1:
+            raise OptionError(f"xkv option rank: {rank!r}, expected together with one type in types, such as 'q8_0'")
+
+    def _check_calibrate(self) -> None:
+        if self.calibrate:
+            for name in ALONE:
+                if getattr(self, name) is not None:
+                    raise OptionError(f"xkv option {name}: the sidecar decides it; give it with calibrate=False only")
+            return
+        if self.sidecar is not None:
+            raise OptionError("xkv option sidecar: a path, but calibrate is False; leave one of them out")
+        if not self.online:
+            raise OptionError("xkv option online: False, but without calibration bases have to be learnt")
+        if self.group_size is not None:
+            _check_int("xkv option group_size", self.group_size, 1)
+        if self.frame is not None and (isinstance(self.frame, bool) or self.frame not in FRAMES):
+            raise OptionError(f"xkv option frame: {self.frame!r}, expected one of {', '.join(map(str, FRAMES))}")
 
     @property
-    def type_coef_k(self) -> str:
-        """Type of the coefficients of K."""
-        return self.type_coef
-
-    @property
-    def coef_types(self) -> tuple[str, str]:
-        """Types of the coefficients of K and of V."""
-        return self.type_coef, self.type_coef_v or self.type_coef
-
-    @property
-    def n_exact(self) -> int:
-        """Tokens that sinks, window and the block that is filling take: a context has to be larger."""
-        return self.n_sink + self.n_window + self.n_block
+    def knob(self) -> Knob | None:
+        """The one number that decides the size; None takes the sidecar's."""
+        try:
+            return one_knob({kind: getattr(self, kind) for kind in KNOBS})
+        except OptionError as error:
+            raise OptionError(f"xkv option {error}") from None
 
     @classmethod
     def of(cls, value: XkvOptions | Mapping[str, Any] | None) -> XkvOptions:
@@ -141,6 +198,16 @@ def closest(name: object, known: Iterable[str]) -> str:
     """A hint for a misspelt name: ", did you mean ..." or ""."""
     found = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {found[0]!r}?" if found else ""
+
+
+def _coef_types(value: object) -> tuple[str, ...]:
+    names = value.split("+") if isinstance(value, str) else value
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise OptionError(f"xkv option types: {value!r}, expected names such as 'q8_0+q4_0'")
+    try:
+        return sort_types(name.strip() for name in names)
+    except OptionError as error:
+        raise OptionError(f"xkv option types: {value!r}: {error}") from None
 
 
 def _is_number(value: object) -> bool:

@@ -32,6 +32,9 @@ class KvReport:
         Everything that is allocated; the sum is `total_bytes`.
     n_exact, n_stored : int
         Tokens that are held now, exact and compressed. A plain cache holds all of them exact.
+    n_update, n_check : int
+        Times that the bases of an xkv cache were renewed, and that it was found out whether they should be; 0 for
+        other caches.
     """
 
     kv_mode: str
@@ -39,6 +42,8 @@ class KvReport:
     parts: tuple[KvPart, ...]
     n_exact: int = 0
     n_stored: int = 0
+    n_update: int = 0
+    n_check: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -46,7 +51,7 @@ class KvReport:
         return sum(part.bytes for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: kv_mode, n_ctx, total_bytes, parts (name to bytes), n_exact, n_stored."""
+        """Plain values: kv_mode, n_ctx, total_bytes, parts (name to bytes), n_exact, n_stored, n_update, n_check."""
         return {
             "kv_mode": self.kv_mode,
             "n_ctx": self.n_ctx,
@@ -54,6 +59,8 @@ class KvReport:
             "parts": {part.name: part.bytes for part in self.parts},
             "n_exact": self.n_exact,
             "n_stored": self.n_stored,
+            "n_update": self.n_update,
+            "n_check": self.n_check,
         }
 
     def to_json(self) -> str:
@@ -62,6 +69,8 @@ class KvReport:
 
     def __str__(self) -> str:
         head = f"KV cache {self.kv_mode}, n_ctx {self.n_ctx}: {self.n_exact} tokens exact, {self.n_stored} compressed"
+        if self.kv_mode == "xkv":
+            head += f"; bases renewed {self.n_update} times in {self.n_check} checks"
         rows = [[part.name, format_bytes(part.bytes)] for part in self.parts]
         rows.append(["total", format_bytes(self.total_bytes)])
         return head + "\n" + "\n".join("  " + line for line in format_table(rows, "<>"))

@@ -13,14 +13,16 @@ import numpy.typing as npt
 import pytest
 from gguf import GGUFWriter
 
+from xkv_gguf.convert.knob import Knob
+from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.sidecar import DIGEST_AT
-from xkv_gguf.convert.sidecar_info import KINDS, Calibration, Group, SidecarInfo, tensor_name
+from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, tensor_name
 from xkv_gguf.convert.sidecar_write import write_sidecar
 
 from .tiny import weights, write_tiny
 
 Arrays = dict[str, npt.NDArray[Any]]
-GOLDEN = Path(__file__).parent / "data" / "golden-v1.sidecar"
+GOLDEN = Path(__file__).parent / "data" / "golden-v2.sidecar"
 
 
 def small_info(**changes: Any) -> SidecarInfo:
@@ -34,10 +36,12 @@ def small_info(**changes: Any) -> SidecarInfo:
         group_size=2,
         frame=32,
         n_sink=4,
-        groups=(Group(0, 2, 32, 32), Group(2, 1, 24, 16)),
-        ratio=0.0,
+        groups=(Group(0, 2, 1.5, 0.25), Group(2, 1, 1.0, 2.0)),
         calibration=Calibration("self", 1000, 7, 128, "cd" * 32),
         settings={"tokens": 1000, "data": []},
+        knob=Knob("ratio", "6.5"),
+        n_ctx=4096,
+        kld_scale=0.125,
     )
     return dataclasses.replace(info, **changes)
 

@@ -11,8 +11,9 @@ from gguf import GGUFReader, GGUFValueType
 
 from xkv_gguf.convert import sidecar_write
 from xkv_gguf.convert.fingerprint import model_fingerprint
+from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.sidecar import DIGEST_AT, read_sidecar
-from xkv_gguf.convert.sidecar_info import KINDS, Calibration, Group, sidecar_beside, tensor_name
+from xkv_gguf.convert.sidecar_info import Calibration, Group, sidecar_beside, tensor_name
 from xkv_gguf.convert.sidecar_write import write_sidecar
 from xkv_gguf.errors import OptionError, SidecarError, SidecarMismatchError, SidecarVersionError
 
@@ -40,7 +41,7 @@ def array_at(data: bytes, key: str) -> int:
     return field_at(data, key) + 12
 
 
-def put(data: bytes, at: int, value: int, fmt: str = "<I") -> bytes:
+def put(data: bytes, at: int, value: float, fmt: str = "<I") -> bytes:
     return data[:at] + struct.pack(fmt, value) + data[at + struct.calcsize(fmt) :]
 
 
@@ -66,8 +67,10 @@ def test_reference_reader_agrees() -> None:
     names = [t.name for t in reader.tensors]
     assert names[:3] == ["group.0.k.basis", "group.0.k.mean", "group.0.k.spectrum"]
     assert list(reader.tensors[0].data.shape) == [48, 48]
-    ranks = reader.fields["xkv.group.rank_k"]
-    assert [int(ranks.parts[i][0]) for i in ranks.data] == [32, 24]
+    weights = reader.fields["xkv.group.weight_v"]
+    assert [float(weights.parts[i][0]) for i in weights.data] == [0.25, 2.0]
+    assert reader.fields["xkv.group.weight_v"].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
+    assert reader.fields["xkv.plan.value"].contents() == "6.5"
     assert reader.fields["xkv.embd_k"].types == [GGUFValueType.ARRAY, GGUFValueType.UINT32]
 
 
@@ -80,12 +83,13 @@ def test_f32_basis_and_empty_name(tmp_path: Path) -> None:
     assert found.basis(1, "v").dtype == np.float32
 
 
-def test_replan() -> None:
+def test_statistics() -> None:
     found = read_sidecar(GOLDEN)
-    rank_k, rank_v = found.plan(1.0, "f16", "f16")
-    assert (rank_k, rank_v) == ([48, 24], [32, 16])
-    with pytest.raises(OptionError, match="ratio 9"):
-        found.plan(9.0)
+    stats = found.statistics()
+    assert (stats.first, stats.count, stats.frame, stats.kld_scale) == ((0, 2), (2, 1), 32, 0.125)
+    assert stats.weights == {"k": (1.5, 1.0), "v": (0.25, 2.0)}
+    assert [stats.dim(g, kind) for g in range(2) for kind in KINDS] == [48, 32, 24, 16]
+    np.testing.assert_array_equal(stats.spectra["k"][1], found.spectrum(1, "k"))
 
 
 def test_check_model(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -149,14 +153,16 @@ def test_appended_bytes(sidecar_file: Path) -> None:
 
 def test_newer_version(sidecar_file: Path, reseal: Reseal) -> None:
     data = sidecar_file.read_bytes()
-    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 2))
-    refused(sidecar_file, "format version 2, this xkv-gguf reads up to 1", SidecarVersionError)
+    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 3))
+    refused(sidecar_file, "format version 3, this xkv-gguf reads 2; update xkv-gguf", SidecarVersionError)
 
 
-def test_version_zero(sidecar_file: Path, reseal: Reseal) -> None:
+@pytest.mark.parametrize("version", [0, 1])
+def test_older_version(sidecar_file: Path, reseal: Reseal, version: int) -> None:
     data = sidecar_file.read_bytes()
-    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 0))
-    refused(sidecar_file, "format version 0, 1 expected")
+    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), version))
+    match = f"format version {version}, which is older than 2, .*make it again with `xkv-gguf convert MODEL`"
+    refused(sidecar_file, match, SidecarVersionError)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +176,7 @@ def test_version_zero(sidecar_file: Path, reseal: Reseal) -> None:
         ("xkv.group_size", 1, "group 0 has layers 0 to 1"),
         ("xkv.layer_count", 0, "expected"),
         ("xkv.layer_count", 4, "field xkv.embd_k has 3 entries, 4 expected"),
+        ("xkv.plan.n_ctx", 0, "a plan for a context of 0 tokens"),
     ],
 )
 def test_impossible_value(sidecar_file: Path, reseal: Reseal, key: str, value: int, match: str) -> None:
@@ -181,10 +188,6 @@ def test_impossible_value(sidecar_file: Path, reseal: Reseal, key: str, value: i
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("xkv.group.rank_k", 0, "group 0 has K rank 0, a multiple of 32 below 48, or 48"),
-        ("xkv.group.rank_k", 33, "group 0 has K rank 33"),
-        ("xkv.group.rank_k", 64, "group 0 has K rank 64"),
-        ("xkv.group.rank_v", 64, "group 0 has V rank 64, a multiple of 32 below 32, or 32"),
         ("xkv.group.first", 1, "group 0 has layers 1 to 2"),
         ("xkv.group.count", 0, "group 0 has layers"),
         ("xkv.group.count", 1, "group 1 has layers 2 to 2"),
@@ -195,6 +198,37 @@ def test_impossible_value(sidecar_file: Path, reseal: Reseal, key: str, value: i
 def test_impossible_array(sidecar_file: Path, reseal: Reseal, key: str, value: int, match: str) -> None:
     data = sidecar_file.read_bytes()
     reseal(sidecar_file, put(data, array_at(data, key), value))
+    refused(sidecar_file, match)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_weight(sidecar_file: Path, reseal: Reseal, value: float) -> None:
+    data = sidecar_file.read_bytes()
+    reseal(sidecar_file, put(data, array_at(data, "xkv.group.weight_v"), value, "<f"))
+    refused(sidecar_file, f"group 0 has V weight {value:g}, a finite number above 0 expected")
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_impossible_divergence_scale(sidecar_file: Path, reseal: Reseal, value: float) -> None:
+    data = sidecar_file.read_bytes()
+    reseal(sidecar_file, put(data, field_at(data, "xkv.kld_scale"), value, "<f"))
+    refused(sidecar_file, f"divergence scale {value:g}, 0 or a finite number above expected")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (b"ratio", b"ratia", "plan 'ratia': one of ratio, coef_ratio, budget, quality expected"),
+        (b"6.5", b"six", "ratio: 'six', expected a number above 0"),
+        (b"6.5", b"0.0", "ratio: '0.0', expected a number above 0"),
+        (b"6.5", b"nan", "ratio: 'nan', expected a number above 0"),
+    ],
+)
+def test_impossible_knob(sidecar_file: Path, reseal: Reseal, old: bytes, new: bytes, match: str) -> None:
+    data = sidecar_file.read_bytes()
+    old, new = (len(text).to_bytes(8, "little") + text for text in (old, new))
+    assert data.count(old) == 1
+    reseal(sidecar_file, data.replace(old, new))
     refused(sidecar_file, match)
 
 
@@ -310,10 +344,12 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     "changes",
     [
         {"frame": 33},
-        {"groups": (Group(0, 2, 32, 32),)},
-        {"groups": (Group(0, 2, 48, 31), Group(2, 1, 24, 16))},
+        {"groups": (Group(0, 2),)},
+        {"groups": (Group(0, 2, 0.0), Group(2, 1))},
+        {"groups": (Group(0, 2), Group(2, 1, 1.0, float("nan")))},
         {"calibration": Calibration("web", 1, 0, 1, "")},
-        {"ratio": float("nan")},
+        {"kld_scale": float("nan")},
+        {"n_ctx": 0},
     ],
 )
 def test_impossible_values_are_not_written(tmp_path: Path, changes: dict[str, Any]) -> None:

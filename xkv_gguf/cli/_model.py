@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Any
 from .._stream import Piece, chat_pieces, text_pieces
 from ..errors import OptionError
 from ..options import KV_MODES
+from ._knob import add_knob_arguments, knob_values
 
 if TYPE_CHECKING:
     from ..llama import Llama
 
 DEFAULT_N_CTX = 8192
+OPTIONS = {
+    "sidecar": "--sidecar",
+    "ratio": "--ratio",
+    "coef_ratio": "--coef-ratio",
+    "budget": "--budget",
+    "quality": "--quality",
+    "calibrate": "--no-calibration",
+    "online": "--no-online",
+}
 TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
 
@@ -62,13 +72,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, temp: float) -> None:
     cache = parser.add_argument_group("cache")
     cache.add_argument("--kv-mode", default="xkv", metavar="MODE", help=f"{', '.join(KV_MODES)} (default: xkv)")
     cache.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
-    cache.add_argument("--ratio", type=float, metavar="R", help="times smaller than f16 (default: the sidecar's plan)")
+    cache.add_argument(
+        "--no-calibration", action="store_true", help="use no sidecar: learn bases from the first tokens"
+    )
+    cache.add_argument("--no-online", action="store_true", help="keep bases as calibrated, whatever the prompt is")
     cache.add_argument(
         "--n-ctx",
         type=int,
         metavar="N",
         help=f"context in tokens, 0 for the model's own (default: {DEFAULT_N_CTX}, at most the model's own)",
     )
+    add_knob_arguments(parser, "none of them takes what the sidecar was made for")
     model = parser.add_argument_group("generation")
     model.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
     model.add_argument(
@@ -91,9 +105,9 @@ def open_llama(args: argparse.Namespace) -> Llama:
     from ..options import check_kv_mode
 
     check_kv_mode(args.kv_mode)
-    xkv = {key: value for key in ("sidecar", "ratio") if (value := getattr(args, key)) is not None}
+    xkv = xkv_values(args)
     if xkv and args.kv_mode != "xkv":
-        raise OptionError(f"--{next(iter(xkv))} is for --kv-mode xkv, not {args.kv_mode}")
+        raise OptionError(f"{OPTIONS[next(iter(xkv))]} is for --kv-mode xkv, not {args.kv_mode}")
     if not args.temp >= 0:
         raise OptionError(f"--temp: {args.temp}, expected 0 or more")
     path = args.model if args.model is not None else demo_model()
@@ -107,6 +121,16 @@ def open_llama(args: argparse.Namespace) -> Llama:
         _log.silence()
     threads = {} if args.threads is None else {"n_threads": args.threads, "n_threads_batch": args.threads}
     return Llama(path, kv_mode=args.kv_mode, xkv=xkv or None, n_ctx=n_ctx, verbose=args.verbose, **threads)
+
+
+def xkv_values(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of an xkv cache, by the names of `XkvOptions`."""
+    values = {**({} if args.sidecar is None else {"sidecar": args.sidecar}), **knob_values(args)}
+    if args.no_calibration:
+        values["calibrate"] = False
+    if args.no_online:
+        values["online"] = False
+    return values
 
 
 def sampling(args: argparse.Namespace, max_tokens: int | None) -> dict[str, Any]:

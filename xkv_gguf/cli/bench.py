@@ -20,8 +20,13 @@ from .. import __version__, errors
 from .._files import check_writable, write_atomic
 from .._model_file import open_model
 from ..bench_plan import N_DECODE, N_PREFILL, CacheSpec, Timing, parse_caches, parse_depths, schedule, summarize, table
+from ..convert.knob import KNOBS
+from ..convert.pipeline import ensure_sidecar
 from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
+from ..options import XkvOptions
+from ._knob import add_knob_arguments
+from ._model import xkv_values
 
 DEFAULT_CACHES = "f16,q8_0,q4_0,xkv"
 DEFAULT_DEPTHS = "0,2048,4096,7168"
@@ -92,11 +97,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
     parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context in tokens (default: %(default)s)")
     parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
+    parser.add_argument(
+        "--no-calibration", action="store_true", help="use no sidecar: learn bases from the first tokens"
+    )
+    parser.add_argument("--no-online", action="store_true", help="keep bases as calibrated, whatever the text is")
+    add_knob_arguments(parser, "for xkv without a ratio of its own; none takes what the sidecar was made for")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the JSON file."""
     specs = parse_caches(args.caches)
+    xkv = xkv_values(args)
+    XkvOptions.of(xkv)
     if args.n_ctx < N_PREFILL:
         raise OptionError(f"--n-ctx: {args.n_ctx}, expected {N_PREFILL} or more")
     depths = parse_depths(args.depths, args.n_ctx)
@@ -108,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     if out is not None:
         check_writable(out)
     model = open_model(args.model if args.model is not None else demo_model()).path
-    sidecar = _sidecar(model, specs, args)
+    if args.no_calibration is False and any(spec.kv_mode == "xkv" for spec in specs):
+        # made here when there is none, so that no worker's memory counts it
+        xkv["sidecar"] = str(ensure_sidecar(model, args.sidecar, threads=args.threads))
     result: dict[str, Any] = {
         "machine": machine(),
         "settings": {
@@ -119,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             "n_prefill": N_PREFILL,
             "n_decode": N_DECODE,
         },
-        "rows": measure(model, specs, depths, args.reps, {"n_ctx": args.n_ctx, "threads": args.threads}, sidecar),
+        "rows": measure(model, specs, depths, args.reps, {"n_ctx": args.n_ctx, "threads": args.threads}, xkv),
     }
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1) + "\n")
@@ -133,7 +147,7 @@ def measure(
     depths: list[int],
     reps: int,
     settings: Mapping[str, Any],
-    sidecar: str | None,
+    xkv: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Run all measurements in turns.
 
@@ -146,8 +160,8 @@ def measure(
     reps : int
     settings : mapping
         n_ctx and threads.
-    sidecar : str or None
-        For the xkv caches.
+    xkv : mapping
+        Options of the xkv caches; a cache's own ratio takes the place of their knob.
 
     Returns
     -------
@@ -161,14 +175,21 @@ def measure(
         reports = {}
         for name, worker in workers.items():
             spec = worker.spec
-            xkv = {"sidecar": sidecar, "ratio": spec.ratio} if spec.kv_mode == "xkv" else None
-            answer = worker.ask(op="open", model=str(model), kv_mode=spec.kv_mode, xkv=xkv, **settings)
+            options = None if spec.kv_mode != "xkv" else own_options(xkv, spec)
+            answer = worker.ask(op="open", model=str(model), kv_mode=spec.kv_mode, xkv=options, **settings)
             reports[name] = answer["report"]
         for name, depth in tqdm(plan, desc="measuring", unit="run", disable=None):
             answer = workers[name].ask(op="measure", depth=depth)
             timings.append(Timing(name, depth, answer["prefill_tps"], answer["decode_tps"]))
         peaks = {name: worker.ask(op="peak")["peak_rss_bytes"] for name, worker in workers.items()}
     return summarize(timings, reports, peaks)
+
+
+def own_options(xkv: Mapping[str, Any], spec: CacheSpec) -> dict[str, Any]:
+    """Options of one xkv cache: what is common to all, with its own ratio where it has one."""
+    if spec.ratio is None:
+        return dict(xkv)
+    return {**{key: value for key, value in xkv.items() if key not in KNOBS}, "ratio": spec.ratio}
 
 
 def machine() -> dict[str, Any]:
@@ -193,12 +214,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _sidecar(model: Path, specs: list[CacheSpec], args: argparse.Namespace) -> str | None:
-    """The sidecar for all xkv workers; made here when there is none, so that no worker's memory counts it."""
-    if not any(spec.kv_mode == "xkv" for spec in specs):
-        return None
-    from ..convert.pipeline import ensure_sidecar
-
-    return str(ensure_sidecar(model, args.sidecar, threads=args.threads))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Literal
 
 from ..convert.hf import OUTTYPES
-from ..convert.plan import BYTES_PER_COEF
-from ..convert.settings import BASIS_TYPES, FRAME, GROUP_SIZE, RATIO, TOKENS, Settings
-from ..convert.sidecar_info import FRAMES
+from ..convert.knob import DEFAULT_KNOB, one_knob
+from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, Settings
+from ..convert.sidecar_info import FRAMES, PLAN_CTX
+from ._knob import add_knob_arguments, knob_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,18 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="sidecar to write (default: MODEL.xkv.gguf)")
     plan = parser.add_argument_group("plan")
     plan.add_argument(
-        "--group-size", type=int, metavar="N", help=f"most layers that share coefficients (default: {GROUP_SIZE})"
+        "--group-size",
+        type=_group_size,
+        metavar="N",
+        help=f"most layers that share coefficients, or auto for the best of {', '.join(map(str, AUTO_SIZES))} "
+        f"(default: {GROUP_SIZE})",
     )
     plan.add_argument(
-        "--ratio", type=float, metavar="R", help=f"times smaller than f16, at long context (default: {RATIO:g})"
-    )
-    plan.add_argument("--rank-k", type=int, metavar="N", help="rank of K in every group, in place of a ratio")
-    plan.add_argument("--rank-v", type=int, metavar="N", help="rank of V in every group, in place of a ratio")
-    plan.add_argument(
-        "--type-coef",
-        default="q8_0",
-        metavar="TYPE",
-        help=f"coefficient type that the ratio counts with: {', '.join(BYTES_PER_COEF)} (default: %(default)s)",
+        "--n-ctx",
+        type=int,
+        metavar="N",
+        help=f"context in tokens that the cache size is meant for (default: {PLAN_CTX}, at most the model's own)",
     )
     plan.add_argument(
         "--frame",
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"type of the bases in the file: {', '.join(BASIS_TYPES)} (default: %(default)s)",
     )
+    add_knob_arguments(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
     text = parser.add_argument_group("calibration text")
     text.add_argument(
         "--data",
@@ -84,10 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings(
         group_size=args.group_size,
-        ratio=args.ratio,
-        rank_k=args.rank_k,
-        rank_v=args.rank_v,
-        type_coef=args.type_coef,
+        knob=one_knob(knob_values(args)) or DEFAULT_KNOB,
+        n_ctx=args.n_ctx,
         frame=args.frame,
         data=tuple(map(Path, args.data)),
         tokens=args.tokens,
@@ -111,3 +111,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     print(done.path)
     return 0
+
+
+def _group_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number or auto") from error

@@ -1,4 +1,4 @@
-"""The verb `inspect`: what is in a sidecar or a model."""
+"""The verb `inspect`: what is in a sidecar or a model, and the cache that is planned with it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._knob import add_knob_arguments, knob_values
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("file", metavar="FILE", help="sidecar or GGUF model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="PICTURE", help="draw the spectra into a .png, .svg or .pdf file")
+    parser.add_argument(
+        "--n-ctx", type=int, metavar="N", help="context in tokens to plan for (default: what the sidecar was made for)"
+    )
+    add_knob_arguments(parser, "none of them plans what the sidecar was made for")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,20 +28,28 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     XkvError
-        The file cannot be read, or the picture cannot be drawn.
+        The file cannot be read, the size is out of reach, or the picture cannot be drawn.
     """
-    from ..convert.describe import describe, is_sidecar
+    from ..convert.describe import beside, describe, is_sidecar, plan_of
+    from ..convert.knob import one_knob
+    from ..convert.model_shape import known_shape
     from ..convert.sidecar import read_sidecar
     from ..errors import OptionError
 
     path = Path(args.file)
+    if args.n_ctx is not None and not 1 <= args.n_ctx < 1 << 31:
+        raise OptionError(f"--n-ctx: {args.n_ctx}, expected 1 or more")
     if args.plot is not None and not is_sidecar(path):
         raise OptionError(f"--plot draws the spectra of a sidecar, {path} is none")
-    found = describe(path)
+    knob = one_knob(knob_values(args))
+    found = describe(path, knob, args.n_ctx)
     if args.plot is not None:
         from ..convert.plot import plot_spectra
 
-        plot_spectra(read_sidecar(path), Path(args.plot))
+        sidecar = read_sidecar(path)
+        info = sidecar.info
+        shape = known_shape(beside(path), info.embd_k, info.embd_v)
+        plot_spectra(sidecar, plan_of(sidecar, shape, knob or info.knob, args.n_ctx or info.n_ctx), Path(args.plot))
     print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
     return 0
 
@@ -44,39 +58,23 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     """A description as text."""
     model = found["model"]
     if found["kind"] == "sidecar":
-        calibration = found["calibration"]
+        calibration, made_for = found["calibration"], found["made_for"]
         source = "text of its own" if calibration["source"] == "self" else "files"
         yield f"sidecar     {found['path']} ({mib(found['bytes'])}, format version {found['format_version']})"
         yield f"model       {model['architecture']} {model['name']!r}, fingerprint {model['fingerprint'][:16]}"
         yield (
             f"calibrated  on {calibration['tokens']} tokens of {source}, sequences of {calibration['n_ctx']}, "
-            f"seed {calibration['seed']}"
+            f"seed {calibration['seed']}; chunks of {found['frame']}"
         )
-        planned = f"planned for {found['ratio_planned']:g}" if found["ratio_planned"] else "ranks given"
-        yield (
-            f"plan        ratio {found['ratio']:.2f} to f16 with {found['caches']['xkv']['type_coef']} coefficients "
-            f"({planned}), frame {found['frame']}, sinks {found['n_sink']}"
-        )
-        yield ""
-        yield from table(
-            ("layers", "K rank", "of", "energy kept", "V rank", "of", "energy kept"),
-            [
-                (
-                    f"{g['layers'][0]}-{g['layers'][1]}",
-                    str(g["rank_k"]),
-                    str(g["dim_k"]),
-                    f"{g['energy_k']:.2%}",
-                    str(g["rank_v"]),
-                    str(g["dim_v"]),
-                    f"{g['energy_v']:.2%}",
-                )
-                for g in found["groups"]
-            ],
-        )
+        yield f"made for    {made_for['knob']} {made_for['value']} at n_ctx {made_for['n_ctx']}"
     else:
         yield f"model       {found['path']} ({mib(found['bytes'])})"
         yield f"            {model['architecture']} {model['name']!r}, {found['layers']} layers"
         yield f"sidecar     {found['sidecar'] or 'none yet; make one with `xkv-gguf convert`'}"
+        if found["sidecar_problem"]:
+            yield f"            {found['sidecar_problem']}"
+    if found["plan"] is not None:
+        yield from plan_lines(found["plan"])
     yield ""
     caches = found["caches"]
     contexts = list(caches["f16"]["totals"])
@@ -85,9 +83,37 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
         row = [name, f"{cache['bytes_per_token']:.0f}"]
         for n in contexts:
             total = cache["totals"][n]
-            row.append(f"{mib(total)} ({caches['f16']['totals'][n] / total:.2f}x)")
+            row.append(f"{mib(total)} ({caches['f16']['totals'][n] / total:.2f}x)" if total else "out of reach")
         rows.append(row)
     yield from table(("cache", "bytes/token", *(f"{int(n) // 1024}k" for n in contexts)), rows)
+
+
+def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
+    """A plan as text."""
+    yield (
+        f"plan        {plan['knob']} {plan['value']} at n_ctx {plan['n_ctx']}: {mib(plan['total_bytes'])}, "
+        f"{plan['ratio']:.2f}x smaller than f16 (coefficients alone {plan['coef_ratio']:.2f}x)"
+    )
+    yield (
+        f"            sinks {plan['n_sink']}, window {plan['n_window']} {plan['type_window']}, n_ubatch "
+        f"{plan['n_ubatch']}, bases {plan['type_basis']}"
+    )
+    divergence = "" if plan["kld"] is None else f", divergence {plan['kld']:.4f} nats"
+    yield f"predicted   distortion {plan['distortion']:.4f}{divergence}"
+    yield "            " + ", ".join(f"{name} {mib(size)}" for name, size in plan["parts"].items())
+    yield ""
+    rows = []
+    for group in plan["groups"]:
+        row = [f"{group['layers'][0]}-{group['layers'][1]}"]
+        for kind in ("k", "v"):
+            row += [segment_text(group[f"segments_{kind}"]), str(group[f"dim_{kind}"]), f"{group[f'kept_{kind}']:.2%}"]
+        rows.append(row)
+    yield from table(("layers", "K directions", "of", "kept", "V directions", "of", "kept"), rows)
+
+
+def segment_text(segments: Sequence[Sequence[Any]]) -> str:
+    """Segments as "64xq8_0 96xq4_0"."""
+    return " ".join(f"{rank}x{kind}" for rank, kind in segments)
 
 
 def mib(n: int) -> str:
