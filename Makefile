@@ -10,6 +10,7 @@ VENV  := .venv
 STAMP := $(VENV)/.stamps
 PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip --disable-pip-version-check -qq
+LAPACK := $(shell sed -n 's/.*"\(scipy-openblas32[^";]*\).*/\1/p' pyproject.toml)
 UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
 
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json README.md LICENSE native convert xkv_gguf \
@@ -59,9 +60,9 @@ $(STAMP)/venv: native/cmake/check-tools.sh
 	@mkdir -p $(STAMP) && touch $@
 
 # llama-cpp-python: its Python part only, the libraries are built here
-$(STAMP)/deps: upstream.json $(STAMP)/venv
+$(STAMP)/deps: upstream.json pyproject.toml $(STAMP)/venv
 	@echo "installing $(TORCH) and $(UPSTREAM)"
-	@$(PIP) install "$(TORCH)"
+	@$(PIP) install "$(TORCH)" $(if $(filter Darwin,$(shell uname)),,"$(LAPACK)")
 	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) install "$(UPSTREAM)"
 	@touch $@
 

@@ -26,6 +26,10 @@ foreach(library IN LISTS xkv_libraries)
         RUNTIME DESTINATION xkv_gguf/lib COMPONENT xkv)
 endforeach()
 
+if (XKV_LAPACK_FILE)
+    install(FILES "${XKV_LAPACK_FILE}" DESTINATION xkv_gguf/lib COMPONENT xkv)
+endif()
+
 install(FILES "${PROJECT_SOURCE_DIR}/native/include/xkv.h" DESTINATION xkv_gguf/include COMPONENT xkv)
 install(FILES "${XKV_GENERATED_DIR}/_build_info.py"        DESTINATION xkv_gguf         COMPONENT xkv)
 

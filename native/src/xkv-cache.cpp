@@ -271,9 +271,6 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdow
     for (const auto & [buft, bytes] : store->buffers()) {
         res[buft] += bytes;
     }
-    for (const auto & [buft, bytes] : flusher->buffers()) {
-        res[buft] += bytes;
-    }
     return res;
 }
 
@@ -284,12 +281,7 @@ std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::parts() const {
     for (const auto & [buft, bytes] : window->memory_breakdown()) {
         n_window += bytes;
     }
-    size_t n_flush = 0;
-    for (const auto & [buft, bytes] : flusher->buffers()) {
-        n_flush += bytes;
-    }
     res.emplace_back("sinks and window", n_window);
-    res.emplace_back("flush scratch",    n_flush);
     return res;
 }
 

@@ -47,6 +47,7 @@ void xkv_flush::compress(llama_context * lctx, uint32_t stream, const std::vecto
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         compress_block(lctx, stream, jobs.data() + i, std::min(n_block, jobs.size() - i));
     }
+    graph.release();
 }
 
 void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job) {
@@ -138,4 +139,5 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
         }
         graph.run();
     }
+    graph.release();
 }

@@ -34,8 +34,6 @@ public:
     ggml_tensor * build_group(xkv_graph & graph, xkv_store::kind kd, uint32_t ig, uint32_t stream, ggml_tensor * cells,
                               ggml_tensor * origin) const;
 
-    std::map<ggml_backend_buffer_type_t, size_t> buffers() const { return graph.buffers(); }
-
 private:
     const llama_kv_cache_xkv & cache;
 

@@ -87,13 +87,9 @@ void xkv_graph::run() {
     }
 }
 
-std::map<ggml_backend_buffer_type_t, size_t> xkv_graph::buffers() const {
-    std::map<ggml_backend_buffer_type_t, size_t> res;
-    if (sched) {
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched.get()); ++i) {
-            ggml_backend_t backend = ggml_backend_sched_get_backend(sched.get(), i);
-            res[ggml_backend_sched_get_buffer_type(sched.get(), backend)] += ggml_backend_sched_get_buffer_size(sched.get(), backend);
-        }
-    }
-    return res;
+void xkv_graph::release() {
+    inputs.clear();
+    inputs_f32.clear();
+    context.reset();
+    sched.reset();
 }

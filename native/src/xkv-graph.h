@@ -3,7 +3,6 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
-#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -32,8 +31,8 @@ public:
     // allocates, sets the inputs, computes and waits; throws xkv_error
     void run();
 
-    // compute buffers
-    std::map<ggml_backend_buffer_type_t, size_t> buffers() const;
+    // frees the compute buffers: they are scratch, as a model's are
+    void release();
 
     ggml_context * ctx() const { return context.get(); }
 

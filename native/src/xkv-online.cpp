@@ -106,6 +106,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
         st.info.n_update++;
         st.n_update = n;
     }
+    graph.release();
 }
 
 ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {

@@ -21,6 +21,7 @@ lib: Any = importlib.import_module("llama_cpp")
 
 GGML_F32 = 0
 GGML_F16 = 1
+GGML_Q8_0 = 8
 
 
 def open_model(path: Path) -> Any:
@@ -90,10 +91,11 @@ def open_context(
     n_threads: int = 1,
     unified: bool = False,
     exact: bool = True,
+    window: int | None = None,
     flash_attn: bool = True,
     xkv: _native.ScopeParams | None = None,
 ) -> Iterator[Context]:
-    """A context with a plain cache, or with an xkv cache; `exact` keeps the plain part in f32."""
+    """A context with a plain cache, or with an xkv cache; `exact` keeps the plain part in f32, `window` in that type."""
     params = lib.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = n_ctx
@@ -102,7 +104,7 @@ def open_context(
     params.n_threads = params.n_threads_batch = n_threads
     params.kv_unified = unified
     params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.type_k = params.type_v = GGML_F32 if exact else GGML_F16
+    params.type_k = params.type_v = window if window is not None else GGML_F32 if exact else GGML_F16
     with _native.scope(xkv) if xkv else contextlib.nullcontext():
         ptr = lib.llama_init_from_model(model, params)
     assert ptr, _native.last_error()

@@ -36,11 +36,11 @@ def rms_norm(x: F64, weight: F64) -> F64:
 class Reference:
     """One sequence of a tiny llama model; `bases` None keeps everything exact."""
 
-    def __init__(self, tensors: dict[str, F64], bases: Bases | None, rank: int, n_block: int) -> None:
+    def __init__(self, tensors: dict[str, F64], bases: Bases | None, rank: int, n_ubatch: int = 64) -> None:
         self.w = {name: value.astype(np.float64) for name, value in tensors.items()}
         self.bases = bases
         self.rank = rank
-        self.n_block = n_block
+        self.n_cell = 0 if bases is None else -(-(N_SINK + N_WINDOW + bases.frame + n_ubatch) // 32) * 32
         self.k: list[F64] = [np.zeros((0, 1, N_EMBD_HEAD))] * N_LAYER
         self.v: list[F64] = [np.zeros((0, 1, N_EMBD_HEAD))] * N_LAYER
         self.n_stored = 0  # tokens after the sinks that are projections
@@ -50,7 +50,7 @@ class Reference:
 
     def decode(self, tokens: Sequence[int]) -> F64:
         """Logits [n, n_vocab] of one micro-batch."""
-        self._flush()
+        self._flush(len(tokens))
         w = self.w
         p0 = self.n_tokens()
         pos = p0 + np.arange(len(tokens))
@@ -77,12 +77,10 @@ class Reference:
         out = np.einsum("hqk,kd->qhd", p, self.v[il][:, 0])
         return out.reshape(n, -1) @ w[f"blk.{il}.attn_output.weight"].T
 
-    def _flush(self) -> None:
-        if self.bases is None:
+    def _flush(self, n_new: int) -> None:
+        if self.bases is None or self.n_tokens() - self.n_stored + n_new <= self.n_cell:
             return
         n_exact = self.n_tokens() - N_SINK - self.n_stored
-        if n_exact < N_WINDOW + self.n_block:
-            return
         for _ in range((n_exact - N_WINDOW) // self.bases.frame):
             self._compress(N_SINK + self.n_stored)
             self.n_stored += self.bases.frame

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from xkv_gguf._native import ScopeParams
+from xkv_gguf.convert.plan import KINDS, Segment
 from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, tensor_name
 from xkv_gguf.convert.sidecar_write import write_sidecar
 
 N_SINK = 4
 N_WINDOW = 40
-N_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,36 @@ class Bases:
     basis: dict[str, list[np.ndarray]]
     mean: dict[str, list[np.ndarray]]
 
-    def params(self, rank: int | None = None, type_coef: str = "f32", n_absorb: int = 8) -> ScopeParams:
-        """Cache parameters; every rank is `rank`, or full."""
-        full = {kind: [len(basis) for basis in self.basis[kind]] for kind in "kv"}
-        ranks = {kind: [min(rank or dim, dim) for dim in dims] for kind, dims in full.items()}
+    def params(
+        self,
+        rank: int | None = None,
+        type_coef: str = "f32",
+        n_absorb: int = 8,
+        online: bool = False,
+        calibrated: bool = True,
+        types: tuple[tuple[int, str], ...] = (),
+    ) -> ScopeParams:
+        """Cache parameters.
+
+        Every rank is `rank`, or full, in one type; or the directions are split as `types` says: (rank, type).
+        """
+        segments = []
+        for g in range(len(self.first)):
+            for kind in KINDS:
+                dim = len(self.basis[kind][g])
+                rows = types or ((min(rank or dim, dim), type_coef),)
+                segments += [Segment(g, kind, n, t) for n, t in rows]
         return ScopeParams(
-            sidecar=str(self.path),
+            segments=tuple(segments),
+            sidecar=str(self.path) if calibrated else None,
             n_sink=N_SINK,
             n_window=N_WINDOW,
-            n_block=max(N_BLOCK, self.frame),
             n_absorb=n_absorb,
-            type_coef_k=type_coef,
-            type_coef_v=type_coef,
             type_basis="f32",
-            ranks=(ranks["k"], ranks["v"]),
+            online=online,
+            first=() if calibrated else self.first,
+            count=() if calibrated else self.count,
+            frame=0 if calibrated else self.frame,
         )
 
 
@@ -69,8 +85,7 @@ def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: 
         group_size=group_size,
         frame=frame,
         n_sink=N_SINK,
-        groups=tuple(Group(f, c, c * n_embd, c * n_embd) for f, c in zip(first, count, strict=True)),
-        ratio=0.0,
+        groups=tuple(Group(f, c) for f, c in zip(first, count, strict=True)),
         calibration=Calibration("self", 1, 0, 1, "0" * 64),
     )
     write_sidecar(path, info, arrays)
