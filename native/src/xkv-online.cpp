@@ -15,7 +15,7 @@
 
 // An update pays when the error is this much above the calibrated one, as a share of that and of the variance; below,
 // re-coding costs as much as it gains.
-static const float XKV_ONLINE_EXCESS     = 0.2f;
+static const float XKV_ONLINE_EXCESS     = 0.05f;
 static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
 
 // directions that one update can add
