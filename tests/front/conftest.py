@@ -13,7 +13,7 @@ from xkv_gguf import Llama
 from xkv_gguf.convert.pipeline import ensure_sidecar
 
 # small enough that a prompt of some hundred tokens is mostly compressed
-SMALL = {"n_sink": 4, "n_window": 64, "n_block": 64}
+SMALL = {"n_sink": 4, "n_window": 64}
 
 Open = Callable[..., Llama]
 
