@@ -222,18 +222,20 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
         if plans:
             return min(plans, key=lambda plan: plan.distortion)
     smallest = _smallest(stats, shape, wishes, layouts, bases)
-    helps = ["a larger n_ctx"] if wishes.knob.kind == "ratio" else ["a smaller n_ctx"]
-    helps += [
-        f"a smaller {name} than {given}"
-        for name, given, least in (
-            ("n_ubatch", wishes.n_ubatch, UBATCHES[-1]),
-            ("n_window", wishes.n_window, WINDOWS[-1]),
-        )
-        if given is not None and given > least
-    ]
+    per_token = least_cost(stats, wishes.types, wishes.max_segments, Prices(1, bases[0], with_bases=False))
+    limit = 2 * shape.numbers / per_token
+    if wishes.knob.kind == "ratio" and wishes.knob.number >= limit:
+        hint = f"no n_ctx gets beyond {_floor(limit)} with coefficients of {'+'.join(wishes.types)}"
+    else:
+        helps = ["a larger n_ctx" if wishes.knob.kind == "ratio" else "a smaller n_ctx"]
+        if wishes.n_ubatch is not None and wishes.n_ubatch > UBATCHES[-1]:
+            helps.append(f"a smaller n_ubatch than {wishes.n_ubatch}")
+        if wishes.n_window is not None and wishes.n_window > WINDOWS[-1]:
+            helps.append(f"a smaller n_window than {wishes.n_window}")
+        hint = f"{' or '.join(helps)} helps"
     raise OptionError(
         f"{wishes.knob}: out of reach at n_ctx {wishes.n_ctx}; the smallest cache takes {smallest} bytes "
-        f"({format_bytes(smallest)}, ratio {_floor(plain / smallest)}); {' or '.join(helps)} helps"
+        f"({format_bytes(smallest)}, ratio {_floor(plain / smallest)}); {hint}"
     )
 
 

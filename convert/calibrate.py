@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.text import cut_texts, read_texts
+from xkv_gguf.errors import CalibrationError
 
 FILE_LEN = 2048
 """Tokens per sequence of text from files."""
@@ -29,11 +30,12 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """Consecutive groups of layers and their numbers per token by kind."""
+    """Consecutive groups of layers, and the numbers per token of groups and of layers by kind."""
 
     first: list[int]
     count: list[int]
     dims: dict[Kind, list[int]]
+    embd: dict[Kind, tuple[int, ...]]
 
     @classmethod
     def of(cls, first: list[int], count: list[int], embd_k: Sequence[int], embd_v: Sequence[int]) -> LayerGroups:
@@ -42,7 +44,7 @@ class LayerGroups:
         def dims(embd: Sequence[int]) -> list[int]:
             return [sum(embd[f : f + c]) for f, c in zip(first, count, strict=True)]
 
-        return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)})
+        return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
 
     def name(self, group: int) -> str:
         """Layers of a group for people: "0-4"."""
@@ -102,6 +104,25 @@ def _run_self(
         yield from texts
 
 
+def is_finite(sums: Sums) -> bool:
+    """Whether all sums are numbers."""
+    return bool(np.isfinite(sums.total).all() and np.isfinite(sums.gram).all())
+
+
+def _not_finite(groups: LayerGroups, group: int, sums: Mapping[Kind, Sums]) -> str:
+    """What is wrong with sums that are not finite: the first layer of the group that shows it."""
+    for layer in range(groups.first[group], groups.first[group] + groups.count[group]):
+        for kind in KINDS:
+            start = sum(groups.embd[kind][groups.first[group] : layer])
+            own = slice(start, start + groups.embd[kind][layer])
+            if not (np.isfinite(sums[kind].total[own]).all() and np.isfinite(sums[kind].gram[own, own]).all()):
+                return (
+                    f"{kind.upper()} of layer {layer}: the captured sums are not finite; the model computes NaN or "
+                    "infinity there, and calibration needs finite numbers: use another file of this model"
+                )
+    return f"layers {groups.name(group)}: the captured sums are not finite; the model computes NaN or infinity"
+
+
 def collect(
     engine: Engine,
     groups: LayerGroups,
@@ -131,7 +152,7 @@ def collect(
     Raises
     ------
     CalibrationError
-        The model fails on the text.
+        The model fails on the text, or computes NaN or infinity; the text names the first layer that does.
     """
     digest = hashlib.sha256()
     n_tokens = 0
@@ -146,6 +167,8 @@ def collect(
         for g in range(len(groups.first)):
             for kind in KINDS:
                 sums = capture.read(g, kind)
+                if not is_finite(sums):
+                    raise CalibrationError(_not_finite(groups, g, {other: capture.read(g, other) for other in KINDS}))
                 n_tokens = sums.n_tokens
                 use(g, kind, sums)
     engine.close_context()

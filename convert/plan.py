@@ -246,7 +246,7 @@ def _problem(
     dims = np.array([stats.dim(*source) for source in sources])
     # a segment may end inside a block where the directions end, so the last block counts as whole
     longest = max(step for step in steps.values()) // STEP
-    n_step = int(-(-dims.max() // (STEP * longest)) * longest)
+    n_step = int(-(-dims.max() // STEP)) + longest - 1
     gains = np.zeros((len(sources), n_step))
     there = np.clip(dims[:, None] - STEP * np.arange(n_step), 0, STEP)  # directions in each step
     for i, source in enumerate(sources):

@@ -1,7 +1,7 @@
 """How well bases from different calibration texts fit texts that none of them has seen.
 
 Calibrates a model on several texts with the same settings and prints two Markdown tables: the residual energy of
-held-out texts (the share of the variance of K and V that the planned ranks lose), and the mean Kullback-Leibler
+held-out texts (the share of the variance of K and V that the planned directions lose), and the mean Kullback-Leibler
 divergence of the next-token distribution from the f16 cache's. docs/calibration.md reports the first one.
 
     python docs/scripts/calibration_study.py --model MODEL.gguf \
@@ -18,20 +18,22 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from xkv_gguf import _native
+from xkv_gguf._model_file import open_model
 from xkv_gguf._sidecars import scope_params
+from xkv_gguf.convert.cache_plan import CachePlan
 from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.pipeline import convert
-from xkv_gguf.convert.settings import RATIO, TOKENS, Settings
+from xkv_gguf.convert.plan import KINDS, Kind
+from xkv_gguf.convert.settings import TOKENS, Settings
 from xkv_gguf.convert.sidecar import Sidecar, read_sidecar
-from xkv_gguf.convert.sidecar_info import KINDS, Kind
 from xkv_gguf.convert.solve import residual_energy, solve_gram
 from xkv_gguf.options import XkvOptions
 
@@ -47,24 +49,25 @@ class Text:
     passages: list[list[int]]
 
 
-def mean_residual(sums: AllSums, sidecar: Sidecar, kind: Kind) -> float:
-    """Residual energy at the planned ranks, mean over the groups."""
+def mean_residual(sums: AllSums, sidecar: Sidecar, plan: CachePlan, kind: Kind) -> float:
+    """Residual energy of the planned directions, mean over the groups."""
     shares = []
-    for g, group in enumerate(sidecar.info.groups):
+    for g in range(len(sidecar.info.groups)):
         s = sums[g, kind]
-        rank = group.rank_k if kind == "k" else group.rank_v
+        rank = sum(segment.rank for segment in plan.of(g, kind))
         basis, mean = np.asarray(sidecar.basis(g, kind)), np.asarray(sidecar.mean(g, kind), dtype=np.float64)
         shares.append(residual_energy(s.gram, s.total, s.n_tokens, basis, mean, rank))
     return float(np.mean(shares))
 
 
-def own_residual(sums: AllSums, sidecar: Sidecar, kind: Kind) -> float:
+def own_residual(sums: AllSums, plan: CachePlan, kind: Kind) -> float:
     """The same for a basis made from the held-out text itself, with the same ranks: the least that can be had."""
     shares = []
-    for g, group in enumerate(sidecar.info.groups):
-        s = sums[g, kind]
-        spectrum = solve_gram(s.gram, s.total, s.n_tokens, kind).spectrum
-        shares.append(float(spectrum[group.rank_k if kind == "k" else group.rank_v :].sum() / spectrum.sum()))
+    for (g, other), s in sums.items():
+        if other == kind:
+            spectrum = solve_gram(s.gram, s.total, s.n_tokens, kind).spectrum
+            rank = sum(segment.rank for segment in plan.of(g, kind))
+            shares.append(float(spectrum[rank:].sum() / spectrum.sum()))
     return float(np.mean(shares))
 
 
@@ -122,10 +125,11 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=8192)
     parser.add_argument("--context", type=int, default=4096, help="tokens of a passage for the divergence")
     parser.add_argument("--scored", type=int, default=512, help="tokens at its end that are scored")
-    parser.add_argument("--ratio", type=float, default=RATIO)
+    parser.add_argument("--coef-ratio", type=float, default=8.0)
+    parser.add_argument("--types", default="q8_0+q5_0+q4_0+q2_0+q1_0", help="of coefficients")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    base = Settings(ratio=args.ratio, threads=args.threads)
+    base = Settings(knob=Knob.of("coef_ratio", args.coef_ratio), threads=args.threads)
     runs: dict[str, Settings] = {}
     for tokens in args.tokens:
         for seed in args.seeds:
@@ -150,13 +154,18 @@ def main() -> None:
             for text in held_out:
                 exact[text.name] = [log_probabilities(engine, p, args.scored) for p in text.passages]
             residual_rows, divergence_rows = [], []
+            plans = {}
             for name, sidecar in sidecars.items():
+                # bases that stay as calibrated: this is what is compared
+                options = XkvOptions(sidecar=str(sidecar.path), types=args.types, online=False)
+                plans[name], params = scope_params(sidecar, options, args.context, None, open_model(args.model))
                 row: list[str] = []
                 for text in held_out:
-                    row.append(" / ".join(f"{mean_residual(text.sums, sidecar, kind):.3f}" for kind in KINDS))
+                    row.append(
+                        " / ".join(f"{mean_residual(text.sums, sidecar, plans[name], kind):.3f}" for kind in KINDS)
+                    )
                 residual_rows.append([name, *row])
-                options: Any = XkvOptions(sidecar=str(sidecar.path))
-                with _native.scope(scope_params(sidecar, options)):
+                with _native.scope(params):
                     engine.open_context(1, args.context)
                 row = []
                 for text in held_out:
@@ -164,11 +173,11 @@ def main() -> None:
                     pairs = zip(exact[text.name], found, strict=True)
                     row.append(f"{np.mean([divergence(a, b) for a, b in pairs]):.4f}")
                 divergence_rows.append([name, *row])
-            sidecar = next(iter(sidecars.values()))
-            own = [" / ".join(f"{own_residual(text.sums, sidecar, k):.3f}" for k in KINDS) for text in held_out]
+            plan = next(iter(plans.values()))
+            own = [" / ".join(f"{own_residual(text.sums, plan, k):.3f}" for k in KINDS) for text in held_out]
             residual_rows.append(["the held-out text itself", *own])
     head = ["calibrated on", *(text.name for text in held_out)]
-    print(f"Residual energy at ratio {args.ratio:g}, K / V:\n\n{table(head, residual_rows)}\n")
+    print(f"Residual energy at coefficient ratio {args.coef_ratio:g}, K / V:\n\n{table(head, residual_rows)}\n")
     print(f"Mean KL divergence from f16, nats:\n\n{table(head, divergence_rows)}")
 
 

@@ -23,7 +23,8 @@ def stored(values: F32, type_name: str) -> F32:
     if type_name == "q1_0":
         blocks = values.reshape(-1, 128)
         size = _half(np.abs(blocks).mean(axis=1, keepdims=True))
-        return np.where(blocks >= 0, size, -size).astype(np.float32).reshape(values.shape)
+        signed: F32 = np.where(blocks >= 0, size, -size).astype(np.float32).reshape(values.shape)
+        return signed
     kind = GGMLQuantizationType[type_name.upper()]
     result: F32 = dequantize(quantize(values, kind), kind)
     return result

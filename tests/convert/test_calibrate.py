@@ -10,12 +10,13 @@ import pytest
 
 from xkv_gguf import Llama
 from xkv_gguf.convert import capture, pipeline
+from xkv_gguf.convert import settings as settings_module
 from xkv_gguf.convert.capture import Capture, model_layers
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.pipeline import Converted, convert
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sizes import CacheLayout, predict_parts
 from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
 
 from .conftest import Arrays
@@ -23,7 +24,7 @@ from .tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
 
 
 def run(model: Path, out: Path, **settings: Any) -> Converted:
-    settings = {"group_size": 2, "ratio": 2.0, "type_coef": "f16", "tokens": 512, "threads": 1, **settings}
+    settings = {"group_size": 2, "tokens": 512, "threads": 1, **settings}
     return convert(model, out, Settings(**settings), show_progress=False)
 
 
@@ -86,8 +87,8 @@ def test_files_give_a_valid_sidecar(tiny_model: Path, text_file: Path, tmp_path:
     assert found.info.calibration.source == "files"
     assert found.info.calibration.tokens == 2000 - 4
     assert found.info.settings["data"] == ["text.txt"]
-    ranks = [(g.rank_k, g.rank_v) for g in found.info.groups]
-    assert sum(k + v for k, v in ranks) * 2 == N_LAYER * EMBD_KV * 2
+    assert [(g.first, g.count, g.weight_k, g.weight_v) for g in found.info.groups] == [(0, 2, 1, 1), (2, 1, 1, 1)]
+    assert (found.info.knob, found.info.n_ctx, found.info.kld_scale) == (Knob("quality", "medium"), 2048, 0)
     for g, dim in ((0, 2 * EMBD_KV), (1, EMBD_KV)):
         basis = found.basis(g, "k").astype(np.float64)
         np.testing.assert_allclose(basis @ basis.T, np.eye(dim), atol=2e-3)
@@ -112,20 +113,43 @@ def test_same_settings_same_bytes(tiny_model: Path, text_file: Path, tmp_path: P
     assert digests[0] != digests[3]
 
 
-def test_full_rank_f32(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    done = run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, rank_k=128, rank_v=32, basis_type="f32")
-    assert [(g.rank_k, g.rank_v) for g in done.info.groups] == [(128, 32), (64, 32)]
-    assert done.info.ratio == 0
+def test_f32_bases(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    run(tiny_model, tmp_path / "s", data=(text_file,), basis_type="f32")
     found = read_sidecar(tmp_path / "s")
     basis = found.basis(0, "k")
     assert basis.dtype == np.float32
     np.testing.assert_allclose(basis @ basis.T, np.eye(128), atol=1e-5)
 
 
-def test_default_ratio_of_a_tiny_model_is_the_nearest(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    done = run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, type_coef="q8_0", group_size=1)
-    assert done.info.ratio == pytest.approx(64 * 2 / 34, rel=1e-3)
-    assert any("default ratio 7 is out of reach" in note for note in done.notes)
+def test_the_knob_is_recorded(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), knob=Knob.of("budget", "2MiB"), n_ctx=4096)
+    assert (done.info.knob, done.info.n_ctx) == (Knob("budget", str(2 << 20)), 4096)
+
+
+def test_group_size_by_itself(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    """Candidates come from one capture; the one that is taken has the bases of a conversion with its size."""
+    done = run(tiny_model, tmp_path / "auto", data=(text_file,), group_size="auto")
+    assert done.info.settings["group_size"] == "auto"
+    assert done.info.group_size == 2
+    run(tiny_model, tmp_path / "two", data=(text_file,), group_size=2)
+    one, other = (read_sidecar(tmp_path / name) for name in ("auto", "two"))
+    assert one.info.groups == other.info.groups
+    np.testing.assert_array_equal(one.basis(1, "v"), other.basis(1, "v"))
+
+
+def test_group_sizes_are_compared(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings_module, "AUTO_SIZES", (1, 2, 3))
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), group_size="auto")
+    assert any(f"group size {done.info.group_size} is taken; predicted distortion" in note for note in done.notes)
+    found = read_sidecar(tmp_path / "s")
+    run(tiny_model, tmp_path / "t", data=(text_file,), group_size=done.info.group_size)
+    expected = read_sidecar(tmp_path / "t")
+    # three layers are captured as one group, which splits as the model itself does
+    assert [(g.first, g.count) for g in found.info.groups] == [(g.first, g.count) for g in expected.info.groups]
+    for g in range(len(found.info.groups)):
+        np.testing.assert_allclose(found.spectrum(g, "k"), expected.spectrum(g, "k"), rtol=1e-5, atol=1e-6)
 
 
 def test_few_tokens_are_noted(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -155,9 +179,8 @@ def test_ctrl_c_leaves_no_file(
     ("settings", "match"),
     [
         ({"group_size": 4}, "group size 4: 1 to 3"),
-        ({"ratio": 1.0, "type_coef": "q8_0"}, r"ratio 1: 1\.883"),
-        ({"ratio": None, "rank_k": 33, "rank_v": 32}, "rank of K 33: a multiple of 32 below 128, or 128"),
-        ({"ratio": None, "rank_k": 32, "rank_v": 160}, "rank of V 160"),
+        ({"knob": Knob("ratio", "100")}, "ratio 100: out of reach at n_ctx 2048"),
+        ({"knob": Knob("budget", "1000"), "group_size": "auto"}, "budget 1000 bytes: out of reach at n_ctx 2048"),
         ({"data": (Path("none.txt"),)}, r"calibration text none\.txt: no such file"),
     ],
 )
@@ -171,16 +194,11 @@ def test_impossible_for_the_model(tiny_model: Path, tmp_path: Path, settings: di
     ("settings", "match"),
     [
         ({"group_size": 0}, "group size 0: at least 1"),
-        ({"ratio": 0.0}, "ratio 0: a number above 0"),
-        ({"ratio": float("nan")}, "ratio nan"),
-        ({"rank_k": 32}, "both of K and V expected"),
-        ({"rank_k": 32, "rank_v": 32, "ratio": 4.0}, "ranks and ratio: one of them"),
-        ({"rank_k": -32, "rank_v": 32}, "rank of K -32: at least 1"),
+        ({"n_ctx": 0}, "n_ctx 0: at least 1"),
         ({"frame": 48}, "frame 48: one of 32, 64, 128, 256"),
         ({"tokens": 10}, "calibration tokens 10: at least 256"),
         ({"seed": -1}, "seed -1"),
         ({"threads": 0}, "threads 0"),
-        ({"type_coef": "q2_k"}, "coefficient type 'q2_k'"),
         ({"basis_type": "q8_0"}, "basis type 'q8_0'"),
         ({"n_sink": 1000}, "sinks 1000"),
     ],
@@ -192,11 +210,12 @@ def test_impossible_settings(settings: dict[str, Any], match: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["self", "files"])
-def test_model_that_computes_nan(tmp_path: Path, text_file: Path, source: str) -> None:
+@pytest.mark.parametrize(("layer", "kind"), [(0, "k"), (1, "v"), (2, "k")])
+def test_model_that_computes_nan(tmp_path: Path, text_file: Path, source: str, layer: int, kind: str) -> None:
     tensors = weights(0)
-    tensors["blk.1.attn_v"][0, 0] = np.nan
+    tensors[f"blk.{layer}.attn_{kind}"][0, 0] = np.nan
     write_tiny(tmp_path / "nan.gguf", tensors)
-    match = "V of layers 0-1: .* not finite" if source == "files" else "not finite"
+    match = f"^{kind.upper()} of layer {layer}: .* not finite" if source == "files" else "not finite"
     with pytest.raises(CalibrationError, match=match):
         run(tmp_path / "nan.gguf", tmp_path / "s", data=(text_file,) if source == "files" else ())
     assert not (tmp_path / "s").exists()
@@ -271,15 +290,27 @@ def test_cache_folder_that_cannot_be_made(own_model: Path, tmp_path: Path) -> No
         pipeline.ensure_sidecar(own_model)
 
 
-def test_predicted_sizes_are_the_native_ones(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    run(tiny_model, tmp_path / "s", data=(text_file,), ratio=None, rank_k=64, rank_v=32, frame=64)
-    layout = CacheLayout(n_window=100, n_block=128, n_ubatch=256, frame=64, type_coef_v="q4_0")
-    xkv = {"sidecar": str(tmp_path / "s"), "n_window": 100, "n_block": 128, "type_coef_v": "q4_0"}
-    llm = Llama(tiny_model, kv_mode="xkv", xkv=xkv, n_ctx=1024, n_ubatch=256, n_batch=256, verbose=False)
+@pytest.mark.parametrize(
+    "xkv",
+    [
+        {"ratio": 3, "n_window": 100},
+        {"quality": "low", "types": "q8_0+q4_0", "max_segments": 2},
+        {"budget": "1MiB", "type_window": "q8_0", "type_basis": "q5_0"},
+        {"rank": "full", "types": "f32", "type_window": "f32", "type_basis": "f32"},
+        {"rank": 64, "types": "q2_0", "type_basis": "f16", "n_sink": 0},
+    ],
+)
+def test_predicted_sizes_are_the_native_ones(
+    tiny_model: Path, text_file: Path, tmp_path: Path, xkv: dict[str, Any]
+) -> None:
+    run(tiny_model, tmp_path / "s", data=(text_file,), frame=64)
+    xkv = {"sidecar": str(tmp_path / "s"), **xkv}
+    llm = Llama(tiny_model, kv_mode="xkv", xkv=xkv, n_ctx=2048, n_batch=256, verbose=False)
     found = {part.name: part.bytes for part in llm.kv_report().parts}
+    plan = llm.xkv_plan
     llm.close()
-    predicted = predict_parts(read_sidecar(tmp_path / "s").info.shapes, layout, 1024)
-    assert set(predicted) <= set(found)
-    for name, n_bytes in predicted.items():
-        # buffers are padded, and the means have one more vector per layer
+    assert plan is not None
+    assert set(plan.parts) <= set(found)
+    for name, n_bytes in plan.parts.items():
+        # buffers are padded
         assert n_bytes <= found[name] <= n_bytes + 4096, name

@@ -1,16 +1,111 @@
 from __future__ import annotations
 
+import itertools
+import time
+from typing import Any
+
 import numpy as np
 import pytest
 
 from xkv_gguf.convert import plan
-from xkv_gguf.convert.sizes import CacheLayout, GroupShape, coef_bytes_per_token, plain_bytes_per_token, predict_parts
+from xkv_gguf.convert.coef_types import DEFAULT_TYPES, TYPES, bytes_per_coef, sort_types
+from xkv_gguf.convert.plan import KINDS, Prices, Segment, Statistics, distortion, plan_segments, stored_rank
 from xkv_gguf.errors import OptionError
+
+from .quantizers import stored
 
 
 def spectrum(dim: int, decay: float) -> plan.Spectrum:
     values: plan.Spectrum = np.exp(-decay * np.arange(dim))
     return values
+
+
+def statistics(k: list[Any], v: list[Any], frame: int = 64, weights: Any = None) -> Statistics:
+    ones = (1.0,) * len(k)
+    return Statistics(
+        first=tuple(range(len(k))),
+        count=(1,) * len(k),
+        spectra={"k": tuple(k), "v": tuple(v)},
+        weights=weights or {"k": ones, "v": ones},
+        frame=frame,
+    )
+
+
+def random_statistics(dims: list[int], seed: int = 1, frame: int = 64) -> Statistics:
+    rng = np.random.default_rng(seed)
+    spectra = [np.sort(rng.exponential(size=2 * d) ** 3)[::-1][:d] for d in dims for _ in KINDS]
+    return statistics(spectra[::2], spectra[1::2], frame)
+
+
+def cost(stats: Statistics, segments: tuple[Segment, ...], prices: Prices) -> float:
+    total = 0.0
+    for s in segments:
+        total += stored_rank(s) * TYPES[s.type].bytes * prices.slots
+        if prices.with_bases:
+            total += stats.dim(s.group, s.kind) * -(-s.rank // 32) * 32 * TYPES[prices.type_basis].bytes
+    return total
+
+
+def full_cost(stats: Statistics) -> float:
+    """Bytes per token of f16."""
+    return 2.0 * sum(stats.dim(g, kind) for g in range(len(stats.first)) for kind in KINDS)
+
+
+def check_rules(stats: Statistics, segments: tuple[Segment, ...], max_segments: int = 4) -> None:
+    """What the native library expects of segments."""
+    assert segments == tuple(sorted(segments, key=lambda s: (s.group, s.kind)))  # sorted() keeps the order inside
+    order = list(TYPES)
+    for g in range(len(stats.first)):
+        for kind in KINDS:
+            own = [s for s in segments if (s.group, s.kind) == (g, kind)]
+            dim = stats.dim(g, kind)
+            assert 1 <= len(own) <= max_segments
+            assert [order.index(s.type) for s in own] == sorted({order.index(s.type) for s in own})
+            done = 0
+            for s in own:
+                assert s.rank > 0
+                done += s.rank
+                step = max(32, TYPES[s.type].block) if kind == "k" else 32
+                assert s.rank % step == 0 or (done == dim and s is own[-1])
+                if kind == "v":
+                    assert stats.frame % TYPES[s.type].block == 0
+            assert done <= dim
+
+
+PER_TOKEN = Prices(1, "q8_0", with_bases=False)
+
+
+# ---- types
+
+
+@pytest.mark.parametrize("name", list(TYPES))
+def test_noise_is_what_is_measured(name: str) -> None:
+    x = np.random.default_rng(0).standard_normal((4096, 128)).astype(np.float32)
+    error = ((stored(x, name).astype(np.float64) - x) ** 2).mean() / (x.astype(np.float64) ** 2).mean()
+    assert TYPES[name].noise == pytest.approx(error, rel=0.02)
+
+
+def test_types_are_those_of_ggml() -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for name, found in TYPES.items():
+        if name == "q2_0":  # newer than the package gguf
+            continue
+        block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
+        assert (found.block, found.bytes) == (block, n_bytes / block)
+    assert [t.bytes for t in TYPES.values()] == sorted((t.bytes for t in TYPES.values()), reverse=True)
+    assert [t.noise for t in TYPES.values()] == sorted(t.noise for t in TYPES.values())
+
+
+def test_unknown_coefficient_type() -> None:
+    with pytest.raises(OptionError, match="'q3_k': one of f32, f16, q8_0"):
+        bytes_per_coef("q3_k")
+    with pytest.raises(OptionError, match="none, at least one of"):
+        sort_types([])
+    assert sort_types(["q2_0", "f16", "q8_0", "f16"]) == ("f16", "q8_0", "q2_0")
+
+
+# ---- groups
 
 
 def test_groups_are_even_and_cover_all_layers() -> None:
@@ -25,86 +120,191 @@ def test_impossible_group_size(size: int) -> None:
         plan.group_layers(30, size)
 
 
-def test_rank_goes_where_the_energy_is() -> None:
-    flat, steep = spectrum(256, 0.001), spectrum(256, 0.2)
-    rank_k, rank_v = plan.plan_ranks([steep, flat], [flat, steep], 3.0, 1.0625, 1.0625)
-    assert rank_k[0] == rank_v[1] <= 64
-    assert rank_k[1] > 96
-    assert rank_v[0] > 96
+# ---- segments
 
 
-@pytest.mark.parametrize("ratio", [2.0, 3.7, 5.0, 11.0])
-@pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f16", "q4_0")])
-def test_budget_is_kept_and_used(ratio: float, types: tuple[str, str]) -> None:
-    rng = np.random.default_rng(1)
-    spectra = [np.sort(rng.exponential(size=320))[::-1] for _ in range(6)]
-    bpc_k, bpc_v = (plan.bytes_per_coef(t) for t in types)
-    rank_k, rank_v = plan.plan_ranks(spectra[:3], spectra[3:], ratio, bpc_k, bpc_v)
-    spent = sum(rank_k) * bpc_k + sum(rank_v) * bpc_v
-    budget = 2.0 * 320 * 6 / ratio
+@pytest.mark.parametrize("ratio", [1.9, 3.7, 5.5, 8.0, 12.0, 30.0])
+@pytest.mark.parametrize("types", [DEFAULT_TYPES, ("q8_0",), ("f16", "q4_0"), ("q4_0", "q1_0")])
+def test_budget_is_kept_and_used(ratio: float, types: tuple[str, ...]) -> None:
+    stats = random_statistics([320, 320, 256], frame=128)
+    budget = full_cost(stats) / ratio
+    if budget < plan.least_cost(stats, types, 4, PER_TOKEN):
+        assert plan_segments(stats, types, 4, PER_TOKEN, budget) is None
+        return
+    segments = plan_segments(stats, types, 4, PER_TOKEN, budget)
+    assert segments is not None
+    check_rules(stats, segments)
+    spent = cost(stats, segments, PER_TOKEN)
     assert spent <= budget * (1 + 1e-9)
-    assert spent > budget - 32 * max(bpc_k, bpc_v)
-    assert all(r % 32 == 0 and 32 <= r <= 320 for r in rank_k + rank_v)
+    largest = sum(stored_rank(Segment(g, k, stats.dim(g, k), types[0])) for g in range(3) for k in KINDS)
+    # the last move that fits may be a granule short of the budget
+    room = max(32 * TYPES[t].bytes for t in types)
+    assert spent >= min(budget - room, largest * TYPES[types[0]].bytes * (1 - 1e-9))
 
 
-def test_greedy_is_optimal_on_a_small_case() -> None:
-    rng = np.random.default_rng(2)
-    spectra = [np.sort(rng.exponential(size=96))[::-1] for _ in range(4)]
-    rank_k, rank_v = plan.plan_ranks(spectra[:2], spectra[2:], 3.0, 1.0, 1.0)
-    budget = sum(rank_k) + sum(rank_v)
-    kept = sum(plan.energy_kept(s, r) for s, r in zip(spectra, rank_k + rank_v, strict=True))
-    steps = [32, 64, 96]
-    best = max(
-        sum(plan.energy_kept(s, r) for s, r in zip(spectra, ranks, strict=True))
-        for ranks in np.array(np.meshgrid(steps, steps, steps, steps)).reshape(4, -1).T.tolist()
-        if sum(ranks) <= budget
-    )
-    assert kept == pytest.approx(best)
+@pytest.mark.parametrize("frame", [32, 64, 128])
+@pytest.mark.parametrize("dims", [[80, 48], [24, 160], [960, 768], [100, 33]])
+@pytest.mark.parametrize("max_segments", [1, 2, 4])
+def test_granularity(frame: int, dims: list[int], max_segments: int) -> None:
+    stats = random_statistics(dims, seed=3, frame=frame)
+    for prices in (PER_TOKEN, Prices(8192, "q5_0")):
+        least = plan.least_cost(stats, DEFAULT_TYPES, max_segments, prices)
+        for factor in (1.0, 1.3, 2.0, 4.0, 100.0):
+            segments = plan_segments(stats, DEFAULT_TYPES, max_segments, prices, factor * least)
+            assert segments is not None
+            check_rules(stats, segments, max_segments)
+            assert cost(stats, segments, prices) <= factor * least * (1 + 1e-9)
 
 
-def test_dimension_that_is_no_multiple_of_32() -> None:
-    rank_k, rank_v = plan.plan_ranks([spectrum(80, 0.01)], [spectrum(24, 0.01)], 1.0, 2.0, 2.0)
-    assert (rank_k, rank_v) == ([80], [24])
+def test_the_smallest_plan_is_the_smallest() -> None:
+    stats = random_statistics([320, 64])
+    least = plan.least_cost(stats, DEFAULT_TYPES, 4, PER_TOKEN)
+    # K: 64 directions of q2_0, 128 of q1_0 or 32 of q4_0; V: 32 of q2_0, for q1_0 needs chunks of 128
+    assert least == 2 * (18 + 9)
+    assert plan_segments(stats, DEFAULT_TYPES, 4, PER_TOKEN, least) is not None
+    assert plan_segments(stats, DEFAULT_TYPES, 4, PER_TOKEN, least * 0.999) is None
 
 
-@pytest.mark.parametrize("ratio", [1.8, 60.3, 0.0, -1.0, float("nan"), float("inf")])
-def test_ratio_that_cannot_be_met(ratio: float) -> None:
-    with pytest.raises(OptionError, match=r"1\.883 \(full rank\) to 56\.470 \(rank 32 everywhere\)"):
-        plan.plan_ranks([spectrum(960, 0.01)], [spectrum(960, 0.01)], ratio, 34 / 32, 34 / 32)
+def test_more_budget_never_predicts_more_distortion() -> None:
+    stats = random_statistics([320, 192, 256], seed=5)
+    for prices in (PER_TOKEN, Prices(4096, "q8_0")):
+        least = plan.least_cost(stats, DEFAULT_TYPES, 4, prices)
+        found = []
+        for factor in np.geomspace(1.0, 30.0, 40):
+            segments = plan_segments(stats, DEFAULT_TYPES, 4, prices, factor * least)
+            assert segments is not None
+            found.append(distortion(stats, segments, prices.type_basis))
+        assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(found))
+        assert found[-1] < 1e-3 < found[0]
 
 
-def test_printed_ends_of_the_range_work() -> None:
-    spectra = [spectrum(960, 0.01)]
-    assert plan.plan_ranks(spectra, spectra, 1.883, 34 / 32, 34 / 32)[0][0] >= 928
-    assert plan.plan_ranks(spectra, spectra, 56.470, 34 / 32, 34 / 32) == ([32], [32])
+def all_plans(dim: int, kind: Any, types: tuple[str, ...], frame: int) -> list[list[Segment]]:
+    """Every allowed sequence of segments of one source."""
+    found = []
+    for counts in itertools.product(range(dim // 32 + 1), repeat=len(types)):
+        segments = [Segment(0, kind, 32 * n, t) for n, t in zip(counts, types, strict=True) if n > 0]
+        if 0 < sum(s.rank for s in segments) <= dim:
+            try:
+                v, k = Segment(0, "v", 32, "q8_0"), Segment(0, "k", 32, "q8_0")
+                whole = (*segments, v) if kind == "k" else (k, *segments)
+                check_rules(statistics([np.ones(dim)], [np.ones(dim)], frame), whole)
+            except AssertionError:
+                continue
+            found.append(segments)
+    return found
 
 
-def test_zero_spectrum_keeps_everything() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_close_to_brute_force(seed: int) -> None:
+    dim, types = 192, ("q8_0", "q4_0", "q2_0")
+    stats = random_statistics([dim], seed=seed)
+    options = {}
+    for kind in KINDS:
+        options[kind] = [
+            (cost(stats, tuple(p), PER_TOKEN), sum(stats.variances(0, kind)) - kept_by(stats, p))
+            for p in all_plans(dim, kind, types, stats.frame)
+        ]
+    for budget in (60, 90, 140, 200, 280):
+        segments = plan_segments(stats, types, 3, PER_TOKEN, budget)
+        assert segments is not None
+        found = distortion(stats, segments, "f32")
+        best = min(dk + dv for (ck, dk), (cv, dv) in itertools.product(*options.values()) if ck + cv <= budget)
+        assert best * (1 - 1e-9) <= found
+        # a price per byte reaches only the convex hull; single moves fill most of what lies between
+        assert found <= best * 1.05
+
+
+def kept_by(stats: Statistics, segments: list[Segment]) -> float:
+    start, kept = 0, 0.0
+    for s in segments:
+        kept += float(stats.variances(0, s.kind)[start : start + s.rank].sum()) * (1 - TYPES[s.type].noise)
+        start += s.rank
+    return kept
+
+
+def test_bits_go_where_the_variance_is() -> None:
+    flat, steep = spectrum(256, 0.001), spectrum(256, 0.2)
+    stats = statistics([steep, flat], [flat, steep])
+    segments = plan_segments(stats, DEFAULT_TYPES, 4, PER_TOKEN, full_cost(stats) / 5)
+    assert segments is not None
+    rank = {(g, k): sum(s.rank for s in segments if (s.group, s.kind) == (g, k)) for g in range(2) for k in KINDS}
+    assert rank[0, "k"] <= 128 < rank[1, "k"]
+    assert rank[1, "v"] <= 128 < rank[0, "v"]
+
+
+def test_weights_move_bits() -> None:
+    s = spectrum(256, 0.01)
+    even = statistics([s], [s])
+    uneven = statistics([s], [s], weights={"k": (10.0,), "v": (1.0,)})
+    spent = []
+    for stats in (even, uneven):
+        segments = plan_segments(stats, DEFAULT_TYPES, 4, PER_TOKEN, 200)
+        assert segments is not None
+        spent.append(sum(stored_rank(s) * TYPES[s.type].bytes for s in segments if s.kind == "k"))
+    assert spent[1] > 1.2 * spent[0]
+
+
+def test_bases_count_and_their_noise_too() -> None:
+    stats = random_statistics([320, 320])
+    few = plan_segments(stats, DEFAULT_TYPES, 4, Prices(256, "q8_0"), 500_000)
+    assert few is not None
+    check_rules(stats, few)
+    assert cost(stats, few, Prices(256, "q8_0")) <= 500_000
+    assert distortion(stats, few, "q5_0") > distortion(stats, few, "q8_0") > distortion(stats, few, "f32")
+
+
+def test_distortion_by_hand() -> None:
+    stats = statistics([np.ones(64)], [np.ones(64)], weights={"k": (3.0,), "v": (1.0,)})
+    segments = (Segment(0, "k", 32, "q8_0"), Segment(0, "k", 32, "q4_0"), Segment(0, "v", 32, "q5_0"))
+    q8_0, q5_0, q4_0 = (TYPES[t].noise for t in ("q8_0", "q5_0", "q4_0"))
+    expected = 3 * (0.5 * q8_0 + 0.5 * q4_0 + q8_0) + 0.5 + 0.5 * (q5_0 + q8_0)
+    assert distortion(stats, segments, "q8_0") == pytest.approx(expected)
+
+
+def test_spectrum_of_zeros() -> None:
+    stats = statistics([np.zeros(64)], [spectrum(64, 1.0)])
+    segments = plan_segments(stats, DEFAULT_TYPES, 4, PER_TOKEN, 100)
+    assert segments is not None
+    check_rules(stats, segments)
     assert plan.energy_kept(np.zeros(64), 32) == 1.0
-    assert plan.plan_ranks([np.zeros(64)], [spectrum(64, 1.0)], 4 / 3, 2.0, 2.0) in (([32], [64]), ([64], [32]))
+    nothing = statistics([np.zeros(64)], [np.zeros(64)])
+    assert plan_segments(nothing, DEFAULT_TYPES, 4, PER_TOKEN, 100) is not None
 
 
-def test_check_rank() -> None:
-    plan.check_rank(64, 96, "rank")
-    plan.check_rank(80, 80, "rank")
-    for rank in (0, -32, 33, 112):
-        with pytest.raises(OptionError, match=f"rank {rank}: a multiple of 32 below 96, or 96"):
-            plan.check_rank(rank, 96, "rank")
+def test_types_that_no_chunk_holds() -> None:
+    with pytest.raises(OptionError, match="q1_0: none has blocks that fit into chunks of 64 tokens, as V needs"):
+        plan_segments(random_statistics([128]), ("q1_0",), 4, PER_TOKEN, 1e9)
+    assert plan_segments(random_statistics([128], frame=128), ("q1_0",), 4, PER_TOKEN, 1e9) is not None
 
 
-def test_unknown_coefficient_type() -> None:
-    with pytest.raises(OptionError, match="'q3_k': one of f32, f16, q8_0"):
-        plan.bytes_per_coef("q3_k")
+def test_zeros_fill_the_last_block() -> None:
+    assert stored_rank(Segment(0, "k", 80, "q2_0")) == 128
+    assert stored_rank(Segment(0, "v", 80, "q2_0")) == 96
+    assert stored_rank(Segment(0, "k", 80, "q8_0")) == 96
+    assert stored_rank(Segment(0, "k", 80, "f16")) == 80
 
 
-def test_sizes_by_hand() -> None:
-    groups = [GroupShape(dim_k=64, dim_v=32, rank_k=32, rank_v=32)]
-    layout = CacheLayout(n_sink=4, n_window=60, n_block=64, n_ubatch=120, frame=32)
-    assert plain_bytes_per_token([32, 32], [16, 16], "f16") == 192
-    assert coef_bytes_per_token(groups, "q8_0", "q8_0") == 68
-    assert predict_parts(groups, layout, 1024) == {
-        "K coefficients": 34 * 1024,
-        "V coefficients": 34 * 1024,
-        "bases and means": 4 * 64 * 36 + 2 * 32 * 32 + 4 * 96,
-        "sinks and window": 2 * 96 * 256,
-    }
+def test_same_rank() -> None:
+    stats = random_statistics([80, 48])
+    full = plan.same_rank(stats, None, "f32")
+    assert [(s.group, s.kind, s.rank) for s in full] == [(0, "k", 80), (0, "v", 80), (1, "k", 48), (1, "v", 48)]
+    assert [s.rank for s in plan.same_rank(stats, 64, "q8_0")] == [64, 64, 48, 48]
+    with pytest.raises(OptionError, match="rank 33: a multiple of 32"):
+        plan.same_rank(stats, 33, "q8_0")
+    with pytest.raises(OptionError, match=r"rank 32: a multiple of 64 \(for q2_0\)"):
+        plan.same_rank(stats, 32, "q2_0")
+    with pytest.raises(OptionError, match="type q1_0 for V"):
+        plan.same_rank(stats, None, "q1_0")
+
+
+def test_the_assumed_spectrum_descends() -> None:
+    assumed = plan.assumed_spectrum(960)
+    assert (np.diff(assumed) < 0).all() and assumed[0] == pytest.approx(8**-1.5)
+
+
+def test_planning_is_fast() -> None:
+    stats = random_statistics([960] * 6)
+    begin = time.perf_counter()
+    plan_segments(stats, DEFAULT_TYPES, 4, Prices(8192, "q8_0"), 20e6)
+    # 0.06 s on one core
+    assert time.perf_counter() - begin < 1.0

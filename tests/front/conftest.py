@@ -13,7 +13,8 @@ from xkv_gguf import Llama
 from xkv_gguf.convert.pipeline import ensure_sidecar
 
 # small enough that a prompt of some hundred tokens is mostly compressed
-SMALL = {"n_sink": 4, "n_window": 64, "n_block": 64}
+SMALL = {"n_sink": 4, "n_window": 64}
+N_UBATCH = 64
 
 Open = Callable[..., Llama]
 
@@ -32,6 +33,8 @@ def open_llama(demo_model: Path, sidecar: Path) -> Iterator[Open]:
     def open_one(kv_mode: str, **kwargs: Any) -> Llama:
         if kv_mode == "xkv":
             kwargs["xkv"] = {"sidecar": str(sidecar), **SMALL, **kwargs.get("xkv", {})}
+            # the window has room for a micro-batch, and is used to its end
+            kwargs.setdefault("n_ubatch", N_UBATCH)
         threads = min(2, os.cpu_count() or 1)
         settings = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "verbose": False, **kwargs}
         opened.append(Llama(demo_model, kv_mode=kv_mode, **settings))

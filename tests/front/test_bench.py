@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from xkv_gguf.bench_plan import CacheSpec
 from xkv_gguf.cli import bench, main
 
 pytestmark = pytest.mark.model
@@ -16,7 +17,7 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
     out = tmp_path / "bench.json"
     options = [
         "--caches",
-        "f16,xkv:8",
+        "f16,xkv:3",
         "--depths",
         "0,600",
         "--reps",
@@ -32,9 +33,9 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
     result = json.loads(out.read_text())
     assert [(row["cache"], row["depth"]) for row in result["rows"]] == [
         ("f16", 0),
-        ("xkv:8", 0),
+        ("xkv:3", 0),
         ("f16", 600),
-        ("xkv:8", 600),
+        ("xkv:3", 600),
     ]
     for row in result["rows"]:
         assert row["prefill_tps"] > 0 and row["decode_tps"] > 0
@@ -46,7 +47,13 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
     assert set(xkv["cache_parts"]) != set(f16["cache_parts"])
     assert result["machine"]["cores"] == os.cpu_count()
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
-    assert "xkv:8" in capsys.readouterr().out
+    assert "xkv:3" in capsys.readouterr().out
+
+
+def test_a_caches_own_ratio_goes_before_the_common_size() -> None:
+    common = {"sidecar": "s", "quality": "low", "online": False}
+    assert bench.own_options(common, CacheSpec("xkv", "xkv")) == common
+    assert bench.own_options(common, CacheSpec("xkv:3", "xkv", 3.0)) == {"sidecar": "s", "online": False, "ratio": 3.0}
 
 
 def test_an_error_in_a_worker_is_one_line(demo_model: Path, sidecar: Path, capsys: Any) -> None:
@@ -54,7 +61,7 @@ def test_an_error_in_a_worker_is_one_line(demo_model: Path, sidecar: Path, capsy
     assert main(["bench", str(demo_model), *options]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1].startswith("xkv-gguf: cache xkv:100000: ratio 100000: ")
+    assert err.splitlines()[-1].startswith("xkv-gguf: cache xkv:100000: ratio 100000: out of reach")
     assert "Traceback" not in err
 
 

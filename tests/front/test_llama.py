@@ -208,16 +208,57 @@ def test_an_adapter_takes_part(mode: str, open_llama: Open, tmp_path: Path) -> N
     assert texts[1] == texts[0] != texts[2]
 
 
-def test_a_ratio_makes_the_cache_smaller(open_llama: Open) -> None:
-    sizes = [open_llama("xkv", n_ctx=4096, xkv={"ratio": r}).kv_report().total_bytes for r in (4, 8, 12)]
+@pytest.mark.parametrize("ratio", [3, 6, 10])
+def test_a_ratio_counts_all_bytes(ratio: float, demo_model: Path, sidecar: Path) -> None:
+    options = {"sidecar": str(sidecar), "ratio": ratio}
+    llm = Llama(demo_model, xkv=options, n_ctx=8192, n_threads=2, verbose=False)
+    plain = 2 * 8192 * 30 * 2 * 3 * 64
+    assert llm.xkv_plan is not None and llm.xkv_plan.layout.n_ubatch == llm.context_params.n_ubatch
+    # buffers are padded
+    assert 0.99 * ratio <= plain / llm.kv_report().total_bytes < 1.03 * ratio
+    llm.close()
+
+
+def test_a_budget_is_kept(open_llama: Open) -> None:
+    llm = open_llama("xkv", n_ctx=8192, xkv={"budget": "26MiB", "n_window": None})
+    assert llm.kv_report().total_bytes <= 26.1 * 2**20
+
+
+def test_a_given_micro_batch_wins(open_llama: Open) -> None:
+    llm = open_llama("xkv", n_ctx=4096, n_ubatch=96, xkv={"ratio": 3})
+    assert llm.context_params.n_ubatch == 96
+
+
+def test_qualities_differ_in_size(open_llama: Open) -> None:
+    sizes = [
+        open_llama("xkv", n_ctx=4096, xkv={"quality": q}).kv_report().total_bytes for q in ("high", "medium", "low")
+    ]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
 def test_coefficient_types_change_the_size(open_llama: Open) -> None:
     sizes = [
-        open_llama("xkv", n_ctx=4096, xkv={"type_coef": t}).kv_report().total_bytes for t in ("f32", "f16", "q4_0")
+        open_llama("xkv", n_ctx=4096, xkv={"rank": 128, "types": t}).kv_report().total_bytes
+        for t in ("f32", "f16", "q8_0", "q5_0", "q4_0", "q2_0")
     ]
-    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+
+
+def test_it_works_without_calibration(demo_model: Path) -> None:
+    options = {"calibrate": False, "n_window": 64}
+    llm = Llama(demo_model, xkv=options, n_ctx=1024, n_ubatch=64, n_threads=2, verbose=False)
+    try:
+        assert "seven" in greedy(llm).lower()
+        assert llm.kv_report().n_stored > 100
+        assert llm.kv_report().n_update >= 1
+    finally:
+        llm.close()
+
+
+def test_bases_that_stay_are_not_renewed(open_llama: Open) -> None:
+    llm = open_llama("xkv", xkv={"online": False})
+    greedy(llm)
+    assert llm.kv_report().n_update == 0
 
 
 @pytest.mark.parametrize("mode", ["xkv", "q8_0"])
@@ -228,6 +269,7 @@ def test_a_model_can_be_pickled(mode: str, open_llama: Open) -> None:
         assert copy.kv_mode == mode
         assert copy.kv_report() == llm.kv_report()
         assert copy.xkv_options == llm.xkv_options
+        assert copy.xkv_plan == llm.xkv_plan
     finally:
         copy.close()
 

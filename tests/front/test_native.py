@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
 
 from xkv_gguf import _log, _native
 from xkv_gguf._model_file import open_model
-from xkv_gguf.convert.plan import BYTES_PER_COEF
+from xkv_gguf.convert.coef_types import TYPES
+from xkv_gguf.convert.plan import Segment, same_rank
+from xkv_gguf.convert.sidecar import read_sidecar
+from xkv_gguf.convert.sizes import ModelShape
 from xkv_gguf.errors import OptionError, SidecarError, UnsupportedError, XkvError
-from xkv_gguf.options import BASIS_TYPES, COEF_TYPES
 
 from .tiny_models import write_sliding_window_model
 
@@ -62,32 +65,89 @@ def test_a_status_raises_with_the_librarys_text() -> None:
 
 def test_types_are_those_of_ggml() -> None:
     for name, number in _native.GGML_TYPES.items():
-        assert number == getattr(llama_cpp, f"GGML_TYPE_{name.upper()}")
-    assert set(COEF_TYPES) == set(BYTES_PER_COEF) == set(_native.GGML_TYPES)
-    assert set(BASIS_TYPES) <= set(COEF_TYPES)
+        if name != "q2_0":  # newer than llama_cpp's list
+            assert number == getattr(llama_cpp, f"GGML_TYPE_{name.upper()}")
+    assert set(_native.GGML_TYPES) == set(TYPES)
 
 
-def scope_params(**changes: object) -> _native.ScopeParams:
-    fields = {
-        "sidecar": "no/such/file.xkv.gguf",
+SEGMENTS = (Segment(0, "k", 64, "q8_0"), Segment(0, "k", 96, "q4_0"), Segment(0, "v", 32, "q1_0"))
+
+
+def scope_params(**changes: Any) -> _native.ScopeParams:
+    return _native.ScopeParams(**{"segments": SEGMENTS, "sidecar": "no/such/file.xkv.gguf", **changes})
+
+
+class Recorder:
+    """A library that notes what it is called with, while the pointers are still valid."""
+
+    def __init__(self, ffi: Any) -> None:
+        self.ffi = ffi
+        self.calls: list[dict[str, Any]] = []
+        self.n_end = 0
+
+    def xkv_scope_begin(self, params: Any) -> int:
+        p = params[0]
+        self.calls.append(
+            {
+                "sidecar": None if p.sidecar == self.ffi.NULL else self.ffi.string(p.sidecar).decode(),
+                "layers": [(p.first[i], p.count[i]) for i in range(p.n_group)],
+                "segments": [(s.group, s.kind, s.rank, s.type) for s in (p.segments[i] for i in range(p.n_segment))],
+                **{name: getattr(p, name) for name in ("frame", "n_sink", "n_window", "n_absorb")},
+                **{name: getattr(p, name) for name in ("type_basis", "online", "n_prior")},
+            }
+        )
+        return 0
+
+    def xkv_scope_end(self) -> None:
+        self.n_end += 1
+
+
+def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffi = _native.native().ffi
+    library = Recorder(ffi)
+    monkeypatch.setattr(_native, "native", lambda: _native.Native(ffi, library))
+    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, online=False, n_prior=7, type_basis="q5_0")):
+        assert library.n_end == 0
+    with _native.scope(scope_params(sidecar=None, first=(0, 2), count=(2, 1), frame=128)):
+        pass
+    assert library.n_end == 2
+    given, alone = library.calls
+    assert given == {
+        "sidecar": "Zoë.gguf",
+        "layers": [],
+        "segments": [(0, 0, 64, 8), (0, 0, 96, 2), (0, 1, 32, 41)],
+        "frame": 0,
         "n_sink": 4,
-        "n_window": 128,
-        "n_block": 128,
+        "n_window": 48,
         "n_absorb": 8,
-        "type_coef_k": "q8_0",
-        "type_coef_v": "q8_0",
-        "type_basis": "f16",
+        "type_basis": 6,
+        "online": 0,
+        "n_prior": 7,
     }
-    return _native.ScopeParams(**{**fields, **changes})  # type: ignore[arg-type]
+    assert (alone["sidecar"], alone["layers"], alone["frame"], alone["online"]) == (None, [(0, 2), (2, 1)], 128, 1)
 
 
 def test_the_library_checks_for_itself(sidecar: Path) -> None:
     with pytest.raises(SidecarError, match=r"no/such/file\.xkv\.gguf"), _native.scope(scope_params()):
         pass
-    for change in ({"n_window": 0}, {"n_sink": -1}, {"n_block": 33}, {"ranks": ([32], [32])}):
-        params = scope_params(sidecar=str(sidecar), **change)
+    stats = read_sidecar(sidecar).statistics()
+    segments = same_rank(stats, 32, "q8_0")
+    bad: list[dict[str, Any]] = [
+        {"n_window": 0},
+        {"n_sink": -1},
+        {"n_absorb": -1},
+        {"n_prior": -1},
+        {"segments": ()},
+        {"segments": segments[1:]},
+        {"segments": (Segment(0, "k", 0, "q8_0"), *segments[1:])},
+        {"segments": (Segment(99, "k", 32, "q8_0"), *segments[1:])},
+    ]
+    for change in bad:
+        params = scope_params(**{"segments": segments, "sidecar": str(sidecar), **change})
         with pytest.raises(OptionError), _native.scope(params):
             pass
+    with pytest.raises(OptionError), _native.scope(scope_params(segments=segments, sidecar=None)):
+        pass
 
 
 @pytest.mark.model
@@ -132,4 +192,5 @@ def test_plain_bytes_follow_from_the_header(demo_model: Path) -> None:
     model = open_model(demo_model)
     assert (model.architecture, model.n_ctx_train) == ("llama", 8192)
     assert model.kv_numbers == 30 * 2 * 3 * 64
+    assert model.shape == ModelShape((192,) * 30, (192,) * 30, (576,) * 30, 64, 64)
     assert model.plain_bytes("q4_0", 1024) == 1024 * 30 * 2 * 3 * 64 * 18 // 32

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from xkv_gguf import XkvOptions
+from xkv_gguf.convert.coef_types import DEFAULT_TYPES
+from xkv_gguf.convert.knob import Knob
 from xkv_gguf.errors import OptionError
 from xkv_gguf.options import KV_MODES, check_kv_mode
 
@@ -27,13 +29,45 @@ def test_a_path_object_is_taken_as_its_text() -> None:
     assert XkvOptions(sidecar=Path("a") / "b").sidecar == str(Path("a") / "b")  # type: ignore[arg-type]
 
 
-def test_v_has_the_type_of_k_unless_it_has_its_own() -> None:
-    assert XkvOptions(type_coef="q4_0").coef_types == ("q4_0", "q4_0")
-    assert XkvOptions(type_coef="q4_0", type_coef_v="q8_0").coef_types == ("q4_0", "q8_0")
+def test_types_are_sorted_and_may_be_one_text() -> None:
+    assert XkvOptions(types="q4_0 + q8_0").types == ("q8_0", "q4_0")
+    assert XkvOptions(types=["f16"]).types == ("f16",)  # type: ignore[arg-type]
+    assert XkvOptions().types == DEFAULT_TYPES
 
 
-def test_exact_tokens_are_sinks_window_and_block() -> None:
-    assert XkvOptions(n_sink=4, n_window=100, n_block=64).n_exact == 168
+def test_the_knob_is_what_was_given() -> None:
+    assert XkvOptions().knob is None
+    assert XkvOptions(ratio=7).knob == Knob("ratio", "7")
+    assert XkvOptions(budget="26MiB").knob == Knob("budget", str(26 << 20))
+    assert XkvOptions(quality="high").knob == Knob("quality", "high")
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"ratio": 5, "budget": 100}, "xkv option ratio: budget is given as well"),
+        ({"coef_ratio": 5, "quality": "low"}, "xkv option coef_ratio: quality is given as well"),
+        ({"rank": 32, "types": "q8_0", "ratio": 4}, "xkv options rank and ratio: one of them expected"),
+        ({"rank": "full"}, "xkv option rank: 'full', expected together with one type in types"),
+        ({"group_size": 3}, "xkv option group_size: the sidecar decides it"),
+        ({"frame": 64}, "xkv option frame: the sidecar decides it"),
+        ({"calibrate": False, "sidecar": "a"}, "xkv option sidecar: a path, but calibrate is False"),
+        ({"calibrate": False, "online": False}, "xkv option online: False, but without calibration"),
+        ({"calibrate": False, "frame": 48}, "xkv option frame: 48, expected one of 32, 64, 128, 256"),
+        ({"calibrate": False, "group_size": 0}, "xkv option group_size: 0, expected a whole number from 1"),
+    ],
+)
+def test_options_that_contradict_each_other(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        XkvOptions.of(fields)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_for_tests_of_exactness() -> None:
+    options = XkvOptions(rank="full", types="f32", type_window="f32", type_basis="f32", online=False)
+    assert (options.rank, options.types, options.online) == ("full", ("f32",), False)
+    assert XkvOptions(calibrate=False, group_size=2, frame=128).frame == 128
 
 
 @pytest.mark.parametrize(
@@ -52,13 +86,22 @@ def test_exact_tokens_are_sinks_window_and_block() -> None:
         ("n_sink", True, "expected a whole number from 0"),
         ("n_window", 0, "expected a whole number from 1"),
         ("n_window", 2**31, "expected a whole number from 1"),
-        ("n_block", 0, "expected a whole number from 1"),
-        ("n_block", 100, "expected a multiple of 32"),
         ("n_absorb", -1, "expected a whole number from 0"),
-        ("type_coef", "q3_k", "expected one of f32, f16, q8_0, q5_0, q4_0"),
-        ("type_coef", 8, "expected one of"),
-        ("type_coef_v", "f64", "expected one of"),
-        ("type_basis", "q8_0", "expected one of f32, f16"),
+        ("coef_ratio", "6", "expected a number above 0"),
+        ("budget", "26MB", "expected bytes or a size such as 26MiB"),
+        ("budget", 0, "expected bytes"),
+        ("quality", "best", "expected one of high, medium, low"),
+        ("types", "q3_k", "one of f32, f16, q8_0, q5_0, q4_0, q2_0, q1_0 expected"),
+        ("types", (), "at least one of"),
+        ("types", 8, "expected names such as 'q8_0+q4_0'"),
+        ("type_window", "q4_0", "expected one of f32, f16, q8_0"),
+        ("type_basis", "q4_0", "expected one of f32, f16, q8_0, q5_0"),
+        ("max_segments", 0, "expected a whole number from 1"),
+        ("rank", "half", "expected a whole number from 1"),
+        ("rank", 0, "expected a whole number from 1"),
+        ("online", 1, "expected True or False"),
+        ("calibrate", None, "expected True or False"),
+        ("n_prior", -1, "expected a whole number from 0"),
     ],
 )
 def test_impossible_values_are_refused_in_one_line(field: str, value: Any, expected: str) -> None:

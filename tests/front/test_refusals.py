@@ -64,7 +64,12 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
         (OptionError, {"n_ctx": -1}, "n_ctx: -1, expected a whole number from 0"),
         (OptionError, {"n_ctx": 2**31}, "n_ctx: 2147483648, expected a whole number"),
         (OptionError, {"n_ctx": 4096.0}, "n_ctx: 4096.0, expected a whole number"),
-        (OptionError, {"n_ctx": 256}, "n_ctx: 256, expected more than sinks + window + block = 4 + 128 + 128"),
+        (OptionError, {"xkv": {"ratio": 5, "quality": "low"}}, "xkv option ratio: quality is given as well"),
+        (
+            OptionError,
+            {"n_ctx": 256, "xkv": {"n_window": 250}},
+            "n_ctx: 256, expected more than sinks + window + chunk",
+        ),
         (OptionError, {"n_ctx": 2048, "xkv": {"n_window": 2000}}, "n_ctx: 2048, expected more than"),
         (OptionError, {"n_batch": 0}, "n_batch: 0, expected a whole number from 1"),
         (OptionError, {"n_ubatch": 0}, "n_ubatch: 0, expected a whole number from 1"),
@@ -215,6 +220,16 @@ def test_a_newer_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> Non
     refused(SidecarVersionError, "format version 99", lambda: Llama(demo_model, xkv=options))
 
 
+def test_an_older_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
+    key = b"xkv.format_version"
+
+    def renumber(data: bytearray) -> None:
+        data[data.index(key) + len(key) + 4] = 1
+
+    options = damaged(sidecar, tmp_path / "o.xkv.gguf", renumber, sign=True)
+    refused(SidecarVersionError, "is older than 2", lambda: Llama(demo_model, xkv=options))
+
+
 def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
     fingerprint = read_sidecar(sidecar).info.fingerprint.encode()
 
@@ -226,16 +241,30 @@ def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path:
     refused(SidecarMismatchError, "made for a model with fingerprint 00000000", lambda: Llama(demo_model, xkv=options))
 
 
-@pytest.mark.parametrize("ratio", [0.01, 1e5])
-def test_a_ratio_that_cannot_be_met(ratio: float, demo_model: Path, sidecar: Path) -> None:
-    options = {"sidecar": str(sidecar), "ratio": ratio}
-    refused(OptionError, "(full rank) to", lambda: Llama(demo_model, xkv=options, verbose=False))
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"ratio": 1e5}, "ratio 100000: out of reach at n_ctx 4096; the smallest cache takes"),
+        ({"budget": "1MiB"}, "budget 1048576 bytes: out of reach at n_ctx 4096"),
+        ({"coef_ratio": 1e5}, "coef_ratio 100000: out of reach"),
+        ({"types": "q1_0"}, "none has blocks that fit into chunks of 64 tokens, as V needs"),
+        ({"rank": 33, "types": "q8_0"}, "rank 33: a multiple of 32 (for q8_0), or 'full', expected"),
+    ],
+)
+def test_sizes_out_of_reach(options: dict[str, Any], expected: str, demo_model: Path, sidecar: Path) -> None:
+    refused(OptionError, expected, lambda: Llama(demo_model, xkv={"sidecar": str(sidecar), **options}, verbose=False))
 
 
-def test_a_block_that_is_no_multiple_of_the_frame(demo_model: Path, sidecar: Path) -> None:
-    frame = read_sidecar(sidecar).info.frame
-    options = {"sidecar": str(sidecar), "n_block": frame + 32}
-    refused(OptionError, f"expected a multiple of the sidecar's frame, {frame}", lambda: Llama(demo_model, xkv=options))
+def test_without_calibration_the_metadata_has_to_tell_the_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "unknown.gguf"
+    write_unknown_model(path)
+    why = f"model {path}: its metadata does not tell the sizes of K and V, which calibrate=False needs"
+    refused(ModelError, why, lambda: Llama(path, xkv={"calibrate": False}, verbose=False))
+
+
+def test_groups_larger_than_the_model(demo_model: Path) -> None:
+    options = {"calibrate": False, "group_size": 31}
+    refused(OptionError, "xkv option group_size: 31, expected 1 to 30", lambda: Llama(demo_model, xkv=options))
 
 
 # ---- operations
@@ -306,11 +335,9 @@ except ImportError as error:
 def test_a_second_library(tmp_path: Path) -> None:
     from xkv_gguf import _loader
 
-    other = tmp_path / "libllama.so"
-    other.write_bytes(next(_loader.LIB_DIR.glob("libllama.*")).read_bytes())
-    for name in ("libggml", "libggml-base", "libggml-cpu"):
-        for file in _loader.LIB_DIR.glob(f"{name}.*"):
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for file in _loader.LIB_DIR.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    other = next(tmp_path.glob("libllama.*"))
     command = [sys.executable, "-c", LIBRARY_LOADED_BEFORE, str(other)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("LibraryError "), done.stderr

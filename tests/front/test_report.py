@@ -5,7 +5,15 @@ import json
 from xkv_gguf import KvPart, KvReport
 from xkv_gguf.report import format_bytes, format_table
 
-REPORT = KvReport("xkv", 1024, (KvPart("coefficients", 3 * 2**20), KvPart("means", 512)), n_exact=260, n_stored=64)
+REPORT = KvReport(
+    "xkv",
+    1024,
+    (KvPart("coefficients", 3 * 2**20), KvPart("means", 512)),
+    n_exact=260,
+    n_stored=64,
+    n_update=2,
+    n_check=7,
+)
 
 
 def test_the_total_is_the_sum_of_the_parts() -> None:
@@ -20,16 +28,22 @@ def test_json_holds_everything() -> None:
         "parts": {"coefficients": 3 * 2**20, "means": 512},
         "n_exact": 260,
         "n_stored": 64,
+        "n_update": 2,
+        "n_check": 7,
     }
 
 
 def test_text_has_a_line_per_part_and_the_total() -> None:
     assert str(REPORT).splitlines() == [
-        "KV cache xkv, n_ctx 1024: 260 tokens exact, 64 compressed",
+        "KV cache xkv, n_ctx 1024: 260 tokens exact, 64 compressed; bases renewed 2 times in 7 checks",
         "  coefficients  3.0 MiB",
         "  means         0.5 KiB",
         "  total         3.0 MiB",
     ]
+
+
+def test_plain_caches_have_no_bases() -> None:
+    assert str(KvReport("f16", 512, (KvPart("K and V", 1024),))).splitlines()[0].endswith("0 compressed")
 
 
 def test_bytes_are_printed_in_a_unit_that_shows_them() -> None:
