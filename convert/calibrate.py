@@ -25,6 +25,9 @@ SELF_LEN = 512
 SELF_SEQS = 32
 """Sequences that are written side by side."""
 
+N_LAST = 8
+"""Sequences that are kept for measurements after calibration."""
+
 Progress = Callable[[int], object]
 
 
@@ -53,11 +56,12 @@ class LayerGroups:
 
 @dataclass(frozen=True)
 class TextInfo:
-    """What was run: tokens in the sums, longest sequence in tokens, and the hash of the text."""
+    """What was run: tokens in the sums, longest sequence in tokens, the hash of the text, and its last sequences."""
 
     n_tokens: int
     n_len: int
     sha256: str
+    last: tuple[tuple[int, ...], ...] = ()
 
 
 def file_sequences(engine: Engine, settings: Settings) -> list[list[int]]:
@@ -155,6 +159,7 @@ def collect(
         The model fails on the text, or computes NaN or infinity; the text names the first layer that does.
     """
     digest = hashlib.sha256()
+    last: list[tuple[int, ...]] = []
     n_tokens = 0
     shape = self_shape(engine, settings.tokens)
     n_seq, n_len = (1, max(map(len, texts))) if texts is not None else shape[:2]
@@ -164,6 +169,8 @@ def collect(
             _run_files(engine, capture, texts, progress)
         for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress):
             digest.update(np.asarray(text, dtype="<i4").tobytes())
+            last.append(tuple(text))
+            del last[:-N_LAST]
         for g in range(len(groups.first)):
             for kind in KINDS:
                 sums = capture.read(g, kind)
@@ -172,4 +179,4 @@ def collect(
                 n_tokens = sums.n_tokens
                 use(g, kind, sums)
     engine.close_context()
-    return TextInfo(n_tokens, n_len, digest.hexdigest())
+    return TextInfo(n_tokens, n_len, digest.hexdigest(), tuple(last))

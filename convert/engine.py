@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from xkv_gguf.convert.fingerprint import read_model_header
 from xkv_gguf.errors import CalibrationError, ModelError
+
+if TYPE_CHECKING:
+    from xkv_gguf._native import ScopeParams
 
 N_UBATCH = 512
 
@@ -151,8 +155,18 @@ class Engine:
 
     # ---- running
 
-    def open_context(self, n_seq: int, n_len: int) -> None:
-        """Make a context for `n_seq` sequences of `n_len` tokens with a plain f16 cache and flash attention.
+    def open_context(
+        self, n_seq: int, n_len: int, xkv: ScopeParams | None = None, n_ubatch: int | None = None
+    ) -> None:
+        """Make a context for `n_seq` sequences of `n_len` tokens with flash attention.
+
+        Parameters
+        ----------
+        n_seq, n_len : int
+        xkv : ScopeParams, optional
+            An xkv cache; None is a plain f16 cache.
+        n_ubatch : int, optional
+            Tokens of a micro-batch, as many as fit a batch unless given.
 
         Raises
         ------
@@ -164,16 +178,19 @@ class Engine:
         params.n_ctx = n_seq * (-(-n_len // 256) * 256)
         params.n_seq_max = n_seq
         params.n_batch = max(N_UBATCH, n_seq)
-        params.n_ubatch = params.n_batch
+        params.n_ubatch = min(n_ubatch or params.n_batch, params.n_batch)
         params.n_threads = params.n_threads_batch = self.n_threads
         params.type_k = params.type_v = self._lib.GGML_TYPE_F16
         params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = False
         params.no_perf = True
-        with self._log.collect(quiet=True) as errors:
+        from xkv_gguf import _native
+
+        scope = _native.scope(xkv) if xkv is not None else nullcontext()
+        with scope, self._log.collect(quiet=True) as errors:
             self._ctx = self._lib.llama_init_from_model(self._model, params)
         if not self._ctx:
-            reason = self._log.reason(errors) or "no reason given"
+            reason = (xkv and _native.last_error()) or self._log.reason(errors) or "no reason given"
             raise ModelError(f"llama.cpp cannot make a context of {n_seq} x {n_len} tokens ({reason})")
         self.n_batch = int(params.n_batch)
         self._batch = self._lib.llama_batch_init(self.n_batch, 0, 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from xkv_gguf.convert import sensitivity
 from xkv_gguf.convert.cache_plan import Wishes
-from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
+from xkv_gguf.convert.calibrate import LayerGroups, TextInfo, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.find import cached_sidecar, find_sidecar
@@ -107,33 +109,59 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
             text = collect(engine, captured, settings, texts, run_bar.update, use)
             bases = solver.results()
 
-    chosen, tried = _choose(candidates, bases, shape, wishes, settings.frame)
-    notes += tried
-    arrays: dict[str, Array] = {}
-    for (size, g, kind), basis in bases.items():
-        if size == chosen.size:
-            arrays[tensor_name(g, kind, "basis")] = basis.basis
-            arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
-            arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
-    info = SidecarInfo(
-        fingerprint=fingerprint,
-        architecture=header.scalar("general.architecture"),
-        name=str(header.scalar("general.name", "")),
-        embd_k=tuple(embd_k),
-        embd_v=tuple(embd_v),
-        group_size=chosen.size,
-        frame=settings.frame,
-        n_sink=settings.n_sink,
-        groups=tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True)),
-        calibration=Calibration(
-            "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
-        ),
-        settings=settings.record(len(embd_k)),
-        knob=settings.knob,
-        n_ctx=wishes.n_ctx,
-    )
+        chosen, tried = _choose(candidates, bases, shape, wishes, settings.frame)
+        notes += tried
+        arrays: dict[str, Array] = {}
+        for (size, g, kind), basis in bases.items():
+            if size == chosen.size:
+                arrays[tensor_name(g, kind, "basis")] = basis.basis
+                arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
+                arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
+        info = SidecarInfo(
+            fingerprint=fingerprint,
+            architecture=header.scalar("general.architecture"),
+            name=str(header.scalar("general.name", "")),
+            embd_k=tuple(embd_k),
+            embd_v=tuple(embd_v),
+            group_size=chosen.size,
+            frame=settings.frame,
+            n_sink=settings.n_sink,
+            groups=tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True)),
+            calibration=Calibration(
+                "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
+            ),
+            settings=settings.record(len(embd_k)),
+            knob=settings.knob,
+            n_ctx=wishes.n_ctx,
+        )
+        info = _weigh(engine, info, arrays, shape, text, show_progress)
     write_sidecar(out, info, arrays)
     return Converted(out, info, tuple(notes))
+
+
+def _weigh(
+    engine: Engine,
+    info: SidecarInfo,
+    arrays: dict[str, Array],
+    shape: ModelShape,
+    text: TextInfo,
+    show_progress: bool,
+) -> SidecarInfo:
+    """Add measured weights; the same information where the text is too short or the model too small for it."""
+    with tempfile.TemporaryDirectory(prefix="xkv-") as folder:
+        path = Path(folder) / "bases.xkv.gguf"
+        write_sidecar(path, info, arrays)
+        stats = read_sidecar(path).statistics()
+        if not sensitivity.measurable(text.last, stats):
+            return info
+        n_run = sensitivity.n_run(stats)
+        with tqdm(total=n_run, desc="weighing", unit="cache", disable=not show_progress) as bar:
+            found = sensitivity.measure(engine, path, stats, shape.quantizable, text.last, bar.update)
+    groups = tuple(
+        replace(group, weight_k=weight_k, weight_v=weight_v)
+        for group, weight_k, weight_v in zip(info.groups, found.weights["k"], found.weights["v"], strict=True)
+    )
+    return replace(info, groups=groups, kld_scale=found.kld_scale)
 
 
 def _choose(

@@ -95,7 +95,7 @@ def open_context(
     flash_attn: bool = True,
     xkv: _native.ScopeParams | None = None,
 ) -> Iterator[Context]:
-    """A context with a plain cache, or with an xkv cache; `exact` keeps the plain part in f32, `window` in that type."""
+    """A context with a plain or an xkv cache; `exact` keeps the plain part in f32, `window` in that type."""
     params = lib.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = n_ctx
