@@ -19,6 +19,7 @@ from .. import __version__
 from .._files import check_writable, read_text, write_atomic
 from .._model_file import ModelFile, open_model
 from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
+from ..convert.cache_plan import N_BATCH
 from ..convert.fingerprint import model_fingerprint
 from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
@@ -54,8 +55,8 @@ class Plan:
         Context, tokens of the prompt, and tokens scored after it.
     n_step : int
         Scored tokens in a batch.
-    n_ubatch : int
-        Tokens of a micro-batch.
+    n_ubatch : int or None
+        Tokens of a micro-batch; None leaves it to the plan of an xkv cache, and is llama.cpp's 512 for the others.
     threads : int or None
     scratch : Path
         Folder for the reference.
@@ -68,7 +69,7 @@ class Plan:
     n_prefill: int
     n_score: int
     n_step: int
-    n_ubatch: int
+    n_ubatch: int | None
     threads: int | None
     scratch: Path
     keys: Mapping[tuple[str, str], str] = field(default_factory=dict)
@@ -89,18 +90,19 @@ class Plan:
         """The model with an empty cache, freed at the end; errors name the cache that cannot be had."""
         from .. import Llama
 
-        threads: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         if self.threads is not None:
-            threads = dict.fromkeys(("n_threads", "n_threads_batch"), self.threads)
+            given |= dict.fromkeys(("n_threads", "n_threads_batch"), self.threads)
+        if self.n_ubatch is not None:
+            given["n_ubatch"] = self.n_ubatch
         try:
             llm = Llama(
                 self.model,
                 **spec.arguments,
                 n_ctx=self.n_ctx,
-                n_batch=max(self.n_ubatch, self.n_step),
-                n_ubatch=self.n_ubatch,
+                n_batch=max(self.n_ubatch or N_BATCH, self.n_step),
                 verbose=False,
-                **threads,
+                **given,
             )
         except XkvError as error:
             raise type(error)(f"cache {spec.name}: {error}") from error
@@ -148,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="scored tokens in a batch; 1 is as slow as decoding, and as exact a picture of it (default: %(default)s)",
     )
-    parser.add_argument("--n-ubatch", type=int, default=512, metavar="N", help="micro-batch (default: %(default)s)")
+    parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
 
 

@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write scores and answers to this file; OUT.partial keeps what an interrupted run did",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
-    parser.add_argument(
-        "--n-ubatch", type=int, default=N_BATCH, metavar="N", help="tokens of a micro-batch (default: %(default)s)"
-    )
+    parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")
     parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
 
 
@@ -71,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         check_writable(out)
     model = open_model(args.model if args.model is not None else demo_model())
     lengths = parse_lengths(args.length, model)
-    settings: dict[str, Any] = {"n_batch": max(N_BATCH, args.n_ubatch), "n_ubatch": args.n_ubatch}
+    settings: dict[str, Any] = {"n_batch": max(N_BATCH, args.n_ubatch or 0)}
+    if args.n_ubatch is not None:
+        settings["n_ubatch"] = args.n_ubatch
     if args.threads is not None:
         settings |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
     sidecar = _sidecar(model.path, caches, args)
