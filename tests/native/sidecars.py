@@ -34,6 +34,7 @@ class Bases:
         n_absorb: int = 8,
         online: bool = False,
         calibrated: bool = True,
+        n_prior: int = 1000,
         types: tuple[tuple[int, str], ...] = (),
     ) -> ScopeParams:
         """Cache parameters.
@@ -54,6 +55,7 @@ class Bases:
             n_absorb=n_absorb,
             type_basis="f32",
             online=online,
+            n_prior=n_prior,
             first=() if calibrated else self.first,
             count=() if calibrated else self.count,
             frame=0 if calibrated else self.frame,
