@@ -1,6 +1,7 @@
 """From a knob and the settings that are given to a whole cache: segments, window, micro-batch, types. Pure functions.
 
-With a coefficient ratio or a quality, window and bases have fixed settings. With a ratio or a budget, which count all
+With a coefficient ratio or a quality, window and bases have fixed settings: f16 and q8_0, and with a quality, which
+means a whole cache, q8_0 and q5_0. With a ratio or a budget, which count all
 bytes, whatever was not given is chosen as follows:
 
 - Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window with
@@ -177,14 +178,15 @@ def _check_types(shape: ModelShape, wishes: Wishes) -> None:
 
 def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CacheLayout:
     """The layout where nothing follows from a budget."""
+    small = shape.quantizable and wishes.rank is None and wishes.knob.kind == "quality"
     return CacheLayout(
         n_ctx=wishes.n_ctx,
         n_sink=wishes.n_sink,
         n_window=wishes.n_window if wishes.n_window is not None else WINDOWS[0],
         n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else UBATCHES[0]),
         frame=stats.frame,
-        type_window=wishes.type_window or "f16",
-        type_basis=wishes.type_basis or ("q8_0" if shape.quantizable else "f16"),
+        type_window=wishes.type_window or ("q8_0" if small else "f16"),
+        type_basis=wishes.type_basis or ("q5_0" if small else "q8_0" if shape.quantizable else "f16"),
     )
 
 

@@ -14,7 +14,7 @@ from xkv_gguf.errors import OptionError
 KnobKind = Literal["ratio", "coef_ratio", "budget", "quality"]
 KNOBS: tuple[KnobKind, ...] = ("ratio", "coef_ratio", "budget", "quality")
 
-QUALITIES: dict[str, float] = {"high": 5.5, "medium": 8.0, "low": 12.0}
+QUALITIES: dict[str, float] = {"high": 6.0, "medium": 10.0, "low": 16.0}
 """Coefficient ratio of each quality."""
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}

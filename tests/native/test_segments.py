@@ -41,7 +41,7 @@ def test_paths_agree(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
             logits.append(ctx.feed(tokens[:200], 8)[180:])
     with open_context(one.model, flash_attn=False) as ctx:
         plain = ctx.feed(tokens[:200], 8)[180:]
-    # soon after the first flush, what the paths round differently (queries to 8 bits) is small beside what segments lose
+    # soon after the first flush: what the paths round differently (queries to 8 bits) is less than what segments lose
     assert error(*logits) < 0.5 * error(logits[0], plain)
 
 
