@@ -120,7 +120,8 @@ def measure(
     exact = scores(None)
 
     def divergence(segments: Sequence[Segment]) -> Floats:
-        return np.array([kl_divergence(a, b).mean() for a, b in zip(exact, scores(segments), strict=True)])
+        pairs = zip(exact, scores(segments), strict=True)
+        return np.array([kl_divergence(a.astype(np.float64), b.astype(np.float64)).mean() for a, b in pairs])
 
     base = divergence(fine)
     sources = [(g, kind) for g in range(len(stats.first)) for kind in KINDS]

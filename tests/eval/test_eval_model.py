@@ -44,7 +44,7 @@ def test_figures_of_all_caches(
     demo_model: Path, sidecar: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    xkv = f"xkv:n_window=32:n_block=64:sidecar={sidecar}"
+    xkv = f"xkv:n_window=32:sidecar={sidecar}"
     words = ["eval", str(demo_model), "--text", str(text_file), "--caches", f"f16,q4_0,{xkv}", "--n-ctx", str(N_CTX)]
     sizes = ["--prefill", "256", "--n-score", "32", "--score-batch", "16", "--n-ubatch", "64", "--threads", "1"]
     assert main([*words, *sizes, "--json", str(out)]) == 0
@@ -63,7 +63,7 @@ def test_figures_of_all_caches(
     assert 1 < f16["ppl"] < 1000
     # all of them were fed, and compression went on while tokens were scored
     assert low_rank["n_exact"] + low_rank["n_stored"] == 256 + 32
-    assert low_rank["n_exact"] < 4 + 32 + 64 + 64
+    assert low_rank["n_exact"] <= 192  # sinks, window, chunk and micro-batch, in cells of 32
     assert low_rank["coef_bytes_per_token"] > 0
     table = capsys.readouterr().out
     assert "q4_0" in table and "3.56x" in table
