@@ -155,9 +155,7 @@ class Engine:
 
     # ---- running
 
-    def open_context(
-        self, n_seq: int, n_len: int, xkv: ScopeParams | None = None, n_ubatch: int | None = None
-    ) -> None:
+    def open_context(self, n_seq: int, n_len: int, xkv: ScopeParams | None = None, n_ubatch: int | None = None) -> None:
         """Make a context for `n_seq` sequences of `n_len` tokens with flash attention.
 
         Parameters

@@ -172,7 +172,7 @@ def test_window_and_micro_batch_follow_the_budget() -> None:
     assert all(32 <= layout.n_window <= 64 for layout in layouts)
     for p in plans[1:]:
         assert window_bytes(shape(), p.layout) <= WINDOW_SHARE * p.total_bytes * 1.02
-    assert {layout.type_basis for layout in layouts} <= {"q8_0", "q5_0"}
+    assert {layout.type_basis for layout in layouts} == {"q8_0"}
 
 
 def test_what_is_given_wins() -> None:
