@@ -43,7 +43,7 @@ from xkv_gguf.errors import OptionError
 from xkv_gguf.report import format_bytes
 
 N_BATCH = 512
-WINDOW_SHARE = 0.2
+WINDOW_SHARE = 0.3
 WINDOWS = (64, 48, 32)
 UBATCHES = (512, 256, 128, 64)
 
