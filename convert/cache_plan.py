@@ -7,7 +7,7 @@ bytes, whatever was not given is chosen as follows:
 - Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window with
   the largest micro-batch, then q8_0 windows with micro-batches from the largest to the smallest of `UBATCHES`, each
   with windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken.
-- Bases are q8_0. By the count of noise alone q5_0 would win, but on SmolLM2 it doubled the divergence.
+- Bases are q8_0, and q4_0 for the directions whose coefficients are in q2_0 or q1_0.
 - Heads that are not multiples of 32 leave only f16 for both.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from xkv_gguf.convert.coef_types import DEFAULT_TYPES, QUANT_BLOCK
+from xkv_gguf.convert.coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
 from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
 from xkv_gguf.convert.plan import (
     MAX_SEGMENTS,
@@ -157,7 +157,7 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
             raise OptionError(f"types {'+'.join(wishes.types)}: exactly one expected where a rank is given")
         rank = None if wishes.rank == "full" else wishes.rank
         layout = _plain_layout(stats, shape, wishes)
-        return _finish(stats, shape, layout, same_rank(stats, rank, wishes.types[0]))
+        return _finish(stats, shape, layout, same_rank(stats, rank, wishes.types[0], _bases(shape, wishes)[wishes.types[0]]))
     if wishes.knob.kind in ("coef_ratio", "quality"):
         return _plan_coefficients(stats, shape, wishes)
     return _plan_bytes(stats, shape, wishes)
@@ -185,13 +185,12 @@ def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Cache
         n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else UBATCHES[0]),
         frame=stats.frame,
         type_window=wishes.type_window or ("q8_0" if small else "f16"),
-        type_basis=_type_basis(shape, wishes),
     )
 
 
 def _plan_coefficients(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePlan:
     layout = _plain_layout(stats, shape, wishes)
-    prices = Prices(1, layout.type_basis, with_bases=False)
+    prices = Prices(1, _bases(shape, wishes), with_bases=False)
     plain = 2 * shape.numbers
     budget = plain / wishes.knob.number
     least = least_cost(stats, wishes.types, wishes.max_segments, prices)
@@ -213,12 +212,12 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
     small = [layout for layout in layouts if window_bytes(shape, layout) <= WINDOW_SHARE * budget]
     for layout in small or layouts[-1:]:
         fixed = window_bytes(shape, layout) + mean_bytes(shape)
-        prices = Prices(layout.n_slot, layout.type_basis)
+        prices = Prices(layout.n_slot, _bases(shape, wishes))
         segments = plan_segments(stats, wishes.types, wishes.max_segments, prices, budget - fixed)
         if segments is not None:
             return _finish(stats, shape, layout, segments)
     smallest = _smallest(stats, shape, wishes, layouts)
-    prices = Prices(1, _type_basis(shape, wishes), with_bases=False)
+    prices = Prices(1, _bases(shape, wishes), with_bases=False)
     per_token = least_cost(stats, wishes.types, wishes.max_segments, prices)
     limit = 2 * shape.numbers / per_token
     if wishes.knob.kind == "ratio" and wishes.knob.number >= limit:
@@ -240,7 +239,7 @@ def _smallest(stats: Statistics, shape: ModelShape, wishes: Wishes, layouts: lis
     """Bytes of the smallest cache that the wishes allow."""
     layout = min(layouts, key=lambda layout: window_bytes(shape, layout))
     fixed = window_bytes(shape, layout) + mean_bytes(shape)
-    prices = Prices(layout.n_slot, layout.type_basis)
+    prices = Prices(layout.n_slot, _bases(shape, wishes))
     return math.ceil(fixed + least_cost(stats, wishes.types, wishes.max_segments, prices))
 
 
@@ -255,17 +254,15 @@ def _layouts(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Iterator[C
     sizes = [(n_ubatch, n_window) for n_ubatch in ubatches for n_window in windows]
     for type_window in types:
         for n_ubatch, n_window in sizes[:1] if type_window == "f16" and len(types) > 1 else sizes:
-            yield CacheLayout(
-                wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window, _type_basis(shape, wishes)
-            )
+            yield CacheLayout(wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window)
 
 
-def _type_basis(shape: ModelShape, wishes: Wishes) -> str:
-    return wishes.type_basis or ("q8_0" if shape.quantizable else "f16")
+def _bases(shape: ModelShape, wishes: Wishes) -> dict[str, str]:
+    return basis_types(shape.quantizable, wishes.type_basis)
 
 
 def _finish(stats: Statistics, shape: ModelShape, layout: CacheLayout, segments: tuple[Segment, ...]) -> CachePlan:
-    lost = distortion(stats, segments, layout.type_basis)
+    lost = distortion(stats, segments)
     return CachePlan(
         segments=segments,
         layout=layout,

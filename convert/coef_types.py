@@ -39,11 +39,28 @@ TYPES: dict[str, CoefType] = {
 }
 """By name, in the order of their bytes."""
 
-BASIS_TYPES = ("f32", "f16", "q8_0", "q5_0")
+BASIS_TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
 WINDOW_TYPES = ("f32", "f16", "q8_0")
 DEFAULT_TYPES = ("q8_0", "q5_0", "q4_0", "q2_0", "q1_0")
 QUANT_BLOCK = 32
 """Numbers of a head that quantized windows and bases need a multiple of."""
+
+
+def basis_types(quantizable: bool, type_basis: str | None = None) -> dict[str, str]:
+    """Type of the directions by the type of their coefficients.
+
+    Parameters
+    ----------
+    quantizable : bool
+        Whether the model's heads are multiples of `QUANT_BLOCK`.
+    type_basis : str, optional
+        The same type for all. None: q8_0, and q4_0 where coefficients of 2 bits or 1 are much noisier than that.
+    """
+    if type_basis is not None:
+        return dict.fromkeys(TYPES, type_basis)
+    if not quantizable:
+        return dict.fromkeys(TYPES, "f16")
+    return {name: "q4_0" if name in ("q2_0", "q1_0") else "q8_0" for name in TYPES}
 
 
 def bytes_per_coef(type_name: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from xkv_gguf.convert.cache_plan import CachePlan, Wishes, plan_cache
+from xkv_gguf.convert.coef_types import TYPES
 from xkv_gguf.convert.find import find_sidecar
 from xkv_gguf.convert.fingerprint import read_model_header
 from xkv_gguf.convert.gguf_read import GgufFormatError, read_header
@@ -173,7 +174,7 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
         "n_window": layout.n_window,
         "n_ubatch": layout.n_ubatch,
         "type_window": layout.type_window,
-        "type_basis": layout.type_basis,
+        "types_basis": [name for name in TYPES if any(s.type_basis == name for s in plan.segments)],
         "distortion": plan.distortion,
         "kld": plan.kld,
         "groups": groups,

@@ -7,8 +7,8 @@ of the budget then goes where it helps most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -27,12 +27,16 @@ MAX_SEGMENTS = 4
 
 @dataclass(frozen=True)
 class Segment:
-    """Directions of one kind of one group, after those of the segment before, whose coefficients share a type."""
+    """Directions of one kind of one group, after those of the segment before.
+
+    Coefficients are in `type`, the directions themselves in `type_basis`.
+    """
 
     group: int
     kind: Kind
     rank: int
     type: str
+    type_basis: str = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,14 @@ class Prices:
     ----------
     slots : int
         Tokens that the store has room for; 1 to count bytes per token.
-    type_basis : str
-        Type of the bases, for their distortion.
+    bases : mapping of str to str
+        Type of the directions by the type of their coefficients.
     with_bases : bool
         Whether a direction's bytes in the basis count.
     """
 
     slots: int
-    type_basis: str
+    bases: Mapping[str, str] = field(hash=False)
     with_bases: bool = True
 
 
@@ -180,7 +184,7 @@ def plan_segments(
         left = stats.dim(g, kind)
         for name, n in zip(names, row, strict=True):
             if n > 0:
-                segments.append(Segment(g, kind, min(int(n) * STEP, left), name))
+                segments.append(Segment(g, kind, min(int(n) * STEP, left), name, prices.bases[name]))
                 left -= segments[-1].rank
     return tuple(segments)
 
@@ -190,7 +194,7 @@ def least_cost(stats: Statistics, types: Sequence[str], max_segments: int, price
     return _problem(stats, types, max_segments, prices)[0].least_cost()
 
 
-def same_rank(stats: Statistics, rank: int | None, type_name: str) -> tuple[Segment, ...]:
+def same_rank(stats: Statistics, rank: int | None, type_name: str, type_basis: str) -> tuple[Segment, ...]:
     """One segment for every kind of every group, of the same rank (at most D) or of full rank (None).
 
     Raises
@@ -208,21 +212,21 @@ def same_rank(stats: Statistics, rank: int | None, type_name: str) -> tuple[Segm
             )
         if rank is not None and rank < dim and (rank < 1 or rank % step):
             raise OptionError(f"rank {rank}: a multiple of {step} (for {type_name}), or 'full', expected")
-        segments.append(Segment(g, kind, dim if rank is None else min(rank, dim), type_name))
+        segments.append(Segment(g, kind, dim if rank is None else min(rank, dim), type_name, type_basis))
     return tuple(segments)
 
 
-def distortion(stats: Statistics, segments: Sequence[Segment], type_basis: str) -> float:
+def distortion(stats: Statistics, segments: Sequence[Segment]) -> float:
     """Predicted distortion: over all groups and kinds, the weighted share of the variance that is lost.
 
-    Dropped directions lose theirs, stored ones the noise of their type and of the bases' type.
+    Dropped directions lose theirs, stored ones the noise of their type and of their basis's.
     """
     done = dict.fromkeys(_sources(stats), 0)
     lost = sum(float(stats.variances(*source).sum()) for source in done)
     for segment in segments:
         source = (segment.group, segment.kind)
         kept = float(stats.variances(*source)[done[source] : done[source] + segment.rank].sum())
-        lost -= kept * (1 - TYPES[segment.type].noise - TYPES[type_basis].noise)
+        lost -= kept * (1 - TYPES[segment.type].noise - TYPES[segment.type_basis].noise)
         done[source] += segment.rank
     return max(0.0, lost)
 
@@ -254,11 +258,11 @@ def _problem(
         padded[: dims[i]] = stats.variances(*source)
         gains[i] = padded.reshape(n_step, STEP).sum(axis=1)
     costs = np.empty((len(sources), len(types), n_step))
-    basis_bytes = TYPES[prices.type_basis].bytes if prices.with_bases else 0.0
     for j, t in enumerate(types):
+        basis_bytes = TYPES[prices.bases[t]].bytes if prices.with_bases else 0.0
         stored = there if TYPES[t].block == 1 else np.full_like(there, STEP)
         costs[:, j] = stored * TYPES[t].bytes * prices.slots + (there > 0) * STEP * basis_bytes * dims[:, None]
-    keep = np.array([1 - TYPES[t].noise - TYPES[prices.type_basis].noise for t in types])
+    keep = np.array([1 - TYPES[t].noise - TYPES[prices.bases[t]].noise for t in types])
     granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
     ends = -(-dims // STEP)
     return Problem(gains, costs, keep, granules, ends, min(max_segments, len(types))), tuple(types)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xkv_gguf._native import ScopeParams
-from xkv_gguf.convert.coef_types import DEFAULT_TYPES
+from xkv_gguf.convert.coef_types import DEFAULT_TYPES, basis_types
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.plan import (
     KINDS,
@@ -61,7 +61,7 @@ class Sensitivity:
 
 def measurable(sequences: Sequence[Sequence[int]], stats: Statistics) -> bool:
     """Whether the text is long enough and the model large enough to be measured."""
-    return len(_texts(sequences)) > 0 and _coarse(stats) is not None
+    return len(_texts(sequences)) > 0 and _coarse(stats, quantizable=True) is not None
 
 
 def n_run(stats: Statistics) -> int:
@@ -100,16 +100,15 @@ def measure(
     """
     texts = _texts(sequences)
     equal = replace(stats, weights={kind: (1.0,) * len(stats.first) for kind in KINDS})
-    type_basis = "q8_0" if quantizable else "f16"
-    coarse = _coarse(equal)
+    coarse = _coarse(equal, quantizable)
     assert coarse is not None
-    fine = same_rank(equal, None, "q8_0")
+    fine = same_rank(equal, None, "q8_0", basis_types(quantizable)["q8_0"])
 
     def scores(segments: Sequence[Segment] | None) -> list[F32]:
         params = None
         if segments is not None:
             params = ScopeParams(
-                segments=tuple(segments), sidecar=str(sidecar), n_window=N_WINDOW, type_basis=type_basis, online=False
+                segments=tuple(segments), sidecar=str(sidecar), n_window=N_WINDOW, online=False
             )
         engine.open_context(1, N_TOKEN, params, N_UBATCH)
         result = [_score(engine, text) for text in texts]
@@ -129,7 +128,7 @@ def measure(
     losses: dict[Source, float] = {}
     for source in sources:
         mixed = [s for other in sources for s in _of(coarse if other == source else fine, other)]
-        losses[source] = distortion(_only(equal, source), mixed, type_basis)
+        losses[source] = distortion(_only(equal, source), mixed)
         slopes[source] = (divergence(mixed) - base) / losses[source]
     total = divergence(coarse) - base
     return _weights(slopes, losses, float(total[0]))
@@ -163,9 +162,9 @@ def _texts(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     return [plain, other[:-N_SCORE] + other[N_REPEAT_AT : N_REPEAT_AT + N_SCORE]]
 
 
-def _coarse(stats: Statistics) -> tuple[Segment, ...] | None:
+def _coarse(stats: Statistics, quantizable: bool) -> tuple[Segment, ...] | None:
     numbers = sum(len(spectrum) for kind in KINDS for spectrum in stats.spectra[kind])
-    prices = Prices(1, "q8_0", with_bases=False)
+    prices = Prices(1, basis_types(quantizable), with_bases=False)
     return plan_segments(stats, DEFAULT_TYPES, MAX_SEGMENTS, prices, 2 * numbers / COEF_RATIO)
 
 

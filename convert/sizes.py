@@ -61,7 +61,6 @@ class CacheLayout:
     n_ubatch: int = 512
     frame: int = 64
     type_window: str = "f16"
-    type_basis: str = "q8_0"
 
     @property
     def n_cell(self) -> int:
@@ -128,14 +127,21 @@ def predict_parts(
     bases = 0.0
     for g, (f, c) in enumerate(zip(first, count, strict=True)):
         for kind in KINDS:
-            rank = sum(s.rank for s in segments if (s.group, s.kind) == (g, kind))
-            bases += shape.dim(kind, f, c) * _pad(rank, BASIS_PAD) * TYPES[layout.type_basis].bytes
+            per_number = sum(
+                _basis_rank(s) * TYPES[s.type_basis].bytes for s in segments if (s.group, s.kind) == (g, kind)
+            )
+            bases += shape.dim(kind, f, c) * per_number
     return {
         "K coefficients": coef["k"],
         "V coefficients": coef["v"],
         "bases and means": round(bases) + mean_bytes(shape),
         "sinks and window": window_bytes(shape, layout),
     }
+
+
+def _basis_rank(segment: Segment) -> int:
+    """Directions that a segment's basis has room for."""
+    return max(_pad(segment.rank, BASIS_PAD), stored_rank(segment))
 
 
 def _pad(n: int, step: int) -> int:

@@ -59,7 +59,6 @@ class ScopeParams:
     n_sink: int = 4
     n_window: int = 64
     n_absorb: int = 8
-    type_basis: str = "q8_0"
     online: bool = True
     n_prior: int = 1000
     first: tuple[int, ...] = ()
@@ -153,7 +152,10 @@ def scope(params: ScopeParams) -> Iterator[None]:
     first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
     segments = api.ffi.new(
         "struct xkv_segment[]",
-        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type]) for s in params.segments],
+        [
+            (s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis])
+            for s in params.segments
+        ],
     )
     fields: dict[str, Any] = {
         "sidecar": sidecar,
@@ -166,7 +168,6 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "n_sink": params.n_sink,
         "n_window": params.n_window,
         "n_absorb": params.n_absorb,
-        "type_basis": GGML_TYPES[params.type_basis],
         "online": int(params.online),
         "n_prior": params.n_prior,
     }

@@ -129,7 +129,6 @@ def scope_params(
         n_sink=plan.layout.n_sink,
         n_window=plan.layout.n_window,
         n_absorb=options.n_absorb,
-        type_basis=plan.layout.type_basis,
         online=options.online,
         n_prior=options.n_prior,
         first=stats.first if alone else (),

@@ -50,7 +50,8 @@ class XkvOptions:
     type_window : str, optional
         Type of the exact tokens: f16, f32 or q8_0.
     type_basis : str, optional
-        Type of the bases in memory: f32, f16, q8_0 or q5_0.
+        Type of the bases in memory: f32, f16, q8_0, q5_0 or q4_0; else q8_0, and q4_0 for directions whose coefficients
+        have 2 bits or 1.
     types : tuple of str or str
         Types that coefficients may have: of f32, f16, q8_0, q5_0, q4_0, q2_0, q1_0, also as "q8_0+q4_0". V can have
         q1_0 only with chunks of 128 tokens or more, and q2_0 with 64.

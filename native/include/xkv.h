@@ -43,6 +43,7 @@ struct xkv_segment {
     uint32_t kind; // 0 = K, 1 = V
     uint32_t rank; // a multiple of 32 and, for K, of the type's block; the last of a group and kind may end at its dimension
     int32_t  type; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0, Q2_0, Q1_0
+    int32_t  type_basis; // ggml_type of the directions themselves: F32, F16, Q8_0, Q5_0, Q4_0
 };
 
 // How the next llama_context of this thread keeps its KV cache. Sizes are in tokens. The context's type_k and type_v are
@@ -58,7 +59,6 @@ struct xkv_params {
     int32_t                    n_sink;     // first tokens of a sequence that stay exact
     int32_t                    n_window;   // fewest recent tokens that stay exact
     int32_t                    n_absorb;   // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
-    int32_t                    type_basis; // ggml_type of the bases: F32, F16, Q8_0, Q5_0
     int32_t                    online;     // 1: bases follow the prompt, 0: they stay as calibrated
     int32_t                    n_prior;    // tokens that the calibration is worth when bases are updated
 };

@@ -140,8 +140,8 @@ static ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span
     return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2], span.count, t->nb[1], t->nb[2], t->nb[3], span.first*t->nb[3]);
 }
 
-static ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, xkv_span span) {
-    return mctx->xkv->store->basis(kd, il, mctx->get_stream_0() + span.first);
+static ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, size_t is, xkv_span span) {
+    return mctx->xkv->store->basis(kd, il, is, mctx->get_stream_0() + span.first);
 }
 
 static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
@@ -152,10 +152,10 @@ static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
 // materialized
 //
 
-// coefficients of a group, f32 [rank, n_slot, 1, n_stream]
-static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, uint32_t ig) {
-    ggml_tensor *& res = inp->coef[kd][ig];
-    if (res) {
+// coefficients of the segments of a group, f32 [rank, n_slot, 1, n_stream] each
+static const std::vector<ggml_tensor *> & xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, uint32_t ig) {
+    auto & res = inp->coef[kd][ig];
+    if (!res.empty()) {
         return res;
     }
     const int64_t n_stream = inp->mctx->get_n_stream();
@@ -164,12 +164,9 @@ static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv
 
         const int64_t ne0 = kd == xkv_store::kind::K ? seg.rank    : inp->n_slot;
         const int64_t ne1 = kd == xkv_store::kind::K ? inp->n_slot : seg.rank;
-        t   = ggml_view_4d(ctx, t, ne0, ne1, 1, n_stream, t->nb[1], t->nb[2], t->nb[2], inp->mctx->get_stream_0()*t->nb[2]);
-        t   = ggml_cast(ctx, t, GGML_TYPE_F32);
-        res = res ? ggml_concat(ctx, res, t, kd == xkv_store::kind::K ? 0 : 1) : t;
-    }
-    if (kd == xkv_store::kind::V) {
-        res = ggml_cont(ctx, ggml_transpose(ctx, res));
+        t = ggml_view_4d(ctx, t, ne0, ne1, 1, n_stream, t->nb[1], t->nb[2], t->nb[2], inp->mctx->get_stream_0()*t->nb[2]);
+        t = ggml_cast(ctx, t, GGML_TYPE_F32);
+        res.push_back(kd == xkv_store::kind::K ? t : ggml_cont(ctx, ggml_transpose(ctx, t)));
     }
     return res;
 }
@@ -184,14 +181,15 @@ static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_i
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_stream    = inp->mctx->get_n_stream();
 
-    ggml_tensor * coef = xkv_coef(ctx, inp, kd, l.ig);
+    const auto & coef = xkv_coef(ctx, inp, kd, l.ig);
 
     ggml_tensor * x = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
-        ggml_tensor * basis = xkv_basis(inp->mctx, kd, il, span);
-        if (kd == xkv_store::kind::K) {
-            basis = ggml_cont(ctx, ggml_transpose(ctx, xkv_as_f32(ctx, basis)));
+        ggml_tensor * res = nullptr; // [n_embd, n_slot, 1, span]
+        for (size_t is = 0; is < coef.size(); ++is) {
+            ggml_tensor * t = xkv_from_coef(ctx, kd, xkv_basis(inp->mctx, kd, il, is, span), xkv_view_span(ctx, coef[is], span));
+            res = res ? ggml_add(ctx, res, t) : t;
         }
-        return ggml_mul_mat(ctx, basis, xkv_view_span(ctx, coef, span)); // [n_embd, n_slot, 1, span]
+        return res;
     });
     if (kd == xkv_store::kind::K) {
         x = ggml_add(ctx, x, l.mean_k);
@@ -238,7 +236,6 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     const int64_t n_stream    = span.count;
     const int64_t n_chunk     = xkv.store->n_chunk;
     const int64_t n_frame     = inp->n_slot/n_chunk;
-    const int64_t n_rank      = gr.rank[xkv_store::kind::K];
 
     // every query in the frame of every chunk
     ggml_tensor * origin = ggml_view_1d(ctx, inp->origin, n_frame*n_stream, span.first*n_frame*inp->origin->nb[0]);
@@ -263,23 +260,21 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
         return ggml_reshape_4d(ctx, x, n, n_head*n_tps, n_frame, n_stream);
     };
 
-    ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, span);
-    basis = ggml_view_3d(ctx, basis, n_embd_head, n_rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
-
-    ggml_tensor * q_coef = by_query(ggml_mul_mat(ctx, basis, q));
-
     ggml_tensor * mean   = ggml_reshape_3d(ctx, l.mean_k, n_embd_head, 1, n_head_kv);
     ggml_tensor * q_mean = by_query(ggml_mul_mat(ctx, mean, q));
 
     // to the coefficients of the chunk
     ggml_tensor * s = nullptr; // [n_chunk, n_head*n_tps, n_frame, n_stream]
-    for (const auto & seg : gr.segments[xkv_store::kind::K]) {
+    for (size_t is = 0; is < gr.segments[xkv_store::kind::K].size(); ++is) {
+        const auto & seg = gr.segments[xkv_store::kind::K][is];
+
+        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
+        basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
+
         ggml_tensor * coef = seg.coef;
         coef = ggml_view_4d(ctx, coef, seg.rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
                             (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
-        ggml_tensor * q_seg = ggml_view_4d(ctx, q_coef, seg.rank, n_head*n_tps, n_frame, n_stream, q_coef->nb[1], q_coef->nb[2],
-                                           q_coef->nb[3], seg.first*q_coef->nb[0]);
-        ggml_tensor * t = ggml_mul_mat(ctx, coef, q_seg);
+        ggml_tensor * t = ggml_mul_mat(ctx, coef, by_query(ggml_mul_mat(ctx, basis, q)));
         s = s ? ggml_add(ctx, s, t) : t;
     }
 
@@ -305,24 +300,25 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
     const int64_t n_stream    = span.count;
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_embd_head = gctx.hparams.n_embd_head_v(il);
-    const int64_t n_rank      = gr.rank[xkv_store::kind::V];
 
     p = ggml_view_4d(ctx, p, n_slot, n_tps*n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
 
-    ggml_tensor * o = nullptr; // [n_rank, n_tps*n_head, 1, n_stream]
-    for (const auto & seg : gr.segments[xkv_store::kind::V]) {
+    ggml_tensor * o = nullptr; // [n_embd_head, n_tps*n_gqa, n_head_kv, n_stream]
+    for (size_t is = 0; is < gr.segments[xkv_store::kind::V].size(); ++is) {
+        const auto & seg = gr.segments[xkv_store::kind::V][is];
+
         ggml_tensor * coef = seg.coef;
         coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
                             (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
-        ggml_tensor * t = ggml_mul_mat(ctx, coef, p);
-        o = o ? ggml_concat(ctx, o, t, 0) : t;
+        ggml_tensor * t = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
+        t = ggml_reshape_4d(ctx, t, seg.rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
+
+        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
+        basis = ggml_view_3d(ctx, basis, seg.rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
+
+        t = ggml_mul_mat(ctx, basis, t);
+        o = o ? ggml_add(ctx, o, t) : t;
     }
-    o = ggml_reshape_4d(ctx, o, n_rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
-
-    ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, span);
-    basis = ggml_view_3d(ctx, basis, n_rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
-
-    o = ggml_mul_mat(ctx, basis, o); // [n_embd_head, n_tps*n_gqa, n_head_kv, n_stream]
     return ggml_reshape_4d(ctx, o, n_embd_head, n_tps, n_head, n_stream);
 }
 
@@ -425,7 +421,7 @@ uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
     for (const auto & gr : store.groups) {
         const uint32_t n_segment = gr.segments[0].size() + gr.segments[1].size();
         const uint32_t n_span    = xkv->config.online ? store.n_stream : 1;
-        res += gr.count*(32 + n_span*(40 + 4*n_segment));
+        res += gr.count*(32 + n_span*(40 + 12*n_segment));
     }
     return res;
 }

@@ -19,8 +19,9 @@ public:
     ggml_tensor * mask   = nullptr; // F16 [n_slot, n_tokens/n_stream, 1, n_stream]
 
     // nodes that are built once per graph
-    ggml_tensor *                     mask_all = nullptr; // mask of store and window
-    std::map<uint32_t, ggml_tensor *> coef[2];            // per kind and group: f32 [rank, n_slot, 1, n_stream]
+    ggml_tensor * mask_all = nullptr; // mask of store and window
+
+    std::map<uint32_t, std::vector<ggml_tensor *>> coef[2]; // per kind, group and segment: f32 [rank, n_slot, 1, n_stream]
 
     const llama_kv_cache_xkv_context * mctx;
 

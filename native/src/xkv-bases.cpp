@@ -10,8 +10,8 @@
 
 #include <algorithm>
 
-ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t stream) const {
-    return bases_of(stream).basis[kd][il];
+ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
+    return bases_of(stream).basis[kd][il][is];
 }
 
 bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
@@ -20,61 +20,77 @@ bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
 
 std::unique_ptr<xkv_store::basis_set> xkv_store::make_bases() const {
     auto set = std::make_unique<basis_set>();
-    for (auto kd : { kind::K, kind::V }) {
-        set->basis[kd].resize(layers.size());
+
+    size_t n = 0;
+    for (const auto & l : layers) {
+        n += groups[l.ig].segments[kind::K].size() + groups[l.ig].segments[kind::V].size();
     }
-    set->mem = make_pool(PART_BASES, 2*layers.size(), [&](const ctx_of_t & ctx_of) {
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            const auto & gr  = groups[layers[il].ig];
-            auto *       ctx = ctx_of(gr.first);
-            set->basis[kind::K][il] = ggml_new_tensor_2d(ctx, type_basis, model.hparams.n_embd_k_gqa(il), gr.rank[kind::K]);
-            set->basis[kind::V][il] = ggml_new_tensor_2d(ctx, type_basis, gr.rank[kind::V], model.hparams.n_embd_v_gqa(il));
-            ggml_format_name(set->basis[kind::K][il], "xkv_basis_k_l%u", il);
-            ggml_format_name(set->basis[kind::V][il], "xkv_basis_v_l%u", il);
+    set->mem = make_pool(PART_BASES, n, [&](const ctx_of_t & ctx_of) {
+        for (auto kd : { kind::K, kind::V }) {
+            set->basis[kd].resize(layers.size());
+            for (uint32_t il = 0; il < layers.size(); ++il) {
+                const auto & gr = groups[layers[il].ig];
+                for (const auto & seg : gr.segments[kd]) {
+                    ggml_tensor * t = kd == kind::K ?
+                        ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, model.hparams.n_embd_k_gqa(il), seg.rank) :
+                        ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, seg.rank, model.hparams.n_embd_v_gqa(il));
+                    ggml_format_name(t, "xkv_basis_%c_l%u_%s", kd == kind::K ? 'k' : 'v', il, ggml_type_name(seg.type));
+                    set->basis[kd][il].push_back(t);
+                }
+            }
         }
     });
     return set;
 }
 
+// where the number of direction r of a segment for number i of a layer stands in its basis
+static size_t xkv_basis_index(const ggml_tensor * t, xkv_store::kind kd, uint32_t r, uint32_t i) {
+    return kd == xkv_store::kind::K ? (size_t) r*t->ne[0] + i : (size_t) i*t->ne[0] + r;
+}
+
 void xkv_store::write_basis(basis_set & set, kind kd, uint32_t ig, const std::vector<float> & rows) const {
-    const group &  gr   = groups[ig];
-    const uint32_t rank = gr.rank[kd];
-    const uint32_t dim  = gr.dim[kd];
-    GGML_ASSERT(rows.size() == (size_t) rank*dim);
+    const group &  gr  = groups[ig];
+    const uint32_t dim = gr.dim[kd];
+    GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
 
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-        ggml_tensor *  t      = set.basis[kd][il];
-        const uint32_t n_embd = ggml_nelements(t)/rank;
+        for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
+            const segment & seg    = gr.segments[kd][is];
+            ggml_tensor *   t      = set.basis[kd][il][is];
+            const uint32_t  n_embd = ggml_nelements(t)/seg.rank;
 
-        std::vector<float> x(ggml_nelements(t));
-        for (uint32_t r = 0; r < rank; ++r) {
-            for (uint32_t i = 0; i < n_embd; ++i) {
-                x[kd == kind::K ? (size_t) r*n_embd + i : (size_t) i*rank + r] = rows[(size_t) r*dim + layers[il].off[kd] + i];
+            std::vector<float> x(ggml_nelements(t));
+            for (uint32_t r = 0; r < seg.rank; ++r) {
+                for (uint32_t i = 0; i < n_embd; ++i) {
+                    x[xkv_basis_index(t, kd, r, i)] = rows[(size_t) (seg.first + r)*dim + layers[il].off[kd] + i];
+                }
             }
+            std::vector<uint8_t> data(ggml_nbytes(t));
+            xkv_encode(t->type, x.data(), data.data(), x.size());
+            ggml_backend_tensor_set(t, data.data(), 0, data.size());
         }
-        std::vector<uint8_t> data(ggml_nbytes(t));
-        xkv_encode(t->type, x.data(), data.data(), x.size());
-        ggml_backend_tensor_set(t, data.data(), 0, data.size());
     }
 }
 
 std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
-    const group &  gr   = groups[ig];
-    const uint32_t rank = gr.rank[kd];
-    const uint32_t dim  = gr.dim[kd];
+    const group &  gr  = groups[ig];
+    const uint32_t dim = gr.dim[kd];
 
-    std::vector<float> rows((size_t) rank*dim);
+    std::vector<float> rows((size_t) gr.rank[kd]*dim);
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-        const ggml_tensor * t      = basis(kd, il, stream);
-        const uint32_t      n_embd = ggml_nelements(t)/rank;
+        for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
+            const segment &     seg    = gr.segments[kd][is];
+            const ggml_tensor * t      = basis(kd, il, is, stream);
+            const uint32_t      n_embd = ggml_nelements(t)/seg.rank;
 
-        std::vector<uint8_t> data(ggml_nbytes(t));
-        std::vector<float>   x(ggml_nelements(t));
-        ggml_backend_tensor_get(t, data.data(), 0, data.size());
-        xkv_decode(t->type, data.data(), x.data(), x.size());
-        for (uint32_t r = 0; r < rank; ++r) {
-            for (uint32_t i = 0; i < n_embd; ++i) {
-                rows[(size_t) r*dim + layers[il].off[kd] + i] = x[kd == kind::K ? (size_t) r*n_embd + i : (size_t) i*rank + r];
+            std::vector<uint8_t> data(ggml_nbytes(t));
+            std::vector<float>   x(ggml_nelements(t));
+            ggml_backend_tensor_get(t, data.data(), 0, data.size());
+            xkv_decode(t->type, data.data(), x.data(), x.size());
+            for (uint32_t r = 0; r < seg.rank; ++r) {
+                for (uint32_t i = 0; i < n_embd; ++i) {
+                    rows[(size_t) (seg.first + r)*dim + layers[il].off[kd] + i] = x[xkv_basis_index(t, kd, r, i)];
+                }
             }
         }
     }
@@ -141,4 +157,18 @@ void xkv_store::fill_means() {
             ggml_backend_tensor_set(l.mean_o, mean_o.data(),                  0, ggml_nbytes(l.mean_o));
         }
     }
+}
+
+// products with quantized rows need the rows as they are stored, so the other direction goes through f32
+static ggml_tensor * xkv_transposed_f32(ggml_context * ctx, ggml_tensor * basis) {
+    basis = basis->type == GGML_TYPE_F32 ? basis : ggml_cast(ctx, basis, GGML_TYPE_F32);
+    return ggml_cont(ctx, ggml_transpose(ctx, basis));
+}
+
+ggml_tensor * xkv_to_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * x) {
+    return ggml_mul_mat(ctx, kd == xkv_store::kind::K ? basis : xkv_transposed_f32(ctx, basis), x);
+}
+
+ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef) {
+    return ggml_mul_mat(ctx, kd == xkv_store::kind::K ? xkv_transposed_f32(ctx, basis) : basis, coef);
 }

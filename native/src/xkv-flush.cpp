@@ -13,7 +13,7 @@
 // tokens that are compressed in one graph: bounds its scratch
 static const uint32_t XKV_FLUSH_BLOCK = 128;
 
-static const size_t XKV_NODES_PER_LAYER = 24;
+static const size_t XKV_NODES_PER_LAYER = 48;
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
                                      ggml_tensor * origin) const {
@@ -78,13 +78,12 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
                 ggml_tensor * x     = build_layer(ctx, kd, il, stream, inp_cells, inp_origin);
-                ggml_tensor * basis = store.basis(kd, il, stream);
-                if (kd == xkv_store::kind::V) {
-                    basis = basis->type == GGML_TYPE_F32 ? basis : ggml_cast(ctx, basis, GGML_TYPE_F32);
-                    basis = ggml_cont(ctx, ggml_transpose(ctx, basis)); // [n_embd_v, rank_v]
+                ggml_tensor * x_all = nullptr;
+                for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
+                    ggml_tensor * x_seg = xkv_to_coef(ctx, kd, store.basis(kd, il, is, stream), x);
+                    x_all = x_all ? ggml_concat(ctx, x_all, x_seg, 0) : x_seg;
                 }
-                x        = ggml_mul_mat(ctx, basis, x);
-                coef[kd] = coef[kd] ? ggml_add(ctx, coef[kd], x) : x;
+                coef[kd] = coef[kd] ? ggml_add(ctx, coef[kd], x_all) : x_all;
             }
             graph.output(coef[kd]);
         }
@@ -121,12 +120,13 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
             coef = ggml_get_rows(ctx, coef, inp_offsets); // [rank, n]
 
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-                ggml_tensor * basis = store.basis(kd, il, stream);
-                if (kd == xkv_store::kind::K) {
-                    basis = basis->type == GGML_TYPE_F32 ? basis : ggml_cast(ctx, basis, GGML_TYPE_F32);
-                    basis = ggml_cont(ctx, ggml_transpose(ctx, basis)); // [rank_k, n_embd_k]
+                ggml_tensor * x = nullptr; // [n_embd, n]
+                for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
+                    const auto & seg = gr.segments[kd][is];
+                    ggml_tensor * x_seg = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
+                    x_seg = xkv_from_coef(ctx, kd, store.basis(kd, il, is, stream), x_seg);
+                    x     = x ? ggml_add(ctx, x, x_seg) : x_seg;
                 }
-                ggml_tensor * x = ggml_mul_mat(ctx, basis, coef); // [n_embd, n]
                 if (kd == xkv_store::kind::K) {
                     x = ggml_add(ctx, x, store.layers[il].mean_k);
                     x = ggml_reshape_3d(ctx, x, hparams.n_embd_head_k(il), hparams.n_head_kv(il), n);

@@ -77,7 +77,9 @@ static void xkv_check_segments(const xkv_params & params, const xkv_sidecar & si
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u stores V as %s in blocks of %u tokens, but chunks are %u tokens; expected a frame of a multiple",
                       i, ggml_type_name(type), xkv_block_size(type), sidecar.frame);
         }
-        config.segments[seg.kind][seg.group].push_back({ seg.rank, type });
+        const ggml_type type_basis = xkv_check_type("type_basis of a segment", seg.type_basis,
+                { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
+        config.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis });
     }
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < n_group; ++g) {
@@ -102,12 +104,11 @@ void xkv_scope_open(const xkv_params & params) {
     scope->sidecar = xkv_open_sidecar(params);
 
     auto & config = scope->config;
-    config.n_sink     = xkv_check_tokens("n_sink",   params.n_sink,   0);
-    config.n_window   = xkv_check_tokens("n_window", params.n_window, 1);
-    config.n_absorb   = xkv_check_tokens("n_absorb", params.n_absorb, 0);
-    config.n_prior    = xkv_check_tokens("n_prior",  params.n_prior,  0);
-    config.type_basis = xkv_check_type("type_basis", params.type_basis, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0 });
-    config.online     = params.online != 0;
+    config.n_sink   = xkv_check_tokens("n_sink",   params.n_sink,   0);
+    config.n_window = xkv_check_tokens("n_window", params.n_window, 1);
+    config.n_absorb = xkv_check_tokens("n_absorb", params.n_absorb, 0);
+    config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);
+    config.online   = params.online != 0;
     if (!config.online && !scope->sidecar->calibrated()) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }
@@ -118,6 +119,15 @@ void xkv_scope_open(const xkv_params & params) {
 
 void xkv_scope_close() {
     g_scope.reset();
+}
+
+static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::group & gr, ggml_type type_basis) {
+    for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+        if (hparams.n_embd_head_k(il) % xkv_block_size(type_basis) != 0) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
+                      ggml_type_name(type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(type_basis));
+        }
+    }
 }
 
 static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, const xkv_config & config) {
@@ -143,15 +153,12 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
             xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
                       sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
         }
-        if (hparams.n_embd_head_k(il) % xkv_block_size(config.type_basis) != 0) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
-                      ggml_type_name(config.type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(config.type_basis));
-        }
     }
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < sidecar.groups.size(); ++g) {
             uint32_t rank = 0;
             for (const auto & seg : config.segments[kd][g]) {
+                xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
                 rank += seg.rank;
             }
             if (rank > sidecar.groups[g].dim[kd]) {

@@ -58,8 +58,7 @@ static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const ch
 
 xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot,
                      uint32_t n_stream, bool offload) :
-    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), type_basis(config.type_basis),
-    offload(offload), own(n_stream) {
+    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), own(n_stream) {
     const auto & hparams = model.hparams;
 
     layers.resize(hparams.n_layer());
@@ -74,13 +73,13 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
                 // rows of K, and of the bases of V, are whole blocks
                 const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
                 const uint32_t rank  = GGML_PAD(seg.rank, block);
-                gr.segments[kd].push_back({ seg.type, gr.rank[kd], rank, nullptr });
+                gr.segments[kd].push_back({ seg.type, seg.type_basis, gr.rank[kd], rank, nullptr });
                 gr.rank[kd] += rank;
                 n_segment++;
-                xkv_check_supported(device(sg.first), seg.type, "coefficients");
+                xkv_check_supported(device(sg.first), seg.type,       "coefficients");
+                xkv_check_supported(device(sg.first), seg.type_basis, "bases");
             }
         }
-        xkv_check_supported(device(sg.first), type_basis, "bases");
 
         uint32_t off[2] = { 0, 0 };
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
@@ -183,7 +182,9 @@ void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
         own_bases(dst);
         for (auto kd : { kind::K, kind::V }) {
             for (uint32_t il = 0; il < layers.size(); ++il) {
-                ggml_backend_tensor_copy(own[src]->basis[kd][il], own[dst]->basis[kd][il]);
+                for (size_t is = 0; is < own[src]->basis[kd][il].size(); ++is) {
+                    ggml_backend_tensor_copy(own[src]->basis[kd][il][is], own[dst]->basis[kd][il][is]);
+                }
             }
         }
     }

@@ -19,12 +19,12 @@ struct xkv_config {
     struct segment {
         uint32_t  rank;
         ggml_type type;
+        ggml_type type_basis;
     };
 
     uint32_t  n_sink;
     uint32_t  n_window;
     uint32_t  n_absorb;
-    ggml_type type_basis;
     bool      online;
     uint32_t  n_prior;
 
@@ -45,6 +45,7 @@ public:
 
     struct segment {
         ggml_type type;
+        ggml_type type_basis;
         uint32_t  first; // direction
         uint32_t  rank;  // padded to whole blocks; directions beyond the plan are zero
 
@@ -73,8 +74,8 @@ public:
     xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot, uint32_t n_stream,
               bool offload);
 
-    // basis of a layer for a stream: K [n_embd_k, rank_k], V [rank_v, n_embd_v]
-    ggml_tensor * basis(kind kd, uint32_t il, uint32_t stream) const;
+    // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]
+    ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
 
     // true when none of the streams has bases of its own
     bool shares_bases(uint32_t s0, uint32_t n) const;
@@ -124,14 +125,15 @@ private:
     };
 
     struct basis_set {
-        pool                       mem;
-        std::vector<ggml_tensor *> basis[2]; // per layer
-        bool                       changed = false;
+        pool mem;
+        bool changed = false;
+
+        std::vector<std::vector<ggml_tensor *>> basis[2]; // per layer and segment
+
     };
 
     const llama_model & model;
     const xkv_sidecar & sidecar;
-    const ggml_type     type_basis;
     const bool          offload;
 
     std::vector<pool> pools; // coefficients, means
@@ -157,3 +159,7 @@ private:
     void fill_bases(basis_set & set) const;
     void fill_means();
 };
+
+// With a basis as it is stored: coefficients [rank, n] of x [n_embd, n], and back.
+ggml_tensor * xkv_to_coef  (ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * x);
+ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef);

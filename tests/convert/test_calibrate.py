@@ -295,7 +295,7 @@ def test_cache_folder_that_cannot_be_made(own_model: Path, tmp_path: Path) -> No
     [
         {"ratio": 3, "n_window": 100},
         {"quality": "low", "types": "q8_0+q4_0", "max_segments": 2},
-        {"budget": "1MiB", "type_window": "q8_0", "type_basis": "q5_0"},
+        {"budget": "1MiB", "type_window": "q8_0", "type_basis": "q4_0"},
         {"rank": "full", "types": "f32", "type_window": "f32", "type_basis": "f32"},
         {"rank": 64, "types": "q2_0", "type_basis": "f16", "n_sink": 0},
     ],

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from xkv_gguf.convert import plan
-from xkv_gguf.convert.coef_types import DEFAULT_TYPES, TYPES, bytes_per_coef, sort_types
+from xkv_gguf.convert.coef_types import DEFAULT_TYPES, TYPES, basis_types, bytes_per_coef, sort_types
 from xkv_gguf.convert.plan import KINDS, Prices, Segment, Statistics, distortion, plan_segments, stored_rank
 from xkv_gguf.errors import OptionError
 
@@ -42,7 +43,7 @@ def cost(stats: Statistics, segments: tuple[Segment, ...], prices: Prices) -> fl
     for s in segments:
         total += stored_rank(s) * TYPES[s.type].bytes * prices.slots
         if prices.with_bases:
-            total += stats.dim(s.group, s.kind) * -(-s.rank // 32) * 32 * TYPES[prices.type_basis].bytes
+            total += stats.dim(s.group, s.kind) * -(-s.rank // 32) * 32 * TYPES[s.type_basis].bytes
     return total
 
 
@@ -72,7 +73,8 @@ def check_rules(stats: Statistics, segments: tuple[Segment, ...], max_segments: 
             assert done <= dim
 
 
-PER_TOKEN = Prices(1, "q8_0", with_bases=False)
+Q8_BASES = dict.fromkeys(TYPES, "q8_0")
+PER_TOKEN = Prices(1, Q8_BASES, with_bases=False)
 
 
 # ---- types
@@ -147,7 +149,7 @@ def test_budget_is_kept_and_used(ratio: float, types: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("max_segments", [1, 2, 4])
 def test_granularity(frame: int, dims: list[int], max_segments: int) -> None:
     stats = random_statistics(dims, seed=3, frame=frame)
-    for prices in (PER_TOKEN, Prices(8192, "q5_0")):
+    for prices in (PER_TOKEN, Prices(8192, basis_types(True))):
         least = plan.least_cost(stats, DEFAULT_TYPES, max_segments, prices)
         for factor in (1.0, 1.3, 2.0, 4.0, 100.0):
             segments = plan_segments(stats, DEFAULT_TYPES, max_segments, prices, factor * least)
@@ -167,13 +169,13 @@ def test_the_smallest_plan_is_the_smallest() -> None:
 
 def test_more_budget_never_predicts_more_distortion() -> None:
     stats = random_statistics([320, 192, 256], seed=5)
-    for prices in (PER_TOKEN, Prices(4096, "q8_0")):
+    for prices in (PER_TOKEN, Prices(4096, Q8_BASES)):
         least = plan.least_cost(stats, DEFAULT_TYPES, 4, prices)
         found = []
         for factor in np.geomspace(1.0, 30.0, 40):
             segments = plan_segments(stats, DEFAULT_TYPES, 4, prices, factor * least)
             assert segments is not None
-            found.append(distortion(stats, segments, prices.type_basis))
+            found.append(distortion(stats, segments))
         assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(found))
         assert found[-1] < 1e-3 < found[0]
 
@@ -207,7 +209,7 @@ def test_close_to_brute_force(seed: int) -> None:
     for budget in (60, 90, 140, 200, 280):
         segments = plan_segments(stats, types, 3, PER_TOKEN, budget)
         assert segments is not None
-        found = distortion(stats, segments, "f32")
+        found = distortion(stats, [replace(s, type_basis="f32") for s in segments])
         best = min(dk + dv for (ck, dk), (cv, dv) in itertools.product(*options.values()) if ck + cv <= budget)
         assert best * (1 - 1e-9) <= found
         # a price per byte reaches only the convex hull; single moves fill most of what lies between
@@ -246,11 +248,27 @@ def test_weights_move_bits() -> None:
 
 def test_bases_count_and_their_noise_too() -> None:
     stats = random_statistics([320, 320])
-    few = plan_segments(stats, DEFAULT_TYPES, 4, Prices(256, "q8_0"), 500_000)
+    few = plan_segments(stats, DEFAULT_TYPES, 4, Prices(256, Q8_BASES), 500_000)
     assert few is not None
     check_rules(stats, few)
-    assert cost(stats, few, Prices(256, "q8_0")) <= 500_000
-    assert distortion(stats, few, "q5_0") > distortion(stats, few, "q8_0") > distortion(stats, few, "f32")
+    assert cost(stats, few, Prices(256, Q8_BASES)) <= 500_000
+
+    def lost(type_basis: str) -> float:
+        return distortion(stats, [replace(s, type_basis=type_basis) for s in few or ()])
+
+    assert lost("q4_0") > lost("q5_0") > lost("q8_0") > lost("f32")
+
+
+def test_bases_are_as_coarse_as_their_coefficients_allow() -> None:
+    stats = statistics([spectrum(256, 0.03)], [spectrum(256, 0.03)])
+    prices = Prices(2048, basis_types(quantizable=True))
+    segments = plan_segments(stats, DEFAULT_TYPES, 4, prices, full_cost(stats) * 2048 / 12)
+    assert segments is not None
+    assert {(s.type in ("q2_0", "q1_0"), s.type_basis) for s in segments} == {(True, "q4_0"), (False, "q8_0")}
+    assert set(basis_types(quantizable=False).values()) == {"f16"}
+    assert set(basis_types(True, "q5_0").values()) == {"q5_0"}
+    for coef, basis in basis_types(quantizable=True).items():
+        assert TYPES[basis].noise < max(0.1 * TYPES[coef].noise, 3e-5)
 
 
 def test_distortion_by_hand() -> None:
@@ -258,7 +276,7 @@ def test_distortion_by_hand() -> None:
     segments = (Segment(0, "k", 32, "q8_0"), Segment(0, "k", 32, "q4_0"), Segment(0, "v", 32, "q5_0"))
     q8_0, q5_0, q4_0 = (TYPES[t].noise for t in ("q8_0", "q5_0", "q4_0"))
     expected = 3 * (0.5 * q8_0 + 0.5 * q4_0 + q8_0) + 0.5 + 0.5 * (q5_0 + q8_0)
-    assert distortion(stats, segments, "q8_0") == pytest.approx(expected)
+    assert distortion(stats, segments) == pytest.approx(expected)
 
 
 def test_spectrum_of_zeros() -> None:
@@ -286,15 +304,15 @@ def test_zeros_fill_the_last_block() -> None:
 
 def test_same_rank() -> None:
     stats = random_statistics([80, 48])
-    full = plan.same_rank(stats, None, "f32")
+    full = plan.same_rank(stats, None, "f32", "f32")
     assert [(s.group, s.kind, s.rank) for s in full] == [(0, "k", 80), (0, "v", 80), (1, "k", 48), (1, "v", 48)]
-    assert [s.rank for s in plan.same_rank(stats, 64, "q8_0")] == [64, 64, 48, 48]
+    assert [s.rank for s in plan.same_rank(stats, 64, "q8_0", "q8_0")] == [64, 64, 48, 48]
     with pytest.raises(OptionError, match="rank 33: a multiple of 32"):
-        plan.same_rank(stats, 33, "q8_0")
+        plan.same_rank(stats, 33, "q8_0", "q8_0")
     with pytest.raises(OptionError, match=r"rank 32: a multiple of 64 \(for q2_0\)"):
-        plan.same_rank(stats, 32, "q2_0")
+        plan.same_rank(stats, 32, "q2_0", "q8_0")
     with pytest.raises(OptionError, match="type q1_0 for V"):
-        plan.same_rank(stats, None, "q1_0")
+        plan.same_rank(stats, None, "q1_0", "q8_0")
 
 
 def test_the_assumed_spectrum_descends() -> None:
@@ -305,6 +323,6 @@ def test_the_assumed_spectrum_descends() -> None:
 def test_planning_is_fast() -> None:
     stats = random_statistics([960] * 6)
     begin = time.perf_counter()
-    plan_segments(stats, DEFAULT_TYPES, 4, Prices(8192, "q8_0"), 20e6)
+    plan_segments(stats, DEFAULT_TYPES, 4, Prices(8192, Q8_BASES), 20e6)
     # 0.06 s on one core
     assert time.perf_counter() - begin < 1.0

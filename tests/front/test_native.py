@@ -70,7 +70,7 @@ def test_types_are_those_of_ggml() -> None:
     assert set(_native.GGML_TYPES) == set(TYPES)
 
 
-SEGMENTS = (Segment(0, "k", 64, "q8_0"), Segment(0, "k", 96, "q4_0"), Segment(0, "v", 32, "q1_0"))
+SEGMENTS = (Segment(0, "k", 64, "q8_0"), Segment(0, "k", 96, "q4_0", "q5_0"), Segment(0, "v", 32, "q1_0"))
 
 
 def scope_params(**changes: Any) -> _native.ScopeParams:
@@ -91,9 +91,9 @@ class Recorder:
             {
                 "sidecar": None if p.sidecar == self.ffi.NULL else self.ffi.string(p.sidecar).decode(),
                 "layers": [(p.first[i], p.count[i]) for i in range(p.n_group)],
-                "segments": [(s.group, s.kind, s.rank, s.type) for s in (p.segments[i] for i in range(p.n_segment))],
+                "segments": [(s.group, s.kind, s.rank, s.type, s.type_basis) for s in (p.segments[i] for i in range(p.n_segment))],
                 **{name: getattr(p, name) for name in ("frame", "n_sink", "n_window", "n_absorb")},
-                **{name: getattr(p, name) for name in ("type_basis", "online", "n_prior")},
+                **{name: getattr(p, name) for name in ("online", "n_prior")},
             }
         )
         return 0
@@ -106,7 +106,7 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     ffi = _native.native().ffi
     library = Recorder(ffi)
     monkeypatch.setattr(_native, "native", lambda: _native.Native(ffi, library))
-    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, online=False, n_prior=7, type_basis="q5_0")):
+    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, online=False, n_prior=7)):
         assert library.n_end == 0
     with _native.scope(scope_params(sidecar=None, first=(0, 2), count=(2, 1), frame=128)):
         pass
@@ -115,12 +115,11 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given == {
         "sidecar": "Zoë.gguf",
         "layers": [],
-        "segments": [(0, 0, 64, 8), (0, 0, 96, 2), (0, 1, 32, 41)],
+        "segments": [(0, 0, 64, 8, 8), (0, 0, 96, 2, 6), (0, 1, 32, 41, 8)],
         "frame": 0,
         "n_sink": 4,
         "n_window": 48,
         "n_absorb": 8,
-        "type_basis": 6,
         "online": 0,
         "n_prior": 7,
     }
@@ -131,7 +130,7 @@ def test_the_library_checks_for_itself(sidecar: Path) -> None:
     with pytest.raises(SidecarError, match=r"no/such/file\.xkv\.gguf"), _native.scope(scope_params()):
         pass
     stats = read_sidecar(sidecar).statistics()
-    segments = same_rank(stats, 32, "q8_0")
+    segments = same_rank(stats, 32, "q8_0", "q8_0")
     bad: list[dict[str, Any]] = [
         {"n_window": 0},
         {"n_sink": -1},

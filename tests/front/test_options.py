@@ -95,7 +95,7 @@ def test_options_for_tests_of_exactness() -> None:
         ("types", (), "at least one of"),
         ("types", 8, "expected names such as 'q8_0+q4_0'"),
         ("type_window", "q4_0", "expected one of f32, f16, q8_0"),
-        ("type_basis", "q4_0", "expected one of f32, f16, q8_0, q5_0"),
+        ("type_basis", "q2_0", "expected one of f32, f16, q8_0, q5_0, q4_0"),
         ("max_segments", 0, "expected a whole number from 1"),
         ("rank", "half", "expected a whole number from 1"),
         ("rank", 0, "expected a whole number from 1"),

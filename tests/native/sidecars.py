@@ -46,14 +46,13 @@ class Bases:
             for kind in KINDS:
                 dim = len(self.basis[kind][g])
                 rows = types or ((min(rank or dim, dim), type_coef),)
-                segments += [Segment(g, kind, n, t) for n, t in rows]
+                segments += [Segment(g, kind, n, t, "f32") for n, t in rows]
         return ScopeParams(
             segments=tuple(segments),
             sidecar=str(self.path) if calibrated else None,
             n_sink=N_SINK,
             n_window=N_WINDOW,
             n_absorb=n_absorb,
-            type_basis="f32",
             online=online,
             n_prior=n_prior,
             first=() if calibrated else self.first,

@@ -96,7 +96,7 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     )
     yield (
         f"            sinks {plan['n_sink']}, window {plan['n_window']} {plan['type_window']}, n_ubatch "
-        f"{plan['n_ubatch']}, bases {plan['type_basis']}"
+        f"{plan['n_ubatch']}, bases {' '.join(plan['types_basis'])}"
     )
     divergence = "" if plan["kld"] is None else f", divergence {plan['kld']:.4f} nats"
     yield f"predicted   distortion {plan['distortion']:.4f}{divergence}"
