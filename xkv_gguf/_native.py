@@ -62,6 +62,7 @@ class ScopeParams:
     type_basis: str = "q8_0"
     online: bool = True
     n_prior: int = 1000
+    fused: bool = True
     first: tuple[int, ...] = ()
     count: tuple[int, ...] = ()
     frame: int = 0
@@ -169,6 +170,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "type_basis": GGML_TYPES[params.type_basis],
         "online": int(params.online),
         "n_prior": params.n_prior,
+        "fused": int(params.fused),
     }
     check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
     try:

@@ -132,6 +132,7 @@ def scope_params(
         type_basis=plan.layout.type_basis,
         online=options.online,
         n_prior=options.n_prior,
+        fused=options.fused,
         first=stats.first if alone else (),
         count=stats.count if alone else (),
         frame=stats.frame if alone else 0,

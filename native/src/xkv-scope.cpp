@@ -108,6 +108,7 @@ void xkv_scope_open(const xkv_params & params) {
     config.n_prior    = xkv_check_tokens("n_prior",  params.n_prior,  0);
     config.type_basis = xkv_check_type("type_basis", params.type_basis, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0 });
     config.online     = params.online != 0;
+    config.fused      = params.fused  != 0;
     if (!config.online && !scope->sidecar->calibrated()) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }

@@ -1,0 +1,196 @@
+// What the fused ops share: rows of any type as f32, products in registers, work by thread.
+
+#pragma once
+
+#include "xkv-cpu.h"
+
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
+
+#include <algorithm>
+#include <cstring>
+
+// numbers as f32; n is a multiple of the type's block
+void xkv_cpu_to_f32(ggml_type type, const char * src, float * dst, int64_t n);
+
+// blocks that stay in the first-level cache, for 4 rows; the padding keeps rows off the same cache sets
+#define XKV_CPU_BLOCK  512
+#define XKV_CPU_STRIDE (XKV_CPU_BLOCK + 16)
+
+// scalable vectors have no fixed length to block registers for
+#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic) && 32 % GGML_F32_EPR == 0
+#    define XKV_CPU_SIMD
+#endif
+
+// s[i][r] = x row r times y[i], for 4 rows of x, bx numbers apart
+template <int N> static inline void xkv_dot_rows(int64_t n, const float * x, int64_t bx, const float * const * y, float (*s)[4]) {
+    int64_t k = 0;
+#if defined(XKV_CPU_SIMD)
+    GGML_F32_VEC acc[N][4];
+    for (int i = 0; i < N; ++i) {
+        for (int r = 0; r < 4; ++r) {
+            acc[i][r] = GGML_F32_VEC_ZERO;
+        }
+    }
+    for (; k + GGML_F32_EPR <= n; k += GGML_F32_EPR) {
+        GGML_F32_VEC yv[N];
+        for (int i = 0; i < N; ++i) {
+            yv[i] = GGML_F32_VEC_LOAD(y[i] + k);
+        }
+        for (int r = 0; r < 4; ++r) {
+            const GGML_F32_VEC xv = GGML_F32_VEC_LOAD(x + r*bx + k);
+            for (int i = 0; i < N; ++i) {
+                acc[i][r] = GGML_F32_VEC_FMA(acc[i][r], xv, yv[i]);
+            }
+        }
+    }
+    for (int i = 0; i < N; ++i) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(acc[i][0], acc[i][1]), _mm256_hadd_ps(acc[i][2], acc[i][3]));
+        _mm_storeu_ps(s[i], _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+#else
+        for (int r = 0; r < 4; ++r) {
+            float t[GGML_F32_EPR];
+            GGML_F32_VEC_STORE(t, acc[i][r]);
+            s[i][r] = 0.0f;
+            for (int j = 0; j < GGML_F32_EPR; ++j) {
+                s[i][r] += t[j];
+            }
+        }
+#endif
+    }
+#else
+    memset(s, 0, N*sizeof(*s));
+#endif
+    for (; k < n; ++k) {
+        for (int i = 0; i < N; ++i) {
+            for (int r = 0; r < 4; ++r) {
+                s[i][r] += x[r*bx + k]*y[i][k];
+            }
+        }
+    }
+}
+
+// dst[i][r] += x row r times y[i], for up to 4 rows of x and any number of y
+template <typename Y, typename D>
+static inline void xkv_add_dots(int64_t n, int n_row, const float * x, int64_t bx, int64_t n_y, Y && y, D && dst) {
+    float s[3][4];
+    for (int64_t i = 0; i < n_y; i += 3) {
+        const int     m     = (int) std::min<int64_t>(3, n_y - i);
+        const float * yp[3] = { y(i), m > 1 ? y(i + 1) : nullptr, m > 2 ? y(i + 2) : nullptr };
+        switch (m) {
+            case 1:  xkv_dot_rows<1>(n, x, bx, yp, s); break;
+            case 2:  xkv_dot_rows<2>(n, x, bx, yp, s); break;
+            default: xkv_dot_rows<3>(n, x, bx, yp, s); break;
+        }
+        for (int j = 0; j < m; ++j) {
+            float * d = dst(i + j);
+            for (int r = 0; r < n_row; ++r) {
+                d[r] += s[j][r];
+            }
+        }
+    }
+}
+
+// c[i][0 .. 31] += sum over k of a[i][k] times row k of b, rows of b of 32 numbers
+template <int M> static inline void xkv_mul_32(int64_t n, const float * const * a, const float * b, float * const * c) {
+#if defined(XKV_CPU_SIMD)
+    constexpr int NV = 32 % (2*GGML_F32_EPR) == 0 ? 2 : 1;
+    for (int j = 0; j < 32; j += NV*GGML_F32_EPR) {
+        GGML_F32_VEC acc[M][NV];
+        for (int i = 0; i < M; ++i) {
+            for (int v = 0; v < NV; ++v) {
+                acc[i][v] = GGML_F32_VEC_LOAD(c[i] + j + v*GGML_F32_EPR);
+            }
+        }
+        for (int64_t k = 0; k < n; ++k) {
+            GGML_F32_VEC bv[NV];
+            for (int v = 0; v < NV; ++v) {
+                bv[v] = GGML_F32_VEC_LOAD(b + 32*k + j + v*GGML_F32_EPR);
+            }
+            for (int i = 0; i < M; ++i) {
+                const GGML_F32_VEC av = GGML_F32_VEC_SET1(a[i][k]);
+                for (int v = 0; v < NV; ++v) {
+                    acc[i][v] = GGML_F32_VEC_FMA(acc[i][v], bv[v], av);
+                }
+            }
+        }
+        for (int i = 0; i < M; ++i) {
+            for (int v = 0; v < NV; ++v) {
+                GGML_F32_VEC_STORE(c[i] + j + v*GGML_F32_EPR, acc[i][v]);
+            }
+        }
+    }
+#else
+    for (int64_t k = 0; k < n; ++k) {
+        for (int i = 0; i < M; ++i) {
+            for (int j = 0; j < 32; ++j) {
+                c[i][j] += a[i][k]*b[32*k + j];
+            }
+        }
+    }
+#endif
+}
+
+static inline void xkv_mul_32(int m, int64_t n, const float * const * a, const float * b, float * const * c) {
+    switch (m) {
+        case 1:  xkv_mul_32<1>(n, a, b, c); break;
+        case 2:  xkv_mul_32<2>(n, a, b, c); break;
+        case 3:  xkv_mul_32<3>(n, a, b, c); break;
+        case 4:  xkv_mul_32<4>(n, a, b, c); break;
+        case 5:  xkv_mul_32<5>(n, a, b, c); break;
+        default: xkv_mul_32<6>(n, a, b, c); break;
+    }
+}
+
+// Directions from first on that fit a block. A cut inside a segment is at a multiple of the longest quantization block.
+static inline int64_t xkv_block_ranks(const xkv_cpu_segment * segments, int64_t n_segment, int64_t first) {
+    int64_t end = first;
+    for (int64_t i = 0; i < n_segment; ++i) {
+        const auto &  seg  = segments[i];
+        const int64_t room = first + XKV_CPU_BLOCK;
+        if (seg.first + seg.rank <= end) {
+            continue;
+        }
+        if (seg.first + seg.rank <= room) {
+            end = seg.first + seg.rank;
+            continue;
+        }
+        return end + (room - end)/128*128 - first;
+    }
+    return end - first;
+}
+
+// f(segment, offset in it, n, offset in the block) for the parts of segments in directions [first, first + n)
+template <typename F>
+static inline void xkv_each_part(const xkv_cpu_segment * segments, int64_t n_segment, int64_t first, int64_t n, F && f) {
+    for (int64_t i = 0; i < n_segment; ++i) {
+        const auto &  seg = segments[i];
+        const int64_t d0  = std::max(seg.first,            first);
+        const int64_t d1  = std::min(seg.first + seg.rank, first + n);
+        if (d0 < d1) {
+            f(seg, d0 - seg.first, d1 - d0, d0 - first);
+        }
+    }
+}
+
+// two lists of items of different cost, split over threads by cost
+struct xkv_work {
+    int64_t n[2];
+    int64_t cost[2];
+
+    // items [begin[i], end[i]) of list i are the thread's
+    void split(int ith, int nth, int64_t * begin, int64_t * end) const {
+        bound(ith,     nth, begin);
+        bound(ith + 1, nth, end);
+    }
+
+private:
+    void bound(int ith, int nth, int64_t * res) const {
+        const int64_t at = (n[0]*cost[0] + n[1]*cost[1])*ith/nth;
+        for (int i = 0; i < 2; ++i) {
+            const int64_t rest = i == 0 ? at : std::max<int64_t>(0, at - n[0]*cost[0]);
+            res[i] = ith == nth || cost[i] == 0 ? n[i] : std::min(n[i], rest/cost[i]);
+        }
+    }
+};
