@@ -2,20 +2,41 @@
 
 #include "xkv-cpu-kernels.h"
 
-// o[0 .. n_row - 1] of every query: weighted sum of directions d .. d + n_row - 1 of a segment over slots
-static void xkv_gather_slots(const xkv_cpu_rows & coef, const ggml_tensor * p, ggml_tensor * dst, int64_t s, int64_t s0, int64_t n,
-                             int64_t d, int64_t at) {
-    const int64_t n_head = p->ne[2];
+// weights of up to 32 queries for the slots of a block
+struct xkv_weights {
+    const float * f32   [32];
+    int8_t        codes [32][XKV_CPU_BLOCK];
+    float         scales[32][XKV_CPU_BLOCK/32];
+};
 
-    float buf[4*XKV_CPU_STRIDE];
-    for (int64_t r = 0; r < 4; ++r) {
-        xkv_cpu_to_f32(coef.type, coef.data + (d + r)*coef.nb1 + ggml_row_size(coef.type, s0), buf + r*XKV_CPU_STRIDE, n);
+// weighted sums of directions 4*i0 .. 4*i1 - 1 over n slots from s0 on, of queries q0 .. q0 + n_q - 1
+static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w, ggml_tensor * dst, int64_t s, int64_t s0, int64_t n,
+                             int64_t i0, int64_t i1, int64_t q0, int64_t n_q) {
+    float  buf   [4*XKV_CPU_STRIDE];
+    int8_t codes [4*XKV_CPU_STRIDE];
+    float  scales[4*XKV_CPU_STRIDE/32];
+
+    for (int64_t i = i0; i < i1; ++i) {
+        while (seg->first + seg->rank <= 4*i) {
+            seg++;
+        }
+        const bool i8 = xkv_cpu_is_i8(seg->coef.type);
+        for (int64_t r = 0; r < 4; ++r) {
+            const char *  row = seg->coef.data + (4*i + r - seg->first)*seg->coef.nb1 + ggml_row_size(seg->coef.type, s0);
+            const int64_t to  = r*XKV_CPU_STRIDE;
+            if (i8) {
+                xkv_cpu_to_i8(seg->coef.type, row, codes + to, scales + to/32, n);
+            } else {
+                xkv_cpu_to_f32(seg->coef.type, row, buf + to, n);
+            }
+        }
+        const auto to = [&](int64_t j) { return (float *) ((char *) dst->data + (q0 + j)*dst->nb[1] + s*dst->nb[2]) + 4*i; };
+        if (i8) {
+            xkv_add_dots(n, 4, xkv_i8{ codes, scales }, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return xkv_i8{ w.codes[j], w.scales[j] }; }, to);
+        } else {
+            xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return w.f32[j]; }, to);
+        }
     }
-    xkv_add_dots(n, 4, buf, XKV_CPU_STRIDE, dst->ne[1], [&](int64_t i) {
-        return (const float *) ((const char *) p->data + i%n_head*p->nb[2] + i/n_head*p->nb[1] + s*p->nb[3]) + s0;
-    }, [&](int64_t i) {
-        return (float *) ((char *) dst->data + i*dst->nb[1] + s*dst->nb[2]) + at;
-    });
 }
 
 // up to 32 channels of a KV head from c0 on, over the window's cells
@@ -71,6 +92,8 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t rank    = l.rank[1];
     const int64_t n_tile  = (v->ne[0] + 31)/32;
 
+    xkv_weights w;
+
     for (int64_t s = 0; s < dst->ne[2]; ++s) {
         const uint32_t *        fill     = l.fill + s*l.n_frame;
         const xkv_cpu_segment * segments = l.segments[1] + s*l.n_segment[1];
@@ -90,18 +113,27 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
             float * row = (float *) ((char *) dst->data + i*dst->nb[1] + s*dst->nb[2]);
             std::fill_n(row + 4*begin[0], 4*(end[0] - begin[0]), 0.0f);
         }
+        bool i8 = false;
+        for (int64_t i = 0; i < l.n_segment[1]; ++i) {
+            i8 = i8 || xkv_cpu_is_i8(segments[i].coef.type);
+        }
+
         // slots block by block, so that their weights stay in the cache for all directions
         for (int64_t f = 0; f < l.n_frame;) {
             int64_t n = 0;
             while (f + n < l.n_frame && fill[f + n] > 0 && (n + 1)*l.n_chunk <= XKV_CPU_BLOCK) {
                 n++;
             }
-            const auto * seg = segments;
-            for (int64_t i = begin[0]; n > 0 && i < end[0]; ++i) {
-                while (seg->first + seg->rank <= 4*i) {
-                    seg++;
+            for (int64_t q0 = 0; n > 0 && begin[0] < end[0] && q0 < n_query; q0 += 32) {
+                const int64_t n_q = std::min<int64_t>(32, n_query - q0);
+                for (int64_t j = 0; j < n_q; ++j) {
+                    const int64_t i = q0 + j;
+                    w.f32[j] = (const float *) ((const char *) p->data + i%l.n_head*p->nb[2] + i/l.n_head*p->nb[1] + s*p->nb[3]) + f*l.n_chunk;
+                    if (i8) {
+                        xkv_cpu_round_i8(w.f32[j], w.codes[j], w.scales[j], n*l.n_chunk);
+                    }
                 }
-                xkv_gather_slots(seg->coef, p, dst, s, f*l.n_chunk, n*l.n_chunk, 4*i - seg->first, 4*i);
+                xkv_gather_slots(segments, w, dst, s, f*l.n_chunk, n*l.n_chunk, begin[0], end[0], q0, n_q);
             }
             f += std::max<int64_t>(n, 1);
         }
@@ -139,7 +171,7 @@ void xkv_cpu_output(ggml_tensor * dst, int ith, int nth, void * userdata) {
                 memcpy(d_row(i), o_row(i) + rank + c, n_row*sizeof(float));
             }
             for (int64_t d = 0, n; d < rank; d += n) {
-                n = xkv_block_ranks(segments, l.n_segment[1], d);
+                n = xkv_block_ranks(segments, l.n_segment[1], d, [](const xkv_cpu_segment &) { return true; });
                 xkv_each_part(segments, l.n_segment[1], d, n, [&](const xkv_cpu_segment & seg, int64_t off, int64_t n_part, int64_t at) {
                     for (int64_t r = 0; r < 4; ++r) {
                         const int64_t channel = head*n_embd_head + std::min(c + r, n_embd_head - 1);
@@ -147,7 +179,7 @@ void xkv_cpu_output(ggml_tensor * dst, int ith, int nth, void * userdata) {
                         xkv_cpu_to_f32(seg.basis.type, row, buf + r*XKV_CPU_STRIDE + at, n_part);
                     }
                 });
-                xkv_add_dots(n, n_row, buf, XKV_CPU_STRIDE, n_gqa*n_tps, [&](int64_t i) { return o_row(i) + d; }, d_row);
+                xkv_add_dots(n, n_row, (const float *) buf, XKV_CPU_STRIDE, n_gqa*n_tps, [&](int64_t i) { return o_row(i) + d; }, d_row);
             }
         }
     }

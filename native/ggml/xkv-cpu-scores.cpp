@@ -2,16 +2,51 @@
 
 #include "xkv-cpu-kernels.h"
 
-// columns [row_size*32]: rows d0 .. d0 + 31 of the basis for one head, transposed
+// parts of a query that went through the basis, see XKV_CPU_N_COEF
+struct xkv_coef_row {
+    float *  f32;
+    int8_t * codes;
+    float *  scales;
+    float *  mean;
+
+    xkv_coef_row(void * data, int64_t rank) :
+        f32((float *) data), codes((int8_t *) (f32 + rank)), scales(f32 + rank + rank/4), mean(scales + rank/32) {}
+};
+
+// dst [n_embd_head][32]: directions d0 .. d0 + 31 of the basis for one head, transposed
 static void xkv_load_basis(const xkv_cpu_rows & basis, int64_t d0, int64_t head, int64_t n_embd_head, float * dst) {
     const size_t offset = ggml_row_size(basis.type, head*n_embd_head);
 
-    float row[8][XKV_CPU_BLOCK];
+    float row[8][XKV_CPU_N_HEAD + 8];
     for (int64_t d = 0; d < 32; d += 8) {
         for (int64_t r = 0; r < 8; ++r) {
             xkv_cpu_to_f32(basis.type, basis.data + (d0 + d + r)*basis.nb1 + offset, row[r], n_embd_head);
         }
-        for (int64_t k = 0; k < n_embd_head; ++k) {
+        int64_t k = 0;
+#if defined(__AVX2__)
+        for (; k + 8 <= n_embd_head; k += 8) {
+            __m256 x[8];
+            __m256 y[8];
+            for (int r = 0; r < 8; ++r) {
+                x[r] = _mm256_loadu_ps(row[r] + k);
+            }
+            for (int r = 0; r < 8; r += 2) {
+                y[r]     = _mm256_unpacklo_ps(x[r], x[r + 1]);
+                y[r + 1] = _mm256_unpackhi_ps(x[r], x[r + 1]);
+            }
+            for (int r = 0; r < 8; r += 4) {
+                x[r]     = _mm256_shuffle_ps(y[r],     y[r + 2], 0x44);
+                x[r + 1] = _mm256_shuffle_ps(y[r],     y[r + 2], 0xee);
+                x[r + 2] = _mm256_shuffle_ps(y[r + 1], y[r + 3], 0x44);
+                x[r + 3] = _mm256_shuffle_ps(y[r + 1], y[r + 3], 0xee);
+            }
+            for (int r = 0; r < 4; ++r) {
+                _mm256_storeu_ps(dst + 32*(k + r)     + d, _mm256_permute2f128_ps(x[r], x[r + 4], 0x20));
+                _mm256_storeu_ps(dst + 32*(k + r + 4) + d, _mm256_permute2f128_ps(x[r], x[r + 4], 0x31));
+            }
+        }
+#endif
+        for (; k < n_embd_head; ++k) {
             for (int64_t r = 0; r < 8; ++r) {
                 dst[32*k + d + r] = row[r][k];
             }
@@ -30,15 +65,15 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t n_head      = l.n_head;
     const int64_t n_gqa       = n_head/l.n_head_kv;
     const int64_t rank        = l.rank[0];
-    GGML_ASSERT(n_embd_head <= XKV_CPU_BLOCK);
+    GGML_ASSERT(n_embd_head <= XKV_CPU_N_HEAD);
 
-    float basis[32*XKV_CPU_BLOCK];
+    float basis[32*XKV_CPU_N_HEAD];
 
     const auto q_row = [&](int64_t s, int64_t f, int64_t i) {
         return (const float *) ((const char *) q->data + i*q->nb[1] + (s*n_frame + f)*q->nb[2]);
     };
     const auto c_row = [&](int64_t s, int64_t f, int64_t i) {
-        return (float *) ((char *) dst->data + i*dst->nb[1] + f*dst->nb[2] + s*dst->nb[3]);
+        return xkv_coef_row((char *) dst->data + i*dst->nb[1] + f*dst->nb[2] + s*dst->nb[3], rank);
     };
 
     for (int64_t s = 0; s < n_stream; ++s) {
@@ -66,24 +101,43 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
             }
             xkv_load_basis(seg->basis, d - seg->first, head, n_embd_head, basis);
 
+            // at most 6 rows at once
             const float * a[6];
             float *       c[6];
+            char *        to[6];
+            float         tile[6][32];
             int           m = 0;
+
+            const bool i8      = xkv_cpu_is_i8(seg->coef.type);
+            const auto project = [&]() {
+                memset(tile, 0, sizeof(tile));
+                xkv_mul_32(m, n_embd_head, a, basis, c);
+                for (int r = 0; r < m; ++r) {
+                    const xkv_coef_row row(to[r], rank);
+                    if (i8) {
+                        xkv_cpu_round_i8(tile[r], row.codes + d, row.scales + d/32, 32);
+                    } else {
+                        memcpy(row.f32 + d, tile[r], sizeof(tile[r]));
+                    }
+                }
+                m = 0;
+            };
+            for (int r = 0; r < 6; ++r) {
+                c[r] = tile[r];
+            }
             for (int64_t f = 0; f < n_frame; ++f) {
-                for (int64_t i = 0; fill[f] > 0 && i < n_query; i += n_head) {
+                for (int64_t i = head*n_gqa; fill[f] > 0 && i < n_query; i += n_head) {
                     for (int64_t g = 0; g < n_gqa; ++g) {
-                        a[m] = q_row(s, f, i + head*n_gqa + g);
-                        c[m] = c_row(s, f, i + head*n_gqa + g) + d;
-                        memset(c[m], 0, 32*sizeof(float));
+                        a [m] = q_row(s, f, i + g);
+                        to[m] = (char *) c_row(s, f, i + g).f32;
                         if (++m == 6) {
-                            xkv_mul_32(m, n_embd_head, a, basis, c);
-                            m = 0;
+                            project();
                         }
                     }
                 }
             }
             if (m > 0) {
-                xkv_mul_32(m, n_embd_head, a, basis, c);
+                project();
             }
         }
 
@@ -96,7 +150,7 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
                 for (int64_t k = 0; k < n_embd_head; ++k) {
                     sum += x[k]*mean[k];
                 }
-                c_row(s, f, i)[rank] = sum;
+                *c_row(s, f, i).mean = sum;
             }
         }
     }
@@ -109,31 +163,45 @@ static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * seg
     const int64_t n_head  = dst->ne[2];
     const int64_t rank    = l.rank[0];
 
-    float buf[4*XKV_CPU_STRIDE];
+    float  buf   [4*XKV_CPU_STRIDE];
+    int8_t codes [4*XKV_CPU_STRIDE];
+    float  scales[4*XKV_CPU_STRIDE/32];
 
-    const char * q_data = (const char *) q_coef->data + f*q_coef->nb[2] + s*q_coef->nb[3];
-    const auto   q_row  = [&](int64_t i) { return (const float *) (q_data + i*q_coef->nb[1]); };
-
-    char *     d_data = (char *) dst->data + s*dst->nb[3];
-    const auto d_row  = [&](int64_t i, int64_t slot) {
-        return (float *) (d_data + i%n_head*dst->nb[2] + i/n_head*dst->nb[1]) + slot;
+    const auto q_row = [&](int64_t i) {
+        return xkv_coef_row((char *) q_coef->data + i*q_coef->nb[1] + f*q_coef->nb[2] + s*q_coef->nb[3], rank);
+    };
+    const auto d_row = [&](int64_t i, int64_t slot) {
+        return (float *) ((char *) dst->data + i%n_head*dst->nb[2] + i/n_head*dst->nb[1] + s*dst->nb[3]) + slot;
     };
 
     for (int64_t i = 0; i < n_query; ++i) {
-        std::fill_n(d_row(i, f*l.n_chunk + 4*i0), 4*(i1 - i0), q_row(i)[rank]);
+        std::fill_n(d_row(i, f*l.n_chunk + 4*i0), 4*(i1 - i0), *q_row(i).mean);
     }
     for (int64_t d = 0, n; d < rank; d += n) {
-        n = xkv_block_ranks(segments, l.n_segment[0], d);
+        bool i8 = false;
+        n = xkv_block_ranks(segments, l.n_segment[0], d, [](const xkv_cpu_segment & seg) { return xkv_cpu_is_i8(seg.coef.type); });
         for (int64_t i = i0; i < i1; ++i) {
             const int64_t slot = f*l.n_chunk + 4*i;
             xkv_each_part(segments, l.n_segment[0], d, n, [&](const xkv_cpu_segment & seg, int64_t off, int64_t n_part, int64_t at) {
+                i8 = xkv_cpu_is_i8(seg.coef.type);
                 for (int64_t r = 0; r < 4; ++r) {
-                    const char * row = seg.coef.data + (slot + r)*seg.coef.nb1 + ggml_row_size(seg.coef.type, off);
-                    xkv_cpu_to_f32(seg.coef.type, row, buf + r*XKV_CPU_STRIDE + at, n_part);
+                    const char *  row = seg.coef.data + (slot + r)*seg.coef.nb1 + ggml_row_size(seg.coef.type, off);
+                    const int64_t to  = r*XKV_CPU_STRIDE + at;
+                    if (i8) {
+                        xkv_cpu_to_i8(seg.coef.type, row, codes + to, scales + to/32, n_part);
+                    } else {
+                        xkv_cpu_to_f32(seg.coef.type, row, buf + to, n_part);
+                    }
                 }
             });
-            xkv_add_dots(n, 4, buf, XKV_CPU_STRIDE, n_query, [&](int64_t j) { return q_row(j) + d; },
-                         [&](int64_t j) { return d_row(j, slot); });
+            const auto to = [&](int64_t j) { return d_row(j, slot); };
+            if (i8) {
+                xkv_add_dots(n, 4, xkv_i8{ codes, scales }, XKV_CPU_STRIDE, n_query, [&](int64_t j) {
+                    return xkv_i8{ q_row(j).codes + d, q_row(j).scales + d/32 };
+                }, to);
+            } else {
+                xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_query, [&](int64_t j) -> const float * { return q_row(j).f32 + d; }, to);
+            }
         }
     }
 }
@@ -162,7 +230,7 @@ static void xkv_score_window(const ggml_tensor * q, const ggml_tensor * k, ggml_
             for (int64_t i = 0; i < n_gqa*n_tps; ++i) {
                 std::fill_n(d_row(i), n_row, 0.0f);
             }
-            xkv_add_dots(n_embd_head, n_row, buf, XKV_CPU_STRIDE, n_gqa*n_tps, [&](int64_t i) {
+            xkv_add_dots(n_embd_head, n_row, (const float *) buf, XKV_CPU_STRIDE, n_gqa*n_tps, [&](int64_t i) {
                 return (const float *) ((const char *) q->data + (h*n_gqa + i%n_gqa)*q->nb[1] + i/n_gqa*q->nb[2] + s*q->nb[3]);
             }, d_row);
         }

@@ -7,19 +7,7 @@
 
 #include "ggml-cpu.h"
 
-#if defined(__AVX2__)
-
-#include <immintrin.h>
-
-static inline void xkv_store_i8(__m256i q, float d, float * dst) {
-    const __m256  dv = _mm256_set1_ps(d);
-    const __m128i lo = _mm256_castsi256_si128(q);
-    const __m128i hi = _mm256_extracti128_si256(q, 1);
-    _mm256_storeu_ps(dst,      _mm256_mul_ps(dv, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(lo))));
-    _mm256_storeu_ps(dst + 8,  _mm256_mul_ps(dv, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(lo, 8)))));
-    _mm256_storeu_ps(dst + 16, _mm256_mul_ps(dv, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(hi))));
-    _mm256_storeu_ps(dst + 24, _mm256_mul_ps(dv, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(hi, 8)))));
-}
+#if defined(XKV_CPU_I8)
 
 static inline __m256i xkv_load_nibbles(const uint8_t * qs) {
     const __m128i b = _mm_loadu_si128((const __m128i *) qs);
@@ -36,62 +24,120 @@ static inline __m256i xkv_load_bits(const uint8_t * bits) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
 }
 
-static void xkv_from_q8_0(const block_q8_0 * x, float * dst, int64_t n) {
-    for (int64_t i = 0; i < n/QK8_0; ++i) {
-        xkv_store_i8(_mm256_loadu_si256((const __m256i *) x[i].qs), GGML_CPU_FP16_TO_FP32(x[i].d), dst + i*QK8_0);
-    }
+// codes of 32 numbers, the k-th 32 of a block
+
+static inline __m256i xkv_codes(const block_q8_0 & x, int) {
+    return _mm256_loadu_si256((const __m256i *) x.qs);
 }
 
-static void xkv_from_q5_0(const block_q5_0 * x, float * dst, int64_t n) {
-    for (int64_t i = 0; i < n/QK5_0; ++i) {
-        // without the fifth bit a code stands for 16 less
-        const __m256i high = _mm256_andnot_si256(xkv_load_bits(x[i].qh), _mm256_set1_epi8((char) 0xf0));
-        xkv_store_i8(_mm256_or_si256(xkv_load_nibbles(x[i].qs), high), GGML_CPU_FP16_TO_FP32(x[i].d), dst + i*QK5_0);
-    }
+static inline __m256i xkv_codes(const block_q5_0 & x, int) {
+    // without the fifth bit a code stands for 16 less
+    return _mm256_or_si256(xkv_load_nibbles(x.qs), _mm256_andnot_si256(xkv_load_bits(x.qh), _mm256_set1_epi8((char) 0xf0)));
 }
 
-static void xkv_from_q4_0(const block_q4_0 * x, float * dst, int64_t n) {
-    for (int64_t i = 0; i < n/QK4_0; ++i) {
-        const __m256i q = _mm256_sub_epi8(xkv_load_nibbles(x[i].qs), _mm256_set1_epi8(8));
-        xkv_store_i8(q, GGML_CPU_FP16_TO_FP32(x[i].d), dst + i*QK4_0);
-    }
+static inline __m256i xkv_codes(const block_q4_0 & x, int) {
+    return _mm256_sub_epi8(xkv_load_nibbles(x.qs), _mm256_set1_epi8(8));
 }
 
-static void xkv_from_q2_0(const block_q2_0 * x, float * dst, int64_t n) {
-    for (int64_t i = 0; i < n/QK2_0; ++i) {
-        for (int k = 0; k < 2; ++k) {
-            const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (x[i].qs + 8*k)));
-            const __m256i u = _mm256_or_si256(_mm256_or_si256(b, _mm256_slli_epi32(b, 6)),
-                                              _mm256_or_si256(_mm256_slli_epi32(b, 12), _mm256_slli_epi32(b, 18)));
-            const __m256i q = _mm256_sub_epi8(_mm256_and_si256(u, _mm256_set1_epi8(3)), _mm256_set1_epi8(1));
-            xkv_store_i8(q, GGML_CPU_FP16_TO_FP32(x[i].d), dst + i*QK2_0 + 32*k);
+static inline __m256i xkv_codes(const block_q2_0 & x, int k) {
+    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (x.qs + 8*k)));
+    const __m256i u = _mm256_or_si256(_mm256_or_si256(b, _mm256_slli_epi32(b, 6)),
+                                      _mm256_or_si256(_mm256_slli_epi32(b, 12), _mm256_slli_epi32(b, 18)));
+    return _mm256_sub_epi8(_mm256_and_si256(u, _mm256_set1_epi8(3)), _mm256_set1_epi8(1));
+}
+
+static inline __m256i xkv_codes(const block_q1_0 & x, int k) {
+    const __m256i minus = _mm256_cmpeq_epi8(xkv_load_bits(x.qs + 4*k), _mm256_setzero_si256());
+    return _mm256_or_si256(minus, _mm256_set1_epi8(1));
+}
+
+// f(32 codes, scale, index of the first) for n numbers in blocks of QK
+template <int QK, typename B, typename F> static inline void xkv_each_32(const char * src, int64_t n, F && f) {
+    const B * x = (const B *) src;
+    for (int64_t i = 0; i < n/QK; ++i) {
+        for (int k = 0; k < QK/32; ++k) {
+            f(xkv_codes(x[i], k), GGML_CPU_FP16_TO_FP32(x[i].d), i*QK + 32*k);
         }
     }
 }
 
-static void xkv_from_q1_0(const block_q1_0 * x, float * dst, int64_t n) {
-    for (int64_t i = 0; i < n/QK1_0; ++i) {
+template <typename F> static inline void xkv_each_32(ggml_type type, const char * src, int64_t n, F && f) {
+    switch (type) {
+        case GGML_TYPE_Q8_0: xkv_each_32<QK8_0, block_q8_0>(src, n, f); break;
+        case GGML_TYPE_Q5_0: xkv_each_32<QK5_0, block_q5_0>(src, n, f); break;
+        case GGML_TYPE_Q4_0: xkv_each_32<QK4_0, block_q4_0>(src, n, f); break;
+        case GGML_TYPE_Q2_0: xkv_each_32<QK2_0, block_q2_0>(src, n, f); break;
+        case GGML_TYPE_Q1_0: xkv_each_32<QK1_0, block_q1_0>(src, n, f); break;
+        default: GGML_ABORT("type without codes");
+    }
+}
+
+void xkv_cpu_to_i8(ggml_type type, const char * src, int8_t * codes, float * scales, int64_t n) {
+    xkv_each_32(type, src, n, [&](__m256i q, float d, int64_t i) {
+        _mm256_storeu_si256((__m256i *) (codes + i), q);
+        scales[i/32] = d;
+    });
+}
+
+static void xkv_i8_to_f32(ggml_type type, const char * src, float * dst, int64_t n) {
+    xkv_each_32(type, src, n, [&](__m256i q, float d, int64_t i) {
+        const __m256 dv = _mm256_set1_ps(d);
         for (int k = 0; k < 4; ++k) {
-            const __m256i minus = _mm256_cmpeq_epi8(xkv_load_bits(x[i].qs + 4*k), _mm256_setzero_si256());
-            xkv_store_i8(_mm256_or_si256(minus, _mm256_set1_epi8(1)), GGML_CPU_FP16_TO_FP32(x[i].d), dst + i*QK1_0 + 32*k);
+            const __m128i h = k < 2 ? _mm256_castsi256_si128(q) : _mm256_extracti128_si256(q, 1);
+            const __m128i b = k % 2 == 0 ? h : _mm_srli_si128(h, 8);
+            _mm256_storeu_ps(dst + i + 8*k, _mm256_mul_ps(dv, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b))));
         }
+    });
+}
+
+void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, int64_t n) {
+    const __m256  sign  = _mm256_set1_ps(-0.0f);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t i = 0; i < n; i += 32) {
+        __m256 x[4];
+        for (int k = 0; k < 4; ++k) {
+            x[k] = _mm256_loadu_ps(src + i + 8*k);
+        }
+        const __m256 m8 = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, x[0]), _mm256_andnot_ps(sign, x[1])),
+                                        _mm256_max_ps(_mm256_andnot_ps(sign, x[2]), _mm256_andnot_ps(sign, x[3])));
+        const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+        const __m128 m2 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+        const float  m  = _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
+
+        const __m256 scale = _mm256_set1_ps(m > 0.0f ? 127.0f/m : 0.0f);
+        __m256i q[4];
+        for (int k = 0; k < 4; ++k) {
+            q[k] = _mm256_cvtps_epi32(_mm256_mul_ps(x[k], scale));
+        }
+        const __m256i b = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        _mm256_storeu_si256((__m256i *) (codes + i), _mm256_permutevar8x32_epi32(b, order));
+        scales[i/32] = m/127.0f;
     }
+}
+
+#else
+
+void xkv_cpu_to_i8(ggml_type, const char *, int8_t *, float *, int64_t) {
+    GGML_ABORT("not used");
+}
+
+void xkv_cpu_round_i8(const float *, int8_t *, float *, int64_t) {
+    GGML_ABORT("not used");
 }
 
 #endif
 
 void xkv_cpu_to_f32(ggml_type type, const char * src, float * dst, int64_t n) {
-    switch (type) {
-        case GGML_TYPE_F32:  memcpy(dst, src, n*sizeof(float)); return;
-        case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n); return;
-#if defined(__AVX2__)
-        case GGML_TYPE_Q8_0: xkv_from_q8_0((const block_q8_0 *) src, dst, n); return;
-        case GGML_TYPE_Q5_0: xkv_from_q5_0((const block_q5_0 *) src, dst, n); return;
-        case GGML_TYPE_Q4_0: xkv_from_q4_0((const block_q4_0 *) src, dst, n); return;
-        case GGML_TYPE_Q2_0: xkv_from_q2_0((const block_q2_0 *) src, dst, n); return;
-        case GGML_TYPE_Q1_0: xkv_from_q1_0((const block_q1_0 *) src, dst, n); return;
+    if (type == GGML_TYPE_F32) {
+        memcpy(dst, src, n*sizeof(float));
+    } else if (type == GGML_TYPE_F16) {
+        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n);
+#if defined(XKV_CPU_I8)
+    } else if (xkv_cpu_is_i8(type)) {
+        xkv_i8_to_f32(type, src, dst, n);
 #endif
-        default: ggml_get_type_traits(type)->to_float(src, dst, n);
+    } else {
+        ggml_get_type_traits(type)->to_float(src, dst, n);
     }
 }
 

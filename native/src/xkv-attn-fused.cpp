@@ -119,7 +119,7 @@ ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv
         x = ggml_repeat_4d(ctx, x, n_embd_head, n_query, l->n_frame, n_stream);
         x = ggml_reshape_3d(ctx, x, n_embd_head, n_query, l->n_frame*n_stream);
         x = xkv_rotate(ctx, xkv.model, xkv.cparams, il, x, inp->origin);
-        args.push_back(xkv_custom(ctx, ops.project, l, { x }, l->rank[0] + XKV_CPU_PAD, n_query, l->n_frame, n_stream));
+        args.push_back(xkv_custom(ctx, ops.project, l, { x }, XKV_CPU_N_COEF(l->rank[0]), n_query, l->n_frame, n_stream));
     }
     ggml_tensor * kq = xkv_custom(ctx, ops.scores, l, args, n_slot + n_kv, n_tps, n_head, n_stream);
     if (hparams.attn_soft_cap) {
