@@ -29,11 +29,19 @@ static inline bool xkv_cpu_is_i8(ggml_type type) {
 #endif
 }
 
-// numbers of such a type as codes -127 to 127 and a scale per 32
-void xkv_cpu_to_i8(ggml_type type, const char * src, int8_t * codes, float * scales, int64_t n);
+// Codes in 8 bits with numbers per 32 codes. Coefficients are scale*code - offset; their codes are unsigned, except for
+// q8_0, whose offsets are 0. What they meet is scale*code, and sum is that of 32 numbers.
+struct xkv_i8 {
+    const int8_t * codes;
+    const float *  scales;
+    const float *  sums; // coefficients: offsets
+};
 
-// n numbers, a multiple of 32, rounded to codes and scales
-void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, int64_t n);
+// coefficients of such a type
+void xkv_cpu_to_i8(ggml_type type, const char * src, int8_t * codes, float * scales, float * offsets, int64_t n);
+
+// n numbers, a multiple of 32, rounded
+void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, float * sums, int64_t n);
 
 // blocks that stay in the first-level cache, for 4 rows; the padding keeps rows off the same cache sets
 #define XKV_CPU_BLOCK  1024
@@ -96,14 +104,9 @@ template <int N> static inline void xkv_dot_rows(int64_t n, const float * x, int
     }
 }
 
-// codes with a scale per 32
-struct xkv_i8 {
-    const int8_t * codes;
-    const float *  scales;
-};
-
 // the same for codes
-template <int N> static inline void xkv_dot_rows(int64_t n, const xkv_i8 & x, int64_t bx, const xkv_i8 * y, float (*s)[4]) {
+template <int N, bool SIGNED>
+static inline void xkv_dot_rows_i8(int64_t n, const xkv_i8 & x, int64_t bx, const xkv_i8 * y, float (*s)[4]) {
 #if defined(XKV_CPU_I8)
     // 2 times 4 sums are what stays in registers
     static_assert(N <= 2, "more sums than registers");
@@ -122,8 +125,24 @@ template <int N> static inline void xkv_dot_rows(int64_t n, const xkv_i8 & x, in
     __m256 a00 = _mm256_setzero_ps(), a01 = a00, a02 = a00, a03 = a00;
     __m256 a10 = a00, a11 = a00, a12 = a00, a13 = a00;
 
+    // what all offsets add
+    for (int64_t b = 0; !SIGNED && b < n/32; b += 8) {
+        const __m256i in   = _mm256_cmpgt_epi32(_mm256_set1_epi32((int) (n/32 - b)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        const __m256  s0   = _mm256_maskload_ps(y[0].sums + b, in);
+        const __m256  s1   = _mm256_maskload_ps(y[N - 1].sums + b, in);
+        const auto    take = [&](int r, __m256 & acc0, __m256 & acc1) {
+            const __m256 off = _mm256_sub_ps(_mm256_setzero_ps(), _mm256_maskload_ps(x.sums + r*(bx/32) + b, in));
+            acc0 = GGML_F32x8_FMA(acc0, off, s0);
+            acc1 = GGML_F32x8_FMA(acc1, off, s1);
+        };
+        take(0, a00, a10);
+        take(1, a01, a11);
+        take(2, a02, a12);
+        take(3, a03, a13);
+    }
+
     const auto dot = [&](__m256 & acc, __m256i ax, __m256i xv, __m256i yv, float d) {
-        const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(ax, _mm256_sign_epi8(yv, xv)), ones);
+        const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(ax, SIGNED ? _mm256_sign_epi8(yv, xv) : yv), ones);
         acc = GGML_F32x8_FMA(acc, _mm256_cvtepi32_ps(p), _mm256_set1_ps(d));
     };
     for (int64_t b = 0; b < n/32; ++b) {
@@ -132,7 +151,7 @@ template <int N> static inline void xkv_dot_rows(int64_t n, const xkv_i8 & x, in
 
         const auto row = [&](int r, __m256 & acc0, __m256 & acc1) {
             const __m256i xv = _mm256_loadu_si256((const __m256i *) (x.codes + r*bx + 32*b));
-            const __m256i ax = _mm256_abs_epi8(xv);
+            const __m256i ax = SIGNED ? _mm256_abs_epi8(xv) : xv;
             dot(acc0, ax, xv, y0, scale[0][r][b]);
             if (N > 1) {
                 dot(acc1, ax, xv, y1, scale[N - 1][r][b]);
@@ -158,6 +177,14 @@ template <int N> static inline void xkv_dot_rows(int64_t n, const xkv_i8 & x, in
     GGML_UNUSED(y);
     GGML_UNUSED(s);
 #endif
+}
+
+template <int N> static inline void xkv_dot_rows(int64_t n, const xkv_i8 & x, int64_t bx, const xkv_i8 * y, float (*s)[4]) {
+    if (x.sums) {
+        xkv_dot_rows_i8<N, false>(n, x, bx, y, s);
+    } else {
+        xkv_dot_rows_i8<N, true>(n, x, bx, y, s);
+    }
 }
 
 // dst[i][r] += x row r times y[i], for up to 4 rows of x and any number of y, rows bx numbers apart

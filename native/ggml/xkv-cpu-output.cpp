@@ -7,14 +7,16 @@ struct xkv_weights {
     const float * f32   [32];
     int8_t        codes [32][XKV_CPU_BLOCK];
     float         scales[32][XKV_CPU_BLOCK/32];
+    float         sums  [32][XKV_CPU_BLOCK/32];
 };
 
 // weighted sums of directions 4*i0 .. 4*i1 - 1 over n slots from s0 on, of queries q0 .. q0 + n_q - 1
 static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w, ggml_tensor * dst, int64_t s, int64_t s0, int64_t n,
                              int64_t i0, int64_t i1, int64_t q0, int64_t n_q) {
-    float  buf   [4*XKV_CPU_STRIDE];
-    int8_t codes [4*XKV_CPU_STRIDE];
-    float  scales[4*XKV_CPU_STRIDE/32];
+    float  buf    [4*XKV_CPU_STRIDE];
+    int8_t codes  [4*XKV_CPU_STRIDE];
+    float  scales [4*XKV_CPU_STRIDE/32];
+    float  offsets[4*XKV_CPU_STRIDE/32];
 
     for (int64_t i = i0; i < i1; ++i) {
         while (seg->first + seg->rank <= 4*i) {
@@ -25,14 +27,15 @@ static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w,
             const char *  row = seg->coef.data + (4*i + r - seg->first)*seg->coef.nb1 + ggml_row_size(seg->coef.type, s0);
             const int64_t to  = r*XKV_CPU_STRIDE;
             if (i8) {
-                xkv_cpu_to_i8(seg->coef.type, row, codes + to, scales + to/32, n);
+                xkv_cpu_to_i8(seg->coef.type, row, codes + to, scales + to/32, offsets + to/32, n);
             } else {
                 xkv_cpu_to_f32(seg->coef.type, row, buf + to, n);
             }
         }
         const auto to = [&](int64_t j) { return (float *) ((char *) dst->data + (q0 + j)*dst->nb[1] + s*dst->nb[2]) + 4*i; };
         if (i8) {
-            xkv_add_dots(n, 4, xkv_i8{ codes, scales }, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return xkv_i8{ w.codes[j], w.scales[j] }; }, to);
+            const xkv_i8 x = { codes, scales, seg->coef.type == GGML_TYPE_Q8_0 ? nullptr : offsets };
+            xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return xkv_i8{ w.codes[j], w.scales[j], w.sums[j] }; }, to);
         } else {
             xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return w.f32[j]; }, to);
         }
@@ -102,7 +105,7 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
         for (int64_t f = 0; f < l.n_frame; ++f) {
             n_used += fill[f] > 0 ? l.n_chunk : 0;
         }
-        const int64_t  n_cost = v->ne[2]*32*(n_query/v->ne[1] + 6);
+        const int64_t  n_cost = v->ne[2]*32*2*(n_query/v->ne[1] + 6);
         const xkv_work work   = { { rank/4, v->ne[1]*n_tile }, { 4*n_used*(n_query + 4), n_cost } };
 
         int64_t begin[2];
@@ -130,7 +133,7 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
                     const int64_t i = q0 + j;
                     w.f32[j] = (const float *) ((const char *) p->data + i%l.n_head*p->nb[2] + i/l.n_head*p->nb[1] + s*p->nb[3]) + f*l.n_chunk;
                     if (i8) {
-                        xkv_cpu_round_i8(w.f32[j], w.codes[j], w.scales[j], n*l.n_chunk);
+                        xkv_cpu_round_i8(w.f32[j], w.codes[j], w.scales[j], w.sums[j], n*l.n_chunk);
                     }
                 }
                 xkv_gather_slots(segments, w, dst, s, f*l.n_chunk, n*l.n_chunk, begin[0], end[0], q0, n_q);

@@ -7,10 +7,12 @@ struct xkv_coef_row {
     float *  f32;
     int8_t * codes;
     float *  scales;
+    float *  sums;
     float *  mean;
 
     xkv_coef_row(void * data, int64_t rank) :
-        f32((float *) data), codes((int8_t *) (f32 + rank)), scales(f32 + rank + rank/4), mean(scales + rank/32) {}
+        f32((float *) data), codes((int8_t *) (f32 + rank)), scales(f32 + rank + rank/4), sums(scales + rank/32),
+        mean(sums + rank/32) {}
 };
 
 // dst [n_embd_head][32]: directions d0 .. d0 + 31 of the basis for one head, transposed
@@ -115,7 +117,7 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
                 for (int r = 0; r < m; ++r) {
                     const xkv_coef_row row(to[r], rank);
                     if (i8) {
-                        xkv_cpu_round_i8(tile[r], row.codes + d, row.scales + d/32, 32);
+                        xkv_cpu_round_i8(tile[r], row.codes + d, row.scales + d/32, row.sums + d/32, 32);
                     } else {
                         memcpy(row.f32 + d, tile[r], sizeof(tile[r]));
                     }
@@ -163,9 +165,17 @@ static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * seg
     const int64_t n_head  = dst->ne[2];
     const int64_t rank    = l.rank[0];
 
-    float  buf   [4*XKV_CPU_STRIDE];
-    int8_t codes [4*XKV_CPU_STRIDE];
-    float  scales[4*XKV_CPU_STRIDE/32];
+    float  buf    [4*XKV_CPU_STRIDE];
+    int8_t codes  [4*XKV_CPU_STRIDE];
+    float  scales [4*XKV_CPU_STRIDE/32];
+    float  offsets[4*XKV_CPU_STRIDE/32];
+
+    // how a segment's coefficients are multiplied
+    enum way { WAY_F32, WAY_UNSIGNED, WAY_SIGNED };
+
+    const auto way_of = [](const xkv_cpu_segment & seg) {
+        return !xkv_cpu_is_i8(seg.coef.type) ? WAY_F32 : seg.coef.type == GGML_TYPE_Q8_0 ? WAY_SIGNED : WAY_UNSIGNED;
+    };
 
     const auto q_row = [&](int64_t i) {
         return xkv_coef_row((char *) q_coef->data + i*q_coef->nb[1] + f*q_coef->nb[2] + s*q_coef->nb[3], rank);
@@ -178,26 +188,27 @@ static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * seg
         std::fill_n(d_row(i, f*l.n_chunk + 4*i0), 4*(i1 - i0), *q_row(i).mean);
     }
     for (int64_t d = 0, n; d < rank; d += n) {
-        bool i8 = false;
-        n = xkv_block_ranks(segments, l.n_segment[0], d, [](const xkv_cpu_segment & seg) { return xkv_cpu_is_i8(seg.coef.type); });
+        way w = WAY_F32;
+        n = xkv_block_ranks(segments, l.n_segment[0], d, way_of);
         for (int64_t i = i0; i < i1; ++i) {
             const int64_t slot = f*l.n_chunk + 4*i;
             xkv_each_part(segments, l.n_segment[0], d, n, [&](const xkv_cpu_segment & seg, int64_t off, int64_t n_part, int64_t at) {
-                i8 = xkv_cpu_is_i8(seg.coef.type);
+                w = way_of(seg);
                 for (int64_t r = 0; r < 4; ++r) {
                     const char *  row = seg.coef.data + (slot + r)*seg.coef.nb1 + ggml_row_size(seg.coef.type, off);
                     const int64_t to  = r*XKV_CPU_STRIDE + at;
-                    if (i8) {
-                        xkv_cpu_to_i8(seg.coef.type, row, codes + to, scales + to/32, n_part);
+                    if (w != WAY_F32) {
+                        xkv_cpu_to_i8(seg.coef.type, row, codes + to, scales + to/32, offsets + to/32, n_part);
                     } else {
                         xkv_cpu_to_f32(seg.coef.type, row, buf + to, n_part);
                     }
                 }
             });
             const auto to = [&](int64_t j) { return d_row(j, slot); };
-            if (i8) {
-                xkv_add_dots(n, 4, xkv_i8{ codes, scales }, XKV_CPU_STRIDE, n_query, [&](int64_t j) {
-                    return xkv_i8{ q_row(j).codes + d, q_row(j).scales + d/32 };
+            if (w != WAY_F32) {
+                const xkv_i8 x = { codes, scales, w == WAY_UNSIGNED ? offsets : nullptr };
+                xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, n_query, [&](int64_t j) {
+                    return xkv_i8{ q_row(j).codes + d, q_row(j).scales + d/32, q_row(j).sums + d/32 };
                 }, to);
             } else {
                 xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_query, [&](int64_t j) -> const float * { return q_row(j).f32 + d; }, to);

@@ -24,39 +24,43 @@ static inline __m256i xkv_load_bits(const uint8_t * bits) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
 }
 
-// codes of 32 numbers, the k-th 32 of a block
+// codes of 32 numbers, the k-th 32 of a block, and what has to be taken off them
+
+template <typename B> constexpr int xkv_off = 0;
+template <> constexpr int xkv_off<block_q5_0> = 16;
+template <> constexpr int xkv_off<block_q4_0> = 8;
+template <> constexpr int xkv_off<block_q2_0> = 1;
+template <> constexpr int xkv_off<block_q1_0> = 1;
 
 static inline __m256i xkv_codes(const block_q8_0 & x, int) {
     return _mm256_loadu_si256((const __m256i *) x.qs);
 }
 
 static inline __m256i xkv_codes(const block_q5_0 & x, int) {
-    // without the fifth bit a code stands for 16 less
-    return _mm256_or_si256(xkv_load_nibbles(x.qs), _mm256_andnot_si256(xkv_load_bits(x.qh), _mm256_set1_epi8((char) 0xf0)));
+    return _mm256_or_si256(xkv_load_nibbles(x.qs), _mm256_and_si256(xkv_load_bits(x.qh), _mm256_set1_epi8(16)));
 }
 
 static inline __m256i xkv_codes(const block_q4_0 & x, int) {
-    return _mm256_sub_epi8(xkv_load_nibbles(x.qs), _mm256_set1_epi8(8));
+    return xkv_load_nibbles(x.qs);
 }
 
 static inline __m256i xkv_codes(const block_q2_0 & x, int k) {
     const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (x.qs + 8*k)));
     const __m256i u = _mm256_or_si256(_mm256_or_si256(b, _mm256_slli_epi32(b, 6)),
                                       _mm256_or_si256(_mm256_slli_epi32(b, 12), _mm256_slli_epi32(b, 18)));
-    return _mm256_sub_epi8(_mm256_and_si256(u, _mm256_set1_epi8(3)), _mm256_set1_epi8(1));
+    return _mm256_and_si256(u, _mm256_set1_epi8(3));
 }
 
 static inline __m256i xkv_codes(const block_q1_0 & x, int k) {
-    const __m256i minus = _mm256_cmpeq_epi8(xkv_load_bits(x.qs + 4*k), _mm256_setzero_si256());
-    return _mm256_or_si256(minus, _mm256_set1_epi8(1));
+    return _mm256_and_si256(xkv_load_bits(x.qs + 4*k), _mm256_set1_epi8(2));
 }
 
-// f(32 codes, scale, index of the first) for n numbers in blocks of QK
+// f(32 codes, scale, what to take off, index of the first) for n numbers in blocks of QK
 template <int QK, typename B, typename F> static inline void xkv_each_32(const char * src, int64_t n, F && f) {
     const B * x = (const B *) src;
     for (int64_t i = 0; i < n/QK; ++i) {
         for (int k = 0; k < QK/32; ++k) {
-            f(xkv_codes(x[i], k), GGML_CPU_FP16_TO_FP32(x[i].d), i*QK + 32*k);
+            f(xkv_codes(x[i], k), GGML_CPU_FP16_TO_FP32(x[i].d), xkv_off<B>, i*QK + 32*k);
         }
     }
 }
@@ -72,15 +76,18 @@ template <typename F> static inline void xkv_each_32(ggml_type type, const char 
     }
 }
 
-void xkv_cpu_to_i8(ggml_type type, const char * src, int8_t * codes, float * scales, int64_t n) {
-    xkv_each_32(type, src, n, [&](__m256i q, float d, int64_t i) {
+void xkv_cpu_to_i8(ggml_type type, const char * src, int8_t * codes, float * scales, float * offsets, int64_t n) {
+    xkv_each_32(type, src, n, [&](__m256i q, float d, int off, int64_t i) {
         _mm256_storeu_si256((__m256i *) (codes + i), q);
-        scales[i/32] = d;
+        scales [i/32] = d;
+        offsets[i/32] = d*off;
     });
 }
 
 static void xkv_i8_to_f32(ggml_type type, const char * src, float * dst, int64_t n) {
-    xkv_each_32(type, src, n, [&](__m256i q, float d, int64_t i) {
+    xkv_each_32(type, src, n, [&](__m256i q, float d, int off, int64_t i) {
+        q = _mm256_sub_epi8(q, _mm256_set1_epi8((char) off));
+
         const __m256 dv = _mm256_set1_ps(d);
         for (int k = 0; k < 4; ++k) {
             const __m128i h = k < 2 ? _mm256_castsi256_si128(q) : _mm256_extracti128_si256(q, 1);
@@ -90,7 +97,7 @@ static void xkv_i8_to_f32(ggml_type type, const char * src, float * dst, int64_t
     });
 }
 
-void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, int64_t n) {
+void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, float * sums, int64_t n) {
     const __m256  sign  = _mm256_set1_ps(-0.0f);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (int64_t i = 0; i < n; i += 32) {
@@ -111,17 +118,23 @@ void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, int64_t
         }
         const __m256i b = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
         _mm256_storeu_si256((__m256i *) (codes + i), _mm256_permutevar8x32_epi32(b, order));
+
+        const __m256i s8 = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+        const __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+        const __m128i s2 = _mm_add_epi32(s4, _mm_unpackhi_epi64(s4, s4));
+
         scales[i/32] = m/127.0f;
+        sums  [i/32] = m/127.0f*_mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 1)));
     }
 }
 
 #else
 
-void xkv_cpu_to_i8(ggml_type, const char *, int8_t *, float *, int64_t) {
+void xkv_cpu_to_i8(ggml_type, const char *, int8_t *, float *, float *, int64_t) {
     GGML_ABORT("not used");
 }
 
-void xkv_cpu_round_i8(const float *, int8_t *, float *, int64_t) {
+void xkv_cpu_round_i8(const float *, int8_t *, float *, float *, int64_t) {
     GGML_ABORT("not used");
 }
 

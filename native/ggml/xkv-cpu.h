@@ -41,9 +41,9 @@ struct xkv_cpu_layer {
     const uint32_t * fill;   // [n_frame] of each stream: tokens in the chunk
 };
 
-// Floats of a query that went through the basis: its coefficients as f32, then the same as bytes with a scale per 32, of
-// which a segment uses what its type needs; then its score with the mean.
-#define XKV_CPU_N_COEF(rank) ((rank) + (rank)/4 + (rank)/32 + 8)
+// Floats of a query that went through the basis: its coefficients as f32, then the same as bytes with a scale and a sum
+// per 32, of which a segment uses what its type needs; then its score with the mean.
+#define XKV_CPU_N_COEF(rank) ((rank) + (rank)/4 + (rank)/32 + (rank)/32 + 8)
 
 // args: q in the frame of every chunk [n_embd_head, n_query, n_frame*n_stream]
 // dst:  [XKV_CPU_N_COEF(rank), n_query, n_frame, n_stream] q through the basis of K, and times the mean
