@@ -1,18 +1,66 @@
-// Output of stored tokens and window: weights times the coefficients of V and the cells, then through the basis.
+// Output of stored tokens and window: softmax, weights times the coefficients of V and the cells, then through the basis.
 
 #include "xkv-cpu-kernels.h"
 
-// weights of up to 32 queries for the slots of a block
+#include "vec.h"
+
+#include <cmath>
+
+// queries that are weighted at once
+#define XKV_CPU_N_QUERY 16
+
+// exp(score - largest score) of some queries for the slots or cells of a block
 struct xkv_weights {
-    const float * f32   [32];
-    int8_t        codes [32][XKV_CPU_BLOCK];
-    float         scales[32][XKV_CPU_BLOCK/32];
-    float         sums  [32][XKV_CPU_BLOCK/32];
+    int64_t first; // query
+    int64_t count;
+
+    float max[XKV_CPU_N_QUERY];
+    float sum[XKV_CPU_N_QUERY];
+
+    float  f32   [XKV_CPU_N_QUERY][XKV_CPU_BLOCK];
+    int8_t codes [XKV_CPU_N_QUERY][XKV_CPU_BLOCK];
+    float  scales[XKV_CPU_N_QUERY][XKV_CPU_BLOCK/32];
+    float  sums  [XKV_CPU_N_QUERY][XKV_CPU_BLOCK/32];
 };
 
-// weighted sums of directions 4*i0 .. 4*i1 - 1 over n slots from s0 on, of queries q0 .. q0 + n_q - 1
+// scaled and masked scores of a query for n slots or cells from s0 on
+static void xkv_logits(const ggml_tensor * kq, const ggml_tensor * mask, float scale, int64_t i, int64_t s, int64_t s0, int64_t n, float * dst) {
+    const int64_t h = i%kq->ne[2];
+    const int64_t t = i/kq->ne[2];
+
+    const char * m = (const char *) mask->data + t*mask->nb[1] + s%mask->ne[3]*mask->nb[3] + s0*mask->nb[0];
+    xkv_cpu_to_f32(mask->type, m, dst, n);
+
+    const float * x = (const float *) ((const char *) kq->data + h*kq->nb[2] + t*kq->nb[1] + s*kq->nb[3]) + s0;
+    for (int64_t k = 0; k < n; ++k) {
+        dst[k] += scale*x[k];
+    }
+}
+
+static float xkv_max(const float * x, int64_t n, float max) {
+    int64_t k = 0;
+#if defined(__AVX2__)
+    // compilers do not use vectors here, the order of comparisons matters to them
+    __m256 m[4];
+    std::fill_n(m, 4, _mm256_set1_ps(max));
+    for (; k + 32 <= n; k += 32) {
+        for (int j = 0; j < 4; ++j) {
+            m[j] = _mm256_max_ps(m[j], _mm256_loadu_ps(x + k + 8*j));
+        }
+    }
+    float t[8];
+    _mm256_storeu_ps(t, _mm256_max_ps(_mm256_max_ps(m[0], m[1]), _mm256_max_ps(m[2], m[3])));
+    max = *std::max_element(t, t + 8);
+#endif
+    for (; k < n; ++k) {
+        max = std::max(max, x[k]);
+    }
+    return max;
+}
+
+// sums of directions 4*i0 .. 4*i1 - 1 over n slots from s0 on
 static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w, ggml_tensor * dst, int64_t s, int64_t s0, int64_t n,
-                             int64_t i0, int64_t i1, int64_t q0, int64_t n_q) {
+                             int64_t i0, int64_t i1) {
     float  buf    [4*XKV_CPU_STRIDE];
     int8_t codes  [4*XKV_CPU_STRIDE];
     float  scales [4*XKV_CPU_STRIDE/32];
@@ -32,66 +80,67 @@ static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w,
                 xkv_cpu_to_f32(seg->coef.type, row, buf + to, n);
             }
         }
-        const auto to = [&](int64_t j) { return (float *) ((char *) dst->data + (q0 + j)*dst->nb[1] + s*dst->nb[2]) + 4*i; };
+        const auto to = [&](int64_t j) { return (float *) ((char *) dst->data + (w.first + j)*dst->nb[1] + s*dst->nb[2]) + 4*i; };
         if (i8) {
             const xkv_i8 x = { codes, scales, seg->coef.type == GGML_TYPE_Q8_0 ? nullptr : offsets };
-            xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return xkv_i8{ w.codes[j], w.scales[j], w.sums[j] }; }, to);
+            xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, w.count, [&](int64_t j) { return xkv_i8{ w.codes[j], w.scales[j], w.sums[j] }; }, to);
         } else {
-            xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_q, [&](int64_t j) { return w.f32[j]; }, to);
+            xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, w.count, [&](int64_t j) { return w.f32[j]; }, to);
         }
     }
 }
 
-// up to 32 channels of a KV head from c0 on, over the window's cells
-static void xkv_gather_window(const ggml_tensor * p, const ggml_tensor * v, ggml_tensor * dst, int64_t n_slot, int64_t rank, int64_t s,
-                              int64_t head, int64_t c0) {
-    const int64_t n_tps     = p->ne[1];
-    const int64_t n_head    = p->ne[2];
-    const int64_t n_kv      = v->ne[2];
+// sums of up to 32 channels of a KV head from c0 on over n cells from k0 on
+static void xkv_gather_window(const ggml_tensor * v, const xkv_weights & w, ggml_tensor * dst, int64_t n_head, int64_t rank, int64_t s,
+                              int64_t k0, int64_t n, int64_t head, int64_t c0) {
     const int64_t n_gqa     = n_head/v->ne[1];
     const int64_t n_channel = std::min<int64_t>(32, v->ne[0] - c0);
 
-    float cells[64*32];
-    if (n_channel < 32) {
-        memset(cells, 0, sizeof(cells));
+    // those of the KV head
+    int64_t query[XKV_CPU_N_QUERY];
+    int     n_query = 0;
+    for (int64_t j = 0; j < w.count; ++j) {
+        if ((w.first + j)%n_head/n_gqa == head) {
+            query[n_query++] = j;
+        }
     }
-    for (int64_t i0 = 0; i0 < n_gqa*n_tps; i0 += 6) {
-        const int m = (int) std::min<int64_t>(6, n_gqa*n_tps - i0);
-
-        const float * a[6];
-        float *       c[6];
-        float         sum[6][32] = {};
-        for (int i = 0; i < m; ++i) {
-            const int64_t h = head*n_gqa + (i0 + i)%n_gqa;
-            const int64_t t = (i0 + i)/n_gqa;
-            a[i] = (const float *) ((const char *) p->data + h*p->nb[2] + t*p->nb[1] + s*p->nb[3]) + n_slot;
-            c[i] = sum[i];
+    float sum  [XKV_CPU_N_QUERY][32] = {};
+    float cells[64*32] = {};
+    for (int64_t k = 0; k < n; k += 64) {
+        const int64_t m = std::min<int64_t>(64, n - k);
+        for (int64_t j = 0; j < m; ++j) {
+            const char * row = (const char *) v->data + head*v->nb[1] + (k0 + k + j)*v->nb[2] + s*v->nb[3];
+            xkv_cpu_to_f32(v->type, row + ggml_row_size(v->type, c0), cells + 32*j, n_channel);
         }
-        for (int64_t k = 0; k < n_kv; k += 64) {
-            const int64_t n = std::min<int64_t>(64, n_kv - k);
-            for (int64_t j = 0; j < n; ++j) {
-                const char * row = (const char *) v->data + head*v->nb[1] + (k + j)*v->nb[2] + s*v->nb[3];
-                xkv_cpu_to_f32(v->type, row + ggml_row_size(v->type, c0), cells + 32*j, n_channel);
+        for (int i = 0; i < n_query; i += 6) {
+            const int     n_row = std::min(6, n_query - i);
+            const float * a[6];
+            float *       c[6];
+            for (int r = 0; r < n_row; ++r) {
+                a[r] = w.f32[query[i + r]] + k;
+                c[r] = sum[i + r];
             }
-            xkv_mul_32(m, n, a, cells, c);
-            for (int i = 0; i < m; ++i) {
-                a[i] += n;
-            }
+            xkv_mul_32(n_row, m, a, cells, c);
         }
-        for (int i = 0; i < m; ++i) {
-            const int64_t iq = (i0 + i)/n_gqa*n_head + head*n_gqa + (i0 + i)%n_gqa;
-            memcpy((float *) ((char *) dst->data + iq*dst->nb[1] + s*dst->nb[2]) + rank + c0, sum[i], n_channel*sizeof(float));
+    }
+    for (int i = 0; i < n_query; ++i) {
+        float * row = (float *) ((char *) dst->data + (w.first + query[i])*dst->nb[1] + s*dst->nb[2]) + rank + c0;
+        for (int64_t k = 0; k < n_channel; ++k) {
+            row[k] += sum[i][k];
         }
     }
 }
 
+// The softmax is every thread's own: it is little beside the sums, and saves passes over the scores.
 void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto &        l = *(const xkv_cpu_layer *) userdata;
-    const ggml_tensor * p = dst->src[0];
-    const ggml_tensor * v = dst->src[1];
+    const auto &        l    = *(const xkv_cpu_layer *) userdata;
+    const ggml_tensor * kq   = dst->src[0];
+    const ggml_tensor * v    = dst->src[1];
+    const ggml_tensor * mask = dst->src[2];
 
     const int64_t n_query = dst->ne[1];
     const int64_t n_slot  = l.n_frame*l.n_chunk;
+    const int64_t n_kv    = v->ne[2];
     const int64_t rank    = l.rank[1];
     const int64_t n_tile  = (v->ne[0] + 31)/32;
 
@@ -101,47 +150,85 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
         const uint32_t *        fill     = l.fill + s*l.n_frame;
         const xkv_cpu_segment * segments = l.segments[1] + s*l.n_segment[1];
 
+        // f(first slot, slots, window's) for runs of slots with tokens and for the window
+        const auto each_block = [&](auto && f) {
+            for (int64_t i = 0, n; i < l.n_frame; i += std::max<int64_t>(n, 1)) {
+                n = 0;
+                while (i + n < l.n_frame && fill[i + n] > 0 && (n + 1)*l.n_chunk <= XKV_CPU_BLOCK) {
+                    n++;
+                }
+                if (n > 0) {
+                    f(i*l.n_chunk, n*l.n_chunk, false);
+                }
+            }
+            for (int64_t k = 0; k < n_kv; k += XKV_CPU_BLOCK) {
+                f(n_slot + k, std::min<int64_t>(XKV_CPU_BLOCK, n_kv - k), true);
+            }
+        };
+
         int64_t n_used = 0;
         for (int64_t f = 0; f < l.n_frame; ++f) {
             n_used += fill[f] > 0 ? l.n_chunk : 0;
         }
-        const int64_t  n_cost = v->ne[2]*32*2*(n_query/v->ne[1] + 6);
+        const int64_t  n_cost = n_kv*32*2*(n_query/v->ne[1] + 6);
         const xkv_work work   = { { rank/4, v->ne[1]*n_tile }, { 4*n_used*(n_query + 4), n_cost } };
 
         int64_t begin[2];
         int64_t end[2];
         work.split(ith, nth, begin, end);
 
-        for (int64_t i = 0; i < n_query; ++i) {
-            float * row = (float *) ((char *) dst->data + i*dst->nb[1] + s*dst->nb[2]);
-            std::fill_n(row + 4*begin[0], 4*(end[0] - begin[0]), 0.0f);
-        }
         bool i8 = false;
         for (int64_t i = 0; i < l.n_segment[1]; ++i) {
             i8 = i8 || xkv_cpu_is_i8(segments[i].coef.type);
         }
 
-        // slots block by block, so that their weights stay in the cache for all directions
-        for (int64_t f = 0; f < l.n_frame;) {
-            int64_t n = 0;
-            while (f + n < l.n_frame && fill[f + n] > 0 && (n + 1)*l.n_chunk <= XKV_CPU_BLOCK) {
-                n++;
-            }
-            for (int64_t q0 = 0; n > 0 && begin[0] < end[0] && q0 < n_query; q0 += 32) {
-                const int64_t n_q = std::min<int64_t>(32, n_query - q0);
-                for (int64_t j = 0; j < n_q; ++j) {
-                    const int64_t i = q0 + j;
-                    w.f32[j] = (const float *) ((const char *) p->data + i%l.n_head*p->nb[2] + i/l.n_head*p->nb[1] + s*p->nb[3]) + f*l.n_chunk;
-                    if (i8) {
-                        xkv_cpu_round_i8(w.f32[j], w.codes[j], w.scales[j], w.sums[j], n*l.n_chunk);
+        for (w.first = 0; w.first < n_query; w.first += XKV_CPU_N_QUERY) {
+            w.count = std::min<int64_t>(XKV_CPU_N_QUERY, n_query - w.first);
+
+            // f(numbers, n) for what the thread sums up
+            const auto each_part = [&](auto && f) {
+                for (int64_t j = 0; j < w.count; ++j) {
+                    float * row = (float *) ((char *) dst->data + (w.first + j)*dst->nb[1] + s*dst->nb[2]);
+                    f(j, row + 4*begin[0], 4*(end[0] - begin[0]));
+                    for (int64_t i = begin[1]; i < end[1]; ++i) {
+                        if ((w.first + j)%l.n_head/(l.n_head/l.n_head_kv) == i/n_tile) {
+                            const int64_t c0 = i%n_tile*32;
+                            f(j, row + rank + c0, std::min<int64_t>(32, v->ne[0] - c0));
+                        }
                     }
                 }
-                xkv_gather_slots(segments, w, dst, s, f*l.n_chunk, n*l.n_chunk, begin[0], end[0], q0, n_q);
-            }
-            f += std::max<int64_t>(n, 1);
-        }
-        for (int64_t i = begin[1]; i < end[1]; ++i) {
-            xkv_gather_window(p, v, dst, n_slot, rank, s, i/n_tile, i%n_tile*32);
+            };
+            each_part([](int64_t, float * x, int64_t n) { std::fill_n(x, n, 0.0f); });
+
+            std::fill_n(w.max, w.count, -INFINITY);
+            std::fill_n(w.sum, w.count, 0.0f);
+            each_block([&](int64_t s0, int64_t n, bool) {
+                for (int64_t j = 0; j < w.count; ++j) {
+                    xkv_logits(kq, mask, l.scale, w.first + j, s, s0, n, w.f32[0]);
+                    w.max[j] = xkv_max(w.f32[0], n, w.max[j]);
+                }
+            });
+            each_block([&](int64_t s0, int64_t n, bool window) {
+                for (int64_t j = 0; j < w.count; ++j) {
+                    xkv_logits(kq, mask, l.scale, w.first + j, s, s0, n, w.f32[j]);
+                    w.sum[j] += (float) ggml_vec_soft_max_f32((int) n, w.f32[j], w.f32[j], w.max[j]);
+                    if (i8 && !window) {
+                        xkv_cpu_round_i8(w.f32[j], w.codes[j], w.scales[j], w.sums[j], n);
+                    }
+                }
+                if (!window) {
+                    xkv_gather_slots(segments, w, dst, s, s0, n, begin[0], end[0]);
+                    return;
+                }
+                for (int64_t i = begin[1]; i < end[1]; ++i) {
+                    xkv_gather_window(v, w, dst, l.n_head, rank, s, s0 - n_slot, n, i/n_tile, i%n_tile*32);
+                }
+            });
+            each_part([&](int64_t j, float * x, int64_t n) {
+                for (int64_t k = 0; k < n; ++k) {
+                    x[k] /= w.sum[j];
+                }
+            });
         }
     }
 }

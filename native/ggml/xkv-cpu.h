@@ -37,6 +37,7 @@ struct xkv_cpu_layer {
 
     const struct xkv_cpu_segment * segments[2]; // [n_segment] of each stream
 
+    float            scale;  // of scores
     const float *    mean_k; // [n_embd_k]
     const uint32_t * fill;   // [n_frame] of each stream: tokens in the chunk
 };
@@ -54,8 +55,8 @@ void xkv_cpu_project(struct ggml_tensor * dst, int ith, int nth, void * userdata
 // dst:  [n_slot + n_kv, n_tps, n_head, n_stream]
 void xkv_cpu_scores(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 
-// args: weights as scores, window's V [n_embd_head, n_head_kv, n_kv, n_stream]
-// dst:  [rank + n_embd_head, n_query, n_stream] weighted sum of coefficients, and of the window's V
+// args: scores, window's V [n_embd_head, n_head_kv, n_kv, n_stream], mask [n_slot + n_kv, n_tps, 1, n_stream] (F16 or F32)
+// dst:  [rank + n_embd_head, n_query, n_stream] sums of coefficients and of the window's V, weighted by the softmax
 void xkv_cpu_gather(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 
 // args: weighted sums

@@ -108,6 +108,7 @@ ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv
     const int64_t n_slot      = inp->n_slot;
 
     auto * l = xkv_make_layer(inp, n_head, hparams.n_head_kv(il), il);
+    l->scale = kq_scale;
 
     q = ggml_view_4d(ctx, q, n_embd_head, n_head, n_tps, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tps, 0);
 
@@ -126,10 +127,9 @@ ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv
         kq = ggml_tanh (ctx, ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping));
         kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
     }
-    kq = ggml_soft_max_ext(ctx, kq, inp->mask_all, kq_scale, 0.0f);
 
     const int64_t n_embd_head_v = v->ne[0];
 
-    ggml_tensor * o = xkv_custom(ctx, ops.gather, l, { kq, v }, l->rank[1] + n_embd_head_v, n_query, n_stream, 1);
+    ggml_tensor * o = xkv_custom(ctx, ops.gather, l, { kq, v, inp->mask_all }, l->rank[1] + n_embd_head_v, n_query, n_stream, 1);
     return xkv_custom(ctx, ops.output, l, { o }, n_embd_head_v, n_head, n_tps, n_stream);
 }
