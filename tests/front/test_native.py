@@ -106,7 +106,8 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     ffi = _native.native().ffi
     library = Recorder(ffi)
     monkeypatch.setattr(_native, "native", lambda: _native.Native(ffi, library))
-    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, online=False, fused=False, n_prior=7, type_basis="q5_0")):
+    off = {"online": False, "fused": False}
+    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, n_prior=7, type_basis="q5_0", **off)):
         assert library.n_end == 0
     with _native.scope(scope_params(sidecar=None, first=(0, 2), count=(2, 1), frame=128)):
         pass

@@ -35,6 +35,7 @@ class Bases:
         online: bool = False,
         calibrated: bool = True,
         n_prior: int = 1000,
+        fused: bool = True,
         types: tuple[tuple[int, str], ...] = (),
     ) -> ScopeParams:
         """Cache parameters.
@@ -56,6 +57,7 @@ class Bases:
             type_basis="f32",
             online=online,
             n_prior=n_prior,
+            fused=fused,
             first=() if calibrated else self.first,
             count=() if calibrated else self.count,
             frame=0 if calibrated else self.frame,
