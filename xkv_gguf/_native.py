@@ -61,6 +61,7 @@ class ScopeParams:
     n_absorb: int = 8
     online: bool = True
     n_prior: int = 1000
+    fused: bool = True
     first: tuple[int, ...] = ()
     count: tuple[int, ...] = ()
     frame: int = 0
@@ -170,6 +171,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "n_absorb": params.n_absorb,
         "online": int(params.online),
         "n_prior": params.n_prior,
+        "fused": int(params.fused),
     }
     check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
     try:

@@ -131,6 +131,7 @@ def scope_params(
         n_absorb=options.n_absorb,
         online=options.online,
         n_prior=options.n_prior,
+        fused=options.fused,
         first=stats.first if alone else (),
         count=stats.count if alone else (),
         frame=stats.frame if alone else 0,

@@ -63,6 +63,8 @@ class XkvOptions:
         Whether bases follow the prompt; else they stay as calibrated.
     n_prior : int
         Tokens that the calibration is worth when bases follow the prompt.
+    fused : bool
+        Whether layers on the CPU use ops of their own for few queries; else those of every backend.
     calibrate : bool
         False uses no sidecar: bases are learnt from the first tokens, and the plan assumes the spectra's shape.
     group_size, frame : int, optional
@@ -89,6 +91,7 @@ class XkvOptions:
     rank: Rank | None = None
     online: bool = True
     n_prior: int = 1000
+    fused: bool = True
     calibrate: bool = True
     group_size: int | None = None
     frame: int | None = None
@@ -116,7 +119,7 @@ class XkvOptions:
             _check_choice("xkv option type_window", self.type_window, WINDOW_TYPES)
         if self.type_basis is not None:
             _check_choice("xkv option type_basis", self.type_basis, BASIS_TYPES)
-        for name in ("online", "calibrate"):
+        for name in ("online", "fused", "calibrate"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected True or False")
         object.__setattr__(self, "types", _coef_types(self.types))

@@ -9,12 +9,15 @@ add_dependencies(llama xkv-build-id)
 set_source_files_properties("${XKV_GENERATED_DIR}/xkv-build-id.cpp" TARGET_DIRECTORY llama PROPERTIES GENERATED ON)
 
 target_sources(llama PRIVATE ${xkv_sources})
-target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native/src")
+target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native/src"
+    "${PROJECT_SOURCE_DIR}/native/ggml")
 set_source_files_properties(${xkv_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
-# one op of the CPU backend; with GGML_CPU_ALL_VARIANTS there is a target per instruction set
+# ops of the CPU backend; with GGML_CPU_ALL_VARIANTS there is a target per instruction set
+file(GLOB xkv_ggml_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ggml/*.c" "${PROJECT_SOURCE_DIR}/native/ggml/*.cpp")
 foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
     if (backend MATCHES "^ggml-cpu" AND TARGET ${backend})
-        target_sources(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ggml/xkv-q2_0-avx2.c")
+        target_sources(${backend} PRIVATE ${xkv_ggml_sources})
+        target_include_directories(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ggml")
     endif()
 endforeach()

@@ -61,6 +61,7 @@ struct xkv_params {
     int32_t                    n_absorb;   // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
     int32_t                    online;     // 1: bases follow the prompt, 0: they stay as calibrated
     int32_t                    n_prior;    // tokens that the calibration is worth when bases are updated
+    int32_t                    fused;      // 1: fused ops for absorbed attention where a layer's device has them (CPU), 0: stock ops only
 };
 
 // How the bases of a stream followed its tokens.

@@ -28,6 +28,12 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
     const uint32_t n_chunk  = xkv.store->n_chunk;
     const uint32_t n_stream = mctx->get_n_stream();
 
+    for (uint32_t i = 0; i < fill.size(); ++i) {
+        const uint32_t n_frame = n_slot/n_chunk;
+        const auto &   chunks  = xkv.get_chunks(mctx->get_stream_0() + i/n_frame);
+        fill[i] = i%n_frame < chunks.size() ? chunks[i%n_frame].n : 0;
+    }
+
     if (origin && origin->buffer) {
         std::vector<int32_t> data;
         data.reserve(origin->ne[0]);
@@ -104,13 +110,7 @@ static llm_graph_input_xkv * xkv_get_input(const llm_graph_context & gctx, const
     return (llm_graph_input_xkv *) gctx.res->add_input(std::move(inp));
 }
 
-// consecutive streams of the micro-batch that use the same bases
-struct xkv_span {
-    uint32_t first; // counted from the first stream of the micro-batch
-    uint32_t count;
-};
-
-static std::vector<xkv_span> xkv_spans(const llama_kv_cache_xkv_context * mctx) {
+std::vector<xkv_span> xkv_spans(const llama_kv_cache_xkv_context * mctx) {
     const uint32_t n = mctx->get_n_stream();
     if (mctx->xkv->store->shares_bases(mctx->get_stream_0(), n)) {
         return { { 0, n } };
@@ -122,25 +122,14 @@ static std::vector<xkv_span> xkv_spans(const llama_kv_cache_xkv_context * mctx) 
     return res;
 }
 
-// one result per span, beside each other along dim
-template <typename F> static ggml_tensor * xkv_concat_spans(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, int dim, F && build) {
-    ggml_tensor * res = nullptr;
-    for (const auto & span : xkv_spans(mctx)) {
-        ggml_tensor * t = build(span);
-        res = res ? ggml_concat(ctx, res, t, dim) : t;
-    }
-    return res;
-}
-
-// streams of a span of t [ne0, ne1, ne2, n_stream]
-static ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span) {
+ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span) {
     if (t->ne[3] == span.count) {
         return t;
     }
     return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2], span.count, t->nb[1], t->nb[2], t->nb[3], span.first*t->nb[3]);
 }
 
-static ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, size_t is, xkv_span span) {
+ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, size_t is, xkv_span span) {
     return mctx->xkv->store->basis(kd, il, is, mctx->get_stream_0() + span.first);
 }
 
@@ -218,156 +207,6 @@ static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_g
 }
 
 //
-// absorbed
-//
-
-// scores [n_slot, n_tps, n_head, span] of the stored tokens of a span; q [n_embd_head, n_head, n_tps, span]
-static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, int il, xkv_span span) {
-    ggml_context * ctx = gctx.ctx0;
-    const auto &   xkv = *inp->mctx->xkv;
-    const auto &   l   = xkv.store->layers[il];
-    const auto &   gr  = xkv.store->groups[l.ig];
-
-    const int64_t n_embd_head = q->ne[0];
-    const int64_t n_head      = q->ne[1];
-    const int64_t n_tps       = q->ne[2];
-    const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
-    const int64_t n_gqa       = n_head/n_head_kv;
-    const int64_t n_stream    = span.count;
-    const int64_t n_chunk     = xkv.store->n_chunk;
-    const int64_t n_frame     = inp->n_slot/n_chunk;
-
-    // every query in the frame of every chunk
-    ggml_tensor * origin = ggml_view_1d(ctx, inp->origin, n_frame*n_stream, span.first*n_frame*inp->origin->nb[0]);
-
-    q = ggml_is_contiguous(q) ? q : ggml_cont(ctx, q);
-    q = ggml_reshape_4d(ctx, q, n_embd_head, n_head*n_tps, 1, n_stream);
-    q = ggml_repeat_4d(ctx, q, n_embd_head, n_head*n_tps, n_frame, n_stream);
-    q = ggml_reshape_3d(ctx, q, n_embd_head, n_head*n_tps, n_frame*n_stream);
-    q = xkv_rotate(ctx, xkv.model, xkv.cparams, il, q, origin);
-
-    // through the basis: rows that share a KV head together
-    const int64_t n_row = n_tps*n_frame*n_stream;
-    q = ggml_reshape_4d(ctx, q, n_embd_head, n_gqa, n_head_kv, n_row);
-    q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 1, 3, 2)); // [n_embd_head, n_gqa, n_row, n_head_kv]
-    q = ggml_reshape_3d(ctx, q, n_embd_head, n_gqa*n_row, n_head_kv);
-
-    // back to rows per query: x [n, n_gqa*n_row, n_head_kv] as [n, n_head*n_tps, n_frame, n_stream]
-    const auto by_query = [&](ggml_tensor * x) {
-        const int64_t n = x->ne[0];
-        x = ggml_reshape_4d(ctx, x, n, n_gqa, n_row, n_head_kv);
-        x = ggml_cont(ctx, ggml_permute(ctx, x, 0, 1, 3, 2)); // [n, n_gqa, n_head_kv, n_row]
-        return ggml_reshape_4d(ctx, x, n, n_head*n_tps, n_frame, n_stream);
-    };
-
-    ggml_tensor * mean   = ggml_reshape_3d(ctx, l.mean_k, n_embd_head, 1, n_head_kv);
-    ggml_tensor * q_mean = by_query(ggml_mul_mat(ctx, mean, q));
-
-    // to the coefficients of the chunk
-    ggml_tensor * s = nullptr; // [n_chunk, n_head*n_tps, n_frame, n_stream]
-    for (size_t is = 0; is < gr.segments[xkv_store::kind::K].size(); ++is) {
-        const auto & seg = gr.segments[xkv_store::kind::K][is];
-
-        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
-        basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
-
-        ggml_tensor * coef = seg.coef;
-        coef = ggml_view_4d(ctx, coef, seg.rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
-                            (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
-        ggml_tensor * t = ggml_mul_mat(ctx, coef, by_query(ggml_mul_mat(ctx, basis, q)));
-        s = s ? ggml_add(ctx, s, t) : t;
-    }
-
-    // the sum lays the scores out by slot
-    if (n_stream == 1) {
-        s      = ggml_permute(ctx, ggml_reshape_4d(ctx, s,      n_chunk, n_head, n_tps, n_frame), 0, 3, 2, 1);
-        q_mean = ggml_permute(ctx, ggml_reshape_4d(ctx, q_mean, 1,       n_head, n_tps, n_frame), 0, 3, 2, 1);
-    } else {
-        s      = ggml_permute(ctx, s,      0, 2, 1, 3);
-        q_mean = ggml_permute(ctx, q_mean, 0, 2, 1, 3);
-    }
-    return ggml_reshape_4d(ctx, ggml_add(ctx, s, q_mean), inp->n_slot, n_tps, n_head, n_stream);
-}
-
-// output [n_embd_head, n_tps, n_head, span] of the stored tokens of a span; p [n_slot, n_tps, n_head, span]
-static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
-    ggml_context * ctx = gctx.ctx0;
-    const auto &   gr  = inp->mctx->xkv->store->groups[inp->mctx->xkv->store->layers[il].ig];
-
-    const int64_t n_slot      = p->ne[0];
-    const int64_t n_tps       = p->ne[1];
-    const int64_t n_head      = p->ne[2];
-    const int64_t n_stream    = span.count;
-    const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
-    const int64_t n_embd_head = gctx.hparams.n_embd_head_v(il);
-
-    p = ggml_view_4d(ctx, p, n_slot, n_tps*n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
-
-    ggml_tensor * o = nullptr; // [n_embd_head, n_tps*n_gqa, n_head_kv, n_stream]
-    for (size_t is = 0; is < gr.segments[xkv_store::kind::V].size(); ++is) {
-        const auto & seg = gr.segments[xkv_store::kind::V][is];
-
-        ggml_tensor * coef = seg.coef;
-        coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
-                            (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
-        ggml_tensor * t = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
-        t = ggml_reshape_4d(ctx, t, seg.rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
-
-        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
-        basis = ggml_view_3d(ctx, basis, seg.rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
-
-        t = ggml_mul_mat(ctx, basis, t);
-        o = o ? ggml_add(ctx, o, t) : t;
-    }
-    return ggml_reshape_4d(ctx, o, n_embd_head, n_tps, n_head, n_stream);
-}
-
-static ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                                       ggml_tensor * v, float kq_scale, int il) {
-    ggml_context * ctx     = gctx.ctx0;
-    const auto &   hparams = gctx.hparams;
-
-    const int64_t n_head   = q->ne[1];
-    const int64_t n_kv     = k->ne[2];
-    const int64_t n_stream = k->ne[3];
-    const int64_t n_tps    = q->ne[2]/n_stream;
-    const int64_t n_slot   = inp->n_slot;
-
-    // scores of the window
-    q = ggml_view_4d(ctx, q, q->ne[0], n_head, n_tps, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tps, 0);
-    ggml_tensor * kq = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_kv, n_tps, n_head, n_stream]
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-    if (n_slot > 0) {
-        ggml_tensor * s = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
-            return xkv_scores(gctx, inp, xkv_view_span(ctx, q, span), il, span);
-        });
-        kq = ggml_concat(ctx, s, kq, 0);
-    }
-    if (hparams.attn_soft_cap) {
-        kq = ggml_tanh (ctx, ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping));
-        kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
-    }
-    kq = ggml_soft_max_ext(ctx, kq, inp->mask_all, kq_scale, 0.0f);
-
-    // output of the window
-    v = ggml_is_quantized(v->type) ? ggml_cast(ctx, v, GGML_TYPE_F32) : v;
-    v = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3)); // [n_kv, n_embd_head, n_head_kv, n_stream]
-
-    ggml_tensor * p_w = ggml_view_4d(ctx, kq, n_kv, n_tps, n_head, n_stream, kq->nb[1], kq->nb[2], kq->nb[3], n_slot*kq->nb[0]);
-    ggml_tensor * out = ggml_mul_mat(ctx, v, p_w); // [n_embd_head, n_tps, n_head, n_stream]
-
-    // output of the store
-    if (n_slot > 0) {
-        ggml_tensor * p_s = ggml_view_4d(ctx, kq, n_slot, n_tps, n_head, n_stream, kq->nb[1], kq->nb[2], kq->nb[3], 0);
-        out = ggml_add(ctx, out, xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
-            return xkv_output(gctx, inp, xkv_view_span(ctx, p_s, span), il, span);
-        }));
-    }
-
-    return ggml_permute(ctx, out, 0, 2, 1, 3); // [n_embd_head, n_head, n_tps, n_stream]
-}
-
-//
 // hooks
 //
 
@@ -396,8 +235,9 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
     }
 
-    ggml_tensor * out = inp->absorb ? xkv_attn_absorbed    (gctx, inp, q, k, v, kq_scale, il) :
-                                      xkv_attn_materialized(gctx, inp, q, k, v, kq_scale, il);
+    auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(mctx, il) ? xkv_attn_fused : xkv_attn_absorbed;
+
+    ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale, il);
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
     ggml_tensor * mean = mctx->xkv->store->layers[il].mean_o;

@@ -109,6 +109,7 @@ void xkv_scope_open(const xkv_params & params) {
     config.n_absorb = xkv_check_tokens("n_absorb", params.n_absorb, 0);
     config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);
     config.online   = params.online != 0;
+    config.fused    = params.fused  != 0;
     if (!config.online && !scope->sidecar->calibrated()) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }

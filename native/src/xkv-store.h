@@ -27,6 +27,7 @@ struct xkv_config {
     uint32_t  n_absorb;
     bool      online;
     uint32_t  n_prior;
+    bool      fused;
 
     std::vector<std::vector<segment>> segments[2]; // per kind and group, by descending variance
 };

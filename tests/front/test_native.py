@@ -93,7 +93,7 @@ class Recorder:
                 "layers": [(p.first[i], p.count[i]) for i in range(p.n_group)],
                 "segments": [(s.group, s.kind, s.rank, s.type, s.type_basis) for s in (p.segments[i] for i in range(p.n_segment))],
                 **{name: getattr(p, name) for name in ("frame", "n_sink", "n_window", "n_absorb")},
-                **{name: getattr(p, name) for name in ("online", "n_prior")},
+                **{name: getattr(p, name) for name in ("online", "n_prior", "fused")},
             }
         )
         return 0
@@ -106,7 +106,8 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     ffi = _native.native().ffi
     library = Recorder(ffi)
     monkeypatch.setattr(_native, "native", lambda: _native.Native(ffi, library))
-    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, online=False, n_prior=7)):
+    off = {"online": False, "fused": False}
+    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, n_prior=7, **off)):
         assert library.n_end == 0
     with _native.scope(scope_params(sidecar=None, first=(0, 2), count=(2, 1), frame=128)):
         pass
@@ -122,6 +123,7 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         "n_absorb": 8,
         "online": 0,
         "n_prior": 7,
+        "fused": 0,
     }
     assert (alone["sidecar"], alone["layers"], alone["frame"], alone["online"]) == (None, [(0, 2), (2, 1)], 128, 1)
 

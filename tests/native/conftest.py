@@ -11,7 +11,7 @@ import pytest
 
 from .harness import close_model, open_model
 from .sidecars import Bases, write_random
-from .tiny_models import MODELS, N_EMBD_HEAD, N_LAYER, N_VOCAB, write_model
+from .tiny_models import HEAD_SIZES, MODELS, N_EMBD_HEAD, N_LAYER, N_VOCAB, write_model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], T
         if name not in opened:
             path = folder / f"{name}.gguf"
             tensors = write_model(name, path)
-            n_embd = MODELS[name][2] * N_EMBD_HEAD
+            n_embd = MODELS[name][2] * HEAD_SIZES.get(name, N_EMBD_HEAD)
             written: dict[tuple[int, int], Bases] = {}
 
             def bases(group_size: int = 2, frame: int = 32) -> Bases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,12 @@ def open_context(
     window: int | None = None,
     flash_attn: bool = True,
     xkv: _native.ScopeParams | None = None,
+    on_node: Callable[[], None] | None = None,
 ) -> Iterator[Context]:
-    """A context with a plain or an xkv cache; `exact` keeps the plain part in f32, `window` in that type."""
+    """A context with a plain or an xkv cache.
+
+    `exact` keeps the plain part in f32, `window` in that type; `on_node` is called for every node of a graph that runs.
+    """
     params = lib.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = n_ctx
@@ -105,6 +109,9 @@ def open_context(
     params.kv_unified = unified
     params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = window if window is not None else GGML_F32 if exact else GGML_F16
+    if on_node:
+        callback = lib.ggml_backend_sched_eval_callback(lambda *_: bool(on_node()))  # lives as long as the context
+        params.cb_eval = callback
     with _native.scope(xkv) if xkv else contextlib.nullcontext():
         ptr = lib.llama_init_from_model(model, params)
     assert ptr, _native.last_error()

@@ -35,6 +35,7 @@ class Bases:
         online: bool = False,
         calibrated: bool = True,
         n_prior: int = 1000,
+        fused: bool = True,
         types: tuple[tuple[int, str], ...] = (),
     ) -> ScopeParams:
         """Cache parameters.
@@ -55,6 +56,7 @@ class Bases:
             n_absorb=n_absorb,
             online=online,
             n_prior=n_prior,
+            fused=fused,
             first=() if calibrated else self.first,
             count=() if calibrated else self.count,
             frame=0 if calibrated else self.frame,

@@ -57,6 +57,20 @@ def _llama(_: GGUFWriter) -> tuple[Shapes, Shapes]:
     return NORMS | ATTENTION | GATED_FFN, {}
 
 
+def _llama_heads_of_20(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+    n = HEAD_SIZES["llama-heads-of-20"]
+    writer.add_key_length(n)
+    writer.add_value_length(n)
+    writer.add_rope_dimension_count(n)
+    attention: Shapes = {
+        "attn_q.weight": (N_HEAD * n, N_EMBD),
+        "attn_k.weight": (N_HEAD_KV * n, N_EMBD),
+        "attn_v.weight": (N_HEAD_KV * n, N_EMBD),
+        "attn_output.weight": (N_EMBD, N_HEAD * n),
+    }
+    return NORMS | attention | GATED_FFN, {}
+
+
 def _llama3_factors(_: GGUFWriter) -> tuple[Shapes, Shapes]:
     return NORMS | ATTENTION | GATED_FFN, {"rope_freqs.weight": (N_EMBD_HEAD // 2,)}
 
@@ -89,9 +103,13 @@ def _gpt2(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
     return GPT2, {"position_embd.weight": (N_CTX, N_EMBD), "output_norm.bias": (N_EMBD,)}
 
 
+# where it is not N_EMBD_HEAD
+HEAD_SIZES = {"llama-heads-of-20": 20}
+
 # name: architecture, shapes of one layer and of the model, KV heads
 MODELS: dict[str, tuple[str, Callable[[GGUFWriter], tuple[Shapes, Shapes]], int]] = {
     "llama": ("llama", _llama, N_HEAD_KV),
+    "llama-heads-of-20": ("llama", _llama_heads_of_20, N_HEAD_KV),
     "llama3-factors": ("llama", _llama3_factors, N_HEAD_KV),
     "llama-yarn": ("llama", _yarn, N_HEAD_KV),
     "qwen2": ("qwen2", _qwen2, N_HEAD_KV),
