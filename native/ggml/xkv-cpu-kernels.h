@@ -104,6 +104,16 @@ template <int N> static inline void xkv_dot_rows(int64_t n, const float * x, int
     }
 }
 
+#if defined(XKV_CPU_I8)
+static inline __m256 xkv_fma(__m256 acc, __m256 x, __m256 y) {
+#    if defined(__FMA__)
+    return _mm256_fmadd_ps(x, y, acc);
+#    else
+    return _mm256_add_ps(acc, _mm256_mul_ps(x, y));
+#    endif
+}
+#endif
+
 // the same for codes
 template <int N, bool SIGNED>
 static inline void xkv_dot_rows_i8(int64_t n, const xkv_i8 & x, int64_t bx, const xkv_i8 * y, float (*s)[4]) {
@@ -132,8 +142,8 @@ static inline void xkv_dot_rows_i8(int64_t n, const xkv_i8 & x, int64_t bx, cons
         const __m256  s1   = _mm256_maskload_ps(y[N - 1].sums + b, in);
         const auto    take = [&](int r, __m256 & acc0, __m256 & acc1) {
             const __m256 off = _mm256_sub_ps(_mm256_setzero_ps(), _mm256_maskload_ps(x.sums + r*(bx/32) + b, in));
-            acc0 = GGML_F32x8_FMA(acc0, off, s0);
-            acc1 = GGML_F32x8_FMA(acc1, off, s1);
+            acc0 = xkv_fma(acc0, off, s0);
+            acc1 = xkv_fma(acc1, off, s1);
         };
         take(0, a00, a10);
         take(1, a01, a11);
@@ -143,7 +153,7 @@ static inline void xkv_dot_rows_i8(int64_t n, const xkv_i8 & x, int64_t bx, cons
 
     const auto dot = [&](__m256 & acc, __m256i ax, __m256i xv, __m256i yv, float d) {
         const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(ax, SIGNED ? _mm256_sign_epi8(yv, xv) : yv), ones);
-        acc = GGML_F32x8_FMA(acc, _mm256_cvtepi32_ps(p), _mm256_set1_ps(d));
+        acc = xkv_fma(acc, _mm256_cvtepi32_ps(p), _mm256_set1_ps(d));
     };
     for (int64_t b = 0; b < n/32; ++b) {
         const __m256i y0 = _mm256_loadu_si256((const __m256i *) (y[0].codes + 32*b));

@@ -10,6 +10,7 @@ struct xkv_coef_row {
     float *  sums;
     float *  mean;
 
+    xkv_coef_row() = default;
     xkv_coef_row(void * data, int64_t rank) :
         f32((float *) data), codes((int8_t *) (f32 + rank)), scales(f32 + rank + rank/4), sums(scales + rank/32),
         mean(sums + rank/32) {}
@@ -158,12 +159,14 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-// scores of tokens 4*i0 to 4*i1 of a chunk
+// queries that are scored at once
+#define XKV_CPU_N_SCORE 32
+
+// scores of tokens 4*i0 .. 4*i1 - 1 of a chunk for queries q0 .. q0 + n_q - 1
 static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * segments, const ggml_tensor * q_coef, ggml_tensor * dst,
-                            int64_t s, int64_t f, int64_t i0, int64_t i1) {
-    const int64_t n_query = q_coef->ne[1];
-    const int64_t n_head  = dst->ne[2];
-    const int64_t rank    = l.rank[0];
+                            int64_t s, int64_t f, int64_t i0, int64_t i1, int64_t q0, int64_t n_q) {
+    const int64_t n_head = dst->ne[2];
+    const int64_t rank   = l.rank[0];
 
     float  buf    [4*XKV_CPU_STRIDE];
     int8_t codes  [4*XKV_CPU_STRIDE];
@@ -177,15 +180,14 @@ static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * seg
         return !xkv_cpu_is_i8(seg.coef.type) ? WAY_F32 : seg.coef.type == GGML_TYPE_Q8_0 ? WAY_SIGNED : WAY_UNSIGNED;
     };
 
-    const auto q_row = [&](int64_t i) {
-        return xkv_coef_row((char *) q_coef->data + i*q_coef->nb[1] + f*q_coef->nb[2] + s*q_coef->nb[3], rank);
-    };
-    const auto d_row = [&](int64_t i, int64_t slot) {
-        return (float *) ((char *) dst->data + i%n_head*dst->nb[2] + i/n_head*dst->nb[1] + s*dst->nb[3]) + slot;
-    };
-
-    for (int64_t i = 0; i < n_query; ++i) {
-        std::fill_n(d_row(i, f*l.n_chunk + 4*i0), 4*(i1 - i0), *q_row(i).mean);
+    // divisions take as long as a short product
+    xkv_coef_row q_rows[XKV_CPU_N_SCORE];
+    float *      d_rows[XKV_CPU_N_SCORE];
+    for (int64_t j = 0; j < n_q; ++j) {
+        const int64_t i = q0 + j;
+        q_rows[j] = xkv_coef_row((char *) q_coef->data + i*q_coef->nb[1] + f*q_coef->nb[2] + s*q_coef->nb[3], rank);
+        d_rows[j] = (float *) ((char *) dst->data + i%n_head*dst->nb[2] + i/n_head*dst->nb[1] + s*dst->nb[3]) + f*l.n_chunk;
+        std::fill_n(d_rows[j] + 4*i0, 4*(i1 - i0), *q_rows[j].mean);
     }
     for (int64_t d = 0, n; d < rank; d += n) {
         way w = WAY_F32;
@@ -204,14 +206,14 @@ static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * seg
                     }
                 }
             });
-            const auto to = [&](int64_t j) { return d_row(j, slot); };
+            const auto to = [&](int64_t j) { return d_rows[j] + 4*i; };
             if (w != WAY_F32) {
                 const xkv_i8 x = { codes, scales, w == WAY_UNSIGNED ? offsets : nullptr };
-                xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, n_query, [&](int64_t j) {
-                    return xkv_i8{ q_row(j).codes + d, q_row(j).scales + d/32, q_row(j).sums + d/32 };
+                xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, n_q, [&](int64_t j) {
+                    return xkv_i8{ q_rows[j].codes + d, q_rows[j].scales + d/32, q_rows[j].sums + d/32 };
                 }, to);
             } else {
-                xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_query, [&](int64_t j) -> const float * { return q_row(j).f32 + d; }, to);
+                xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_q, [&](int64_t j) -> const float * { return q_rows[j].f32 + d; }, to);
             }
         }
     }
@@ -276,8 +278,9 @@ void xkv_cpu_scores(ggml_tensor * dst, int ith, int nth, void * userdata) {
             const int64_t n  = (fill[f] + 3)/4;
             const int64_t i0 = std::max(begin[0] - first, (int64_t) 0);
             const int64_t i1 = std::min(end[0]   - first, n);
-            if (i0 < i1) {
-                xkv_score_chunk(l, l.segments[0] + s*l.n_segment[0], q_coef, dst, s, f, i0, i1);
+            for (int64_t q0 = 0; i0 < i1 && q0 < n_query; q0 += XKV_CPU_N_SCORE) {
+                const int64_t n_q = std::min<int64_t>(XKV_CPU_N_SCORE, n_query - q0);
+                xkv_score_chunk(l, l.segments[0] + s*l.n_segment[0], q_coef, dst, s, f, i0, i1, q0, n_q);
             }
             // masked, but the mask is added
             for (int64_t i = 0; f%nth == ith && i < n_query; ++i) {
