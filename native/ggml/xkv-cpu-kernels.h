@@ -47,9 +47,6 @@ void xkv_cpu_round_i8(const float * src, int8_t * codes, float * scales, float *
 #define XKV_CPU_BLOCK  1024
 #define XKV_CPU_STRIDE (XKV_CPU_BLOCK + 32)
 
-// longest head
-#define XKV_CPU_N_HEAD 512
-
 // scalable vectors have no fixed length to block registers for
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic) && 32 % GGML_F32_EPR == 0
 #    define XKV_CPU_SIMD

@@ -9,6 +9,9 @@
 extern "C" {
 #endif
 
+// longest head
+#define XKV_CPU_N_HEAD 512
+
 // rows of one type in host memory
 struct xkv_cpu_rows {
     const char *   data;

@@ -11,12 +11,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <numeric>
 #include <random>
 
 // An update pays when the error is this much above the calibrated one, as a share of that and of the variance; below,
 // re-coding costs as much as it gains.
 static const float XKV_ONLINE_EXCESS     = 0.05f;
 static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
+
+// share of the calibrated variance that an update weighs against the prompt; the rest lies in directions nobody keeps
+static const float XKV_ONLINE_PRIOR = 0.995f;
 
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 128;
@@ -26,10 +31,17 @@ static const uint32_t XKV_ONLINE_BLOCK = 1024;
 
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
+static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
+    return ggml_cont(ctx, ggml_transpose(ctx, x));
+}
+
+static float xkv_mean(const std::vector<float> & x) {
+    return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
+}
+
 xkv_online_bases::xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush & flush) : cache(cache), flush(flush), states(cache.store->n_stream) {
     const auto & store = *cache.store;
 
-    expected = 0.0f;
     for (auto kd : { kind::K, kind::V }) {
         for (uint32_t ig = 0; ig < store.groups.size(); ++ig) {
             problems.push_back({ kd, ig });
@@ -43,10 +55,9 @@ xkv_online_bases::xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush &
                 total += spectrum[i];
                 lost  += spectrum[i]*(i < weight.size() ? 1.0f - weight[i] : 1.0f);
             }
-            expected += total > 0.0 ? lost/total : 0.0;
+            expected.push_back(total > 0.0 ? lost/total : 0.0);
         }
     }
-    expected /= problems.size();
 
     for (uint32_t s = 0; s < states.size(); ++s) {
         reset(s);
@@ -64,10 +75,13 @@ std::vector<float> xkv_online_bases::kept(const problem & pr) const {
 void xkv_online_bases::reset(uint32_t stream) {
     auto & st = states[stream];
     st = {};
-    st.info.expected = expected;
+    st.info.expected = xkv_mean(expected);
+    // few tokens say little beside the calibration, and an early update costs as much as a later one
+    st.n_next        = cache.sidecar->calibrated() ? cache.config.n_prior/2 : 0;
     for (const auto & pr : problems) {
         const auto & gr = cache.store->groups[pr.ig];
-        st.n_dir[pr.kd].push_back(cache.sidecar->calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
+        st.n_update[pr.kd].push_back(0);
+        st.n_dir   [pr.kd].push_back(cache.sidecar->calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
     }
 }
 
@@ -100,11 +114,22 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     const bool cold = !cache.sidecar->calibrated();
 
     st.info.n_check++;
-    st.info.residual = cold && st.n_update == 0 ? 1.0f : measure(lctx, stream, jobs);
-    if (cold || st.info.residual > expected + std::max(XKV_ONLINE_EXCESS*expected, XKV_ONLINE_EXCESS_MIN)) {
-        update(lctx, stream, jobs);
+
+    std::vector<problem> due;
+    std::vector<float>   residual;
+    for (size_t i = 0; i < problems.size(); ++i) {
+        residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, problems[i]));
+        if (cold || residual[i] > expected[i] + std::max(XKV_ONLINE_EXCESS*expected[i], XKV_ONLINE_EXCESS_MIN)) {
+            due.push_back(problems[i]);
+        }
+    }
+    st.info.residual = xkv_mean(residual);
+    if (!due.empty()) {
+        update(lctx, stream, jobs, due);
         st.info.n_update++;
-        st.n_update = n;
+        for (const auto & pr : due) {
+            st.n_update[pr.kd][pr.ig] = n;
+        }
     }
     graph.release();
 }
@@ -121,54 +146,46 @@ ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<
     return flush.build_group(graph, pr.kd, pr.ig, stream, inp_cells, inp_origin);
 }
 
-static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
-    return ggml_cont(ctx, ggml_transpose(ctx, x));
-}
-
-float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
+float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
     const auto & store = *cache.store;
+    const auto & gr    = store.groups[pr.ig];
 
-    double res = 0.0;
-    for (const auto & pr : problems) {
-        const auto & gr = store.groups[pr.ig];
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
+    ggml_context * ctx = graph.ctx();
 
-        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
-        ggml_context * ctx = graph.ctx();
+    ggml_tensor * z = input_tokens(stream, jobs, pr);                                                    // [dim, n]
+    ggml_tensor * b = graph.input(gr.dim[pr.kd], gr.rank[pr.kd], store.get_basis(pr.kd, pr.ig, stream));
+    ggml_tensor * w = graph.input(gr.rank[pr.kd], 1, kept(pr));
+    ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                           // [rank, n]
 
-        ggml_tensor * z = input_tokens(stream, jobs, pr);                                                      // [dim, n]
-        ggml_tensor * b = graph.input(gr.dim[pr.kd], gr.rank[pr.kd], store.get_basis(pr.kd, pr.ig, stream));
-        ggml_tensor * w = graph.input(gr.rank[pr.kd], 1, kept(pr));
-        ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                             // [rank, n]
+    ggml_tensor * total = ggml_sum(ctx, ggml_sqr(ctx, z));
+    ggml_tensor * keep  = ggml_sum(ctx, ggml_mul(ctx, ggml_sqr(ctx, a), w));
+    graph.output(total);
+    graph.output(keep);
+    graph.run();
 
-        ggml_tensor * total = ggml_sum(ctx, ggml_sqr(ctx, z));
-        ggml_tensor * keep  = ggml_sum(ctx, ggml_mul(ctx, ggml_sqr(ctx, a), w));
-        graph.output(total);
-        graph.output(keep);
-        graph.run();
-
-        const float t = graph.read(total)[0];
-        res += t > 0.0f ? std::max(0.0f, 1.0f - graph.read(keep)[0]/t) : 0.0f;
-    }
-    return res/problems.size();
+    const float t = graph.read(total)[0];
+    return t > 0.0f ? std::max(0.0f, 1.0f - graph.read(keep)[0]/t) : 0.0f;
 }
 
-void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
+void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                              const std::vector<problem> & due) {
     cache.store->own_bases(stream);
 
-    std::vector<space> spaces(problems.size());
-    for (size_t i = 0; i < problems.size(); ++i) {
-        build_space(lctx, stream, jobs, problems[i], spaces[i]);
+    std::vector<space> spaces(due.size());
+    for (size_t i = 0; i < due.size(); ++i) {
+        build_space(lctx, stream, jobs, due[i], spaces[i]);
     }
-    std::vector<char> solved(problems.size());
-    xkv_parallel(problems.size(), lctx->get_cparams().n_threads_batch, [&](size_t i) {
-        solved[i] = solve(problems[i], spaces[i]);
+    std::vector<char> solved(due.size());
+    xkv_parallel(due.size(), lctx->get_cparams().n_threads_batch, [&](size_t i) {
+        solved[i] = solve(due[i], spaces[i]);
     });
-    for (size_t i = 0; i < problems.size(); ++i) {
+    for (size_t i = 0; i < due.size(); ++i) {
         if (solved[i]) {
-            apply(lctx, stream, problems[i], spaces[i]);
+            apply(lctx, stream, due[i], spaces[i]);
         } else {
             LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
-                           problems[i].kd == kind::K ? 'K' : 'V', problems[i].ig);
+                           due[i].kd == kind::K ? 'K' : 'V', due[i].ig);
         }
     }
 }
@@ -233,7 +250,7 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
         n_stored += cache.get_chunks(stream)[ic].n;
     }
     std::vector<float> scale(sp.n, 1.0f);
-    std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_stored - std::min(n_stored, st.n_update) + n_token)/n_token));
+    std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_stored - std::min(n_stored, st.n_update[pr.kd][pr.ig]) + n_token)/n_token));
 
     ggml_tensor * s    = graph.input(dim, sp.n, sp.rows);
     ggml_tensor * gram = ggml_mul_mat(ctx, s, s);
@@ -244,13 +261,19 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
     ggml_tensor * cov = ggml_mul_mat(ctx, x, x);
 
     if (cache.sidecar->calibrated() && cache.config.n_prior > 0) {
-        auto rows     = cache.sidecar->basis(pr.ig, pr.kd, dim);
-        auto variance = cache.sidecar->spectrum(pr.ig, pr.kd);
-        for (uint32_t i = 0; i < dim; ++i) {
+        const auto  variance = cache.sidecar->spectrum(pr.ig, pr.kd);
+        const float total    = std::accumulate(variance.begin(), variance.end(), 0.0f);
+
+        uint32_t n_row = 0;
+        for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR*total; ++n_row) {
+            sum += variance[n_row];
+        }
+        auto rows = cache.sidecar->basis(pr.ig, pr.kd, n_row);
+        for (uint32_t i = 0; i < n_row; ++i) {
             const float f = sqrtf(variance[i]*cache.config.n_prior);
             std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
         }
-        ggml_tensor * p = ggml_mul_mat(ctx, graph.input(dim, dim, std::move(rows)), s); // [dim, n]
+        ggml_tensor * p = ggml_mul_mat(ctx, graph.input(dim, n_row, std::move(rows)), s); // [n_row, n]
         cov = ggml_add(ctx, cov, ggml_mul_mat(ctx, p, p));
     }
     graph.output(gram);
@@ -259,10 +282,18 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
     sp.gram = graph.read(gram);
     sp.cov  = graph.read(cov);
 
-    // sum of a a^T over stored tokens, then taken to the space
-    const uint32_t rank    = gr.rank[pr.kd];
+    if (sp.n_old > 0 && !chunks.empty()) {
+        add_stored(lctx, stream, pr, chunks, sp);
+    }
+}
+
+void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp) {
+    const auto &   store   = *cache.store;
+    const uint32_t rank    = store.groups[pr.ig].rank[pr.kd];
     const uint32_t n_block = XKV_ONLINE_BLOCK/store.n_chunk;
-    for (size_t i = 0; sp.n_old > 0 && i < chunks.size(); i += n_block) {
+
+    std::vector<float> sum((size_t) sp.n_old*sp.n_old, 0.0f); // of a a^T
+    for (size_t i = 0; i < chunks.size(); i += n_block) {
         const size_t n_now = std::min<size_t>(n_block, chunks.size() - i);
 
         std::vector<float> coef;
@@ -276,20 +307,27 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
 
         const int64_t n = coef.size()/rank;
         ggml_tensor * a = graph.input(rank, n, std::move(coef));
-        a = ggml_view_2d(ctx, a, sp.n_old, n, a->nb[1], 0);
-        // gram of old directions with all: [n_old, n]
-        std::vector<float> g((size_t) sp.n*sp.n_old);
-        for (uint32_t r = 0; r < sp.n; ++r) {
-            std::copy_n(sp.gram.begin() + (size_t) r*sp.n, sp.n_old, g.begin() + (size_t) r*sp.n_old);
-        }
-        ggml_tensor * t = ggml_mul_mat(ctx, graph.input(sp.n_old, sp.n, std::move(g)), ggml_cont(ctx, a)); // [n, tokens]
-        t = xkv_transposed(ctx, t);
-        ggml_tensor * c = ggml_mul_mat(ctx, t, t);
+        a = xkv_transposed(ctx, ggml_view_2d(ctx, a, sp.n_old, n, a->nb[1], 0));
+        ggml_tensor * c = ggml_mul_mat(ctx, a, a);
         graph.output(c);
         graph.run();
         const auto part = graph.read(c);
-        std::transform(part.begin(), part.end(), sp.cov.begin(), sp.cov.begin(), std::plus<float>());
+        std::transform(part.begin(), part.end(), sum.begin(), sum.begin(), std::plus<float>());
     }
+
+    // to the space, with the gram of old directions with all: [n_old, n]
+    std::vector<float> g((size_t) sp.n*sp.n_old);
+    for (uint32_t r = 0; r < sp.n; ++r) {
+        std::copy_n(sp.gram.begin() + (size_t) r*sp.n, sp.n_old, g.begin() + (size_t) r*sp.n_old);
+    }
+    graph.begin(lctx, 64);
+    ggml_tensor * s = graph.input(sp.n_old, sp.n, std::move(g));
+    ggml_tensor * t = ggml_mul_mat(graph.ctx(), graph.input(sp.n_old, sp.n_old, std::move(sum)), s); // [n_old, n]
+    t = ggml_mul_mat(graph.ctx(), s, t);
+    graph.output(t);
+    graph.run();
+    const auto part = graph.read(t);
+    std::transform(part.begin(), part.end(), sp.cov.begin(), sp.cov.begin(), std::plus<float>());
 }
 
 bool xkv_online_bases::solve(const problem & pr, space & sp) const {

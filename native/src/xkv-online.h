@@ -37,12 +37,13 @@ private:
     using kind = xkv_store::kind;
 
     struct state {
-        uint32_t        n_next   = 0; // tokens at which the next check is due
-        uint32_t        n_update = 0; // tokens at the last update
-        xkv_online_info info     = {};
+        uint32_t        n_next = 0; // tokens at which the next check is due
+        xkv_online_info info   = {};
 
         // per kind and group: directions in use; fewer than the rank only when there was no calibration
         std::vector<uint32_t> n_dir[2];
+
+        std::vector<uint32_t> n_update[2]; // per kind and group: tokens at the last update
     };
 
     // one kind of one group
@@ -68,14 +69,17 @@ private:
 
     std::vector<state>   states;   // per stream
     std::vector<problem> problems; // all kinds and groups
-    float                expected; // error of the calibrated bases on the calibration data
+    std::vector<float>   expected; // per problem: error of the calibrated bases on the calibration data
 
-    // mean over problems of the share of the tokens' variance that is lost
-    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+    // share of the tokens' variance that is lost
+    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
 
-    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due);
 
     void build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
+    // adds the covariance of the tokens in the store
+    void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
+
     bool solve(const problem & pr, space & sp) const;
     void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp);
 

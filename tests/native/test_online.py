@@ -24,7 +24,7 @@ def test_full_rank_is_left_alone(name: str, tiny: Callable[[str], Tiny], tokens:
     one = tiny(name)
     with open_context(one.model, flash_attn=False) as ctx:
         plain = ctx.feed(tokens[:400], 8)
-    with open_context(one.model, xkv=one.bases().params(online=True)) as ctx:
+    with open_context(one.model, xkv=one.bases().params(online=True, n_prior=200)) as ctx:
         found = ctx.feed(tokens[:400], 8)
         info = _native.online_info(ctx.ptr, 0)
     assert deviation(found, plain) <= TOL_F32
@@ -86,7 +86,7 @@ def test_without_bases_at_all(tiny: Callable[[str], Tiny]) -> None:
 def test_streams_have_their_own(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """A sequence's bases are written when it needs other ones, are counted, and leave the other sequence alone."""
     one = tiny("llama")
-    params = one.bases(4, 32).params(rank=RANK, online=True)
+    params = one.bases(4, 32).params(rank=RANK, online=True, n_prior=100)
     shape = {"n_ctx": 1024, "n_seq_max": 2, "unified": False}
     with open_context(one.model, xkv=params, **shape) as ctx:
         bases = dict(_native.report(ctx.ptr))["bases and means"]
@@ -112,7 +112,7 @@ def test_streams_have_their_own(tiny: Callable[[str], Tiny], tokens: list[int]) 
 
 def test_copy_takes_the_bases_along(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     one = tiny("llama")
-    params = one.bases(4, 32).params(rank=RANK, online=True)
+    params = one.bases(4, 32).params(rank=RANK, online=True, n_prior=100)
     with open_context(one.model, xkv=params, n_ctx=1024, n_seq_max=2) as ctx:
         ctx.feed(tokens[:400], 8, seq=0)
         lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
@@ -124,7 +124,7 @@ def test_copy_takes_the_bases_along(tiny: Callable[[str], Tiny], tokens: list[in
 
 def test_clear_goes_back_to_calibrated(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     one = tiny("llama")
-    with open_context(one.model, xkv=one.bases(4, 32).params(rank=RANK, online=True)) as ctx:
+    with open_context(one.model, xkv=one.bases(4, 32).params(rank=RANK, online=True, n_prior=100)) as ctx:
         before = ctx.feed(tokens[:400], 8)
         lib.llama_memory_clear(ctx.memory, True)
         ctx.n_past.clear()
