@@ -28,6 +28,7 @@ endforeach()
 
 if (XKV_LAPACK_FILE)
     install(FILES "${XKV_LAPACK_FILE}" DESTINATION xkv_gguf/lib COMPONENT xkv)
+    install(FILES "${XKV_LAPACK_LICENSE}" DESTINATION xkv_gguf/lib RENAME LICENSE-openblas.txt COMPONENT xkv)
 endif()
 
 install(FILES "${PROJECT_SOURCE_DIR}/native/include/xkv.h" DESTINATION xkv_gguf/include COMPONENT xkv)

@@ -29,6 +29,13 @@ elseif (XKV_LAPACK STREQUAL "pip")
     get_filename_component(xkv_lapack_name "${xkv_lapack_file}" NAME)
     set(XKV_LAPACK_FILE "${PROJECT_BINARY_DIR}/bin/${xkv_lapack_name}")
     configure_file("${xkv_lapack_file}" "${XKV_LAPACK_FILE}" COPYONLY)
+
+    # its licences travel with it
+    execute_process(
+        COMMAND "${Python_EXECUTABLE}" -c "import importlib.metadata as m; print(next(f.locate() for f in m.files('${xkv_lapack_package}') if f.name.startswith('LICENSE')))"
+        OUTPUT_VARIABLE XKV_LAPACK_LICENSE
+        OUTPUT_STRIP_TRAILING_WHITESPACE
+        COMMAND_ERROR_IS_FATAL ANY)
     target_link_libraries(llama PRIVATE "${XKV_LAPACK_FILE}")
     target_compile_definitions(llama PRIVATE XKV_LAPACK_SCIPY)
 else()
