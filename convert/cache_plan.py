@@ -157,7 +157,9 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
             raise OptionError(f"types {'+'.join(wishes.types)}: exactly one expected where a rank is given")
         rank = None if wishes.rank == "full" else wishes.rank
         layout = _plain_layout(stats, shape, wishes)
-        return _finish(stats, shape, layout, same_rank(stats, rank, wishes.types[0], _bases(shape, wishes)[wishes.types[0]]))
+        type_coef = wishes.types[0]
+        segments = same_rank(stats, rank, type_coef, _bases(shape, wishes)[type_coef])
+        return _finish(stats, shape, layout, segments)
     if wishes.knob.kind in ("coef_ratio", "quality"):
         return _plan_coefficients(stats, shape, wishes)
     return _plan_bytes(stats, shape, wishes)

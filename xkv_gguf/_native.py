@@ -153,10 +153,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
     first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
     segments = api.ffi.new(
         "struct xkv_segment[]",
-        [
-            (s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis])
-            for s in params.segments
-        ],
+        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis]) for s in params.segments],
     )
     fields: dict[str, Any] = {
         "sidecar": sidecar,

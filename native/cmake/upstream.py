@@ -47,9 +47,7 @@ class Pin:
             fields = json.loads(path.read_text(encoding="utf-8"))
             return cls(fields["package"], fields["version"], fields["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UpstreamError(
-                f"{path}: not a pin with the texts package, version and sha256: {error!r}"
-            ) from error
+            raise UpstreamError(f"{path}: not a pin with the texts package, version and sha256: {error!r}") from error
 
     @property
     def archive(self) -> str:

@@ -91,7 +91,9 @@ class Recorder:
             {
                 "sidecar": None if p.sidecar == self.ffi.NULL else self.ffi.string(p.sidecar).decode(),
                 "layers": [(p.first[i], p.count[i]) for i in range(p.n_group)],
-                "segments": [(s.group, s.kind, s.rank, s.type, s.type_basis) for s in (p.segments[i] for i in range(p.n_segment))],
+                "segments": [
+                    (s.group, s.kind, s.rank, s.type, s.type_basis) for s in (p.segments[i] for i in range(p.n_segment))
+                ],
                 **{name: getattr(p, name) for name in ("frame", "n_sink", "n_window", "n_absorb")},
                 **{name: getattr(p, name) for name in ("online", "n_prior", "fused")},
             }
