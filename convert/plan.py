@@ -146,10 +146,7 @@ def granule(type_name: str, kind: Kind, frame: int) -> int:
 
 def stored_rank(segment: Segment) -> int:
     """Coefficients per token of a segment: its rank, and zeros up to a whole block of K (of 32 directions of V)."""
-    block = TYPES[segment.type].block
-    if block == 1:
-        return segment.rank
-    step = block if segment.kind == "k" else STEP
+    step = max(STEP, TYPES[segment.type].block) if segment.kind == "k" else STEP
     return -(-segment.rank // step) * step
 
 
@@ -252,7 +249,6 @@ def _problem(
     longest = max(step for step in steps.values()) // STEP
     n_step = int(-(-dims.max() // STEP)) + longest - 1
     gains = np.zeros((len(sources), n_step))
-    there = np.clip(dims[:, None] - STEP * np.arange(n_step), 0, STEP)  # directions in each step
     for i, source in enumerate(sources):
         padded = np.zeros(n_step * STEP)
         padded[: dims[i]] = stats.variances(*source)
@@ -260,8 +256,7 @@ def _problem(
     costs = np.empty((len(sources), len(types), n_step))
     for j, t in enumerate(types):
         basis_bytes = TYPES[prices.bases[t]].bytes if prices.with_bases else 0.0
-        stored = there if TYPES[t].block == 1 else np.full_like(there, STEP)
-        costs[:, j] = stored * TYPES[t].bytes * prices.slots + (there > 0) * STEP * basis_bytes * dims[:, None]
+        costs[:, j] = STEP * (TYPES[t].bytes * prices.slots + basis_bytes * dims[:, None])
     keep = np.array([1 - TYPES[t].noise - TYPES[prices.bases[t]].noise for t in types])
     granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
     ends = -(-dims // STEP)

@@ -13,7 +13,6 @@ CONTEXTS = (4096, 32768, 131072)
 
 SLOT_PAD = 256
 CELL_PAD = 32
-BASIS_PAD = 32
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def predict_parts(
     for g, (f, c) in enumerate(zip(first, count, strict=True)):
         for kind in KINDS:
             per_number = sum(
-                _basis_rank(s) * TYPES[s.type_basis].bytes for s in segments if (s.group, s.kind) == (g, kind)
+                stored_rank(s) * TYPES[s.type_basis].bytes for s in segments if (s.group, s.kind) == (g, kind)
             )
             bases += shape.dim(kind, f, c) * per_number
     return {
@@ -137,11 +136,6 @@ def predict_parts(
         "bases and means": round(bases) + mean_bytes(shape),
         "sinks and window": window_bytes(shape, layout),
     }
-
-
-def _basis_rank(segment: Segment) -> int:
-    """Directions that a segment's basis has room for."""
-    return max(_pad(segment.rank, BASIS_PAD), stored_rank(segment))
 
 
 def _pad(n: int, step: int) -> int:

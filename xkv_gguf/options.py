@@ -62,7 +62,7 @@ class XkvOptions:
     online : bool
         Whether bases follow the prompt; else they stay as calibrated.
     n_prior : int
-        Tokens that the calibration is worth when bases follow the prompt.
+        Tokens that the calibration is worth when bases follow the prompt; the first check waits for half as many.
     fused : bool
         Whether layers on the CPU use ops of their own for few queries; else those of every backend.
     calibrate : bool

@@ -32,10 +32,14 @@ elseif (XKV_LAPACK STREQUAL "pip")
 
     # its licences travel with it
     execute_process(
-        COMMAND "${Python_EXECUTABLE}" -c "import importlib.metadata as m; print(next(f.locate() for f in m.files('${xkv_lapack_package}') if f.name.startswith('LICENSE')))"
+        COMMAND "${Python_EXECUTABLE}" -c "import importlib.metadata as m; print(next((f.locate() for f in m.files('${xkv_lapack_package}') if f.name.startswith('LICENSE')), ''))"
         OUTPUT_VARIABLE XKV_LAPACK_LICENSE
         OUTPUT_STRIP_TRAILING_WHITESPACE
         COMMAND_ERROR_IS_FATAL ANY)
+    if (NOT XKV_LAPACK_LICENSE)
+        message(FATAL_ERROR "package ${xkv_lapack_package} holds no LICENSE file, which has to go where its library goes: "
+            "install another version of it, or pass -DXKV_LAPACK=system for the system's LAPACK")
+    endif()
     target_link_libraries(llama PRIVATE "${XKV_LAPACK_FILE}")
     target_compile_definitions(llama PRIVATE XKV_LAPACK_SCIPY)
 else()

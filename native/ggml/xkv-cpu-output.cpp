@@ -104,6 +104,9 @@ static void xkv_gather_window(const ggml_tensor * v, const xkv_weights & w, ggml
             query[n_query++] = j;
         }
     }
+    if (n_query == 0) {
+        return;
+    }
     float sum  [XKV_CPU_N_QUERY][32] = {};
     float cells[64*32] = {};
     for (int64_t k = 0; k < n; k += 64) {

@@ -20,7 +20,7 @@ struct xkv_coef_row {
 static void xkv_load_basis(const xkv_cpu_rows & basis, int64_t d0, int64_t head, int64_t n_embd_head, float * dst) {
     const size_t offset = ggml_row_size(basis.type, head*n_embd_head);
 
-    float row[8][XKV_CPU_N_HEAD + 8];
+    float row[8][XKV_CPU_MAX_HEAD + 8];
     for (int64_t d = 0; d < 32; d += 8) {
         for (int64_t r = 0; r < 8; ++r) {
             xkv_cpu_to_f32(basis.type, basis.data + (d0 + d + r)*basis.nb1 + offset, row[r], n_embd_head);
@@ -68,9 +68,9 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t n_head      = l.n_head;
     const int64_t n_gqa       = n_head/l.n_head_kv;
     const int64_t rank        = l.rank[0];
-    GGML_ASSERT(n_embd_head <= XKV_CPU_N_HEAD);
+    GGML_ASSERT(n_embd_head <= XKV_CPU_MAX_HEAD);
 
-    float basis[32*XKV_CPU_N_HEAD];
+    float basis[32*XKV_CPU_MAX_HEAD];
 
     const auto q_row = [&](int64_t s, int64_t f, int64_t i) {
         return (const float *) ((const char *) q->data + i*q->nb[1] + (s*n_frame + f)*q->nb[2]);

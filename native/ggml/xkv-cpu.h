@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-// longest head
-#define XKV_CPU_N_HEAD 512
+// largest head, in numbers
+#define XKV_CPU_MAX_HEAD 512
 
 // rows of one type in host memory
 struct xkv_cpu_rows {

@@ -40,7 +40,7 @@ bool xkv_can_fuse(const llama_kv_cache_xkv_context * mctx, int il) {
 
     // a layer's tensors share a buffer type
     return mctx->xkv->config.fused && ggml_backend_buffer_get_type(coef->buffer) == ggml_backend_cpu_buffer_type() &&
-           mctx->xkv->model.hparams.n_embd_head_k(il) <= XKV_CPU_N_HEAD && xkv_get_cpu_ops().complete();
+           mctx->xkv->model.hparams.n_embd_head_k(il) <= XKV_CPU_MAX_HEAD && xkv_get_cpu_ops().complete();
 }
 
 // what the ops of a layer point to; the graph's input owns it

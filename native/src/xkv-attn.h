@@ -19,7 +19,7 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    ggml_tensor * origin = nullptr; // I32, absorbed: [n_chunk*n_stream] minus the chunk's position; else [n_slot*n_stream] plus
+    ggml_tensor * origin = nullptr; // I32, absorbed: [n_frame*n_stream] minus the chunk's position; else [n_slot*n_stream] plus
     ggml_tensor * mask   = nullptr; // F16 [n_slot, n_tokens/n_stream, 1, n_stream]
 
     // nodes that are built once per graph
@@ -28,7 +28,7 @@ public:
     std::map<uint32_t, std::vector<ggml_tensor *>> coef[2]; // per kind, group and segment: f32 [rank, n_slot, 1, n_stream]
 
     // what fused ops read
-    std::vector<uint32_t>              fill;   // [n_chunk*n_stream] tokens in the chunk
+    std::vector<uint32_t>              fill;   // [n_frame*n_stream] tokens in the chunk
     std::vector<std::shared_ptr<void>> layers;
 
     const llama_kv_cache_xkv_context * mctx;

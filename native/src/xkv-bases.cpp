@@ -107,7 +107,18 @@ void xkv_store::own_bases(uint32_t stream) {
     // a single stream changes the calibrated bases in place: the sidecar has them still
     if (n_stream > 1 && !own[stream]) {
         own[stream] = make_bases();
+        copy_bases(*calibrated, *own[stream]);
         n_basis_change++;
+    }
+}
+
+void xkv_store::copy_bases(const basis_set & src, basis_set & dst) const {
+    for (auto kd : { kind::K, kind::V }) {
+        for (uint32_t il = 0; il < layers.size(); ++il) {
+            for (size_t is = 0; is < src.basis[kd][il].size(); ++is) {
+                ggml_backend_tensor_copy(src.basis[kd][il][is], dst.basis[kd][il][is]);
+            }
+        }
     }
 }
 

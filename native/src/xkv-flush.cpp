@@ -13,7 +13,9 @@
 // tokens that are compressed in one graph: bounds its scratch
 static const uint32_t XKV_FLUSH_BLOCK = 128;
 
-static const size_t XKV_NODES_PER_LAYER = 48;
+static size_t xkv_n_node(const xkv_store::group & gr) {
+    return 64 + gr.count*(32 + 8*(gr.segments[0].size() + gr.segments[1].size()));
+}
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
                                      ggml_tensor * origin) const {
@@ -68,7 +70,7 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
     for (uint32_t ig = 0; ig < store.groups.size(); ++ig) {
         const auto & gr = store.groups[ig];
 
-        graph.begin(lctx, 64 + XKV_NODES_PER_LAYER*store.layers.size());
+        graph.begin(lctx, xkv_n_node(gr));
 
         ggml_context * ctx        = graph.ctx();
         ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I32, cells);
@@ -108,7 +110,7 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
     for (uint32_t ig = 0; ig < store.groups.size(); ++ig) {
         const auto & gr = store.groups[ig];
 
-        graph.begin(lctx, 64 + XKV_NODES_PER_LAYER*store.layers.size());
+        graph.begin(lctx, xkv_n_node(gr));
 
         ggml_context * ctx         = graph.ctx();
         ggml_tensor *  inp_offsets = graph.input(GGML_TYPE_I32, std::vector<int64_t>(offsets.begin(), offsets.end()));

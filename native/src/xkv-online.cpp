@@ -110,6 +110,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
         return;
     }
     st.n_next = 2*n;
+    st.n_seen = n;
 
     const bool cold = !cache.sidecar->calibrated();
 
@@ -127,9 +128,6 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     if (!due.empty()) {
         update(lctx, stream, jobs, due);
         st.info.n_update++;
-        for (const auto & pr : due) {
-            st.n_update[pr.kd][pr.ig] = n;
-        }
     }
     graph.release();
 }
@@ -183,6 +181,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
     for (size_t i = 0; i < due.size(); ++i) {
         if (solved[i]) {
             apply(lctx, stream, due[i], spaces[i]);
+            states[stream].n_update[due[i].kd][due[i].ig] = states[stream].n_seen;
         } else {
             LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
                            due[i].kd == kind::K ? 'K' : 'V', due[i].ig);

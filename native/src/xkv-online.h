@@ -38,6 +38,7 @@ private:
 
     struct state {
         uint32_t        n_next = 0; // tokens at which the next check is due
+        uint32_t        n_seen = 0; // tokens at the last check
         xkv_online_info info   = {};
 
         // per kind and group: directions in use; fewer than the rank only when there was no calibration

@@ -20,7 +20,7 @@ struct xkv_scope {
 
 static thread_local std::unique_ptr<xkv_scope> g_scope;
 
-static ggml_type xkv_check_type(const char * name, int32_t type, std::initializer_list<ggml_type> allowed) {
+static ggml_type xkv_check_type(const std::string & name, int32_t type, std::initializer_list<ggml_type> allowed) {
     std::string names;
     for (ggml_type t : allowed) {
         if (type == t) {
@@ -29,7 +29,7 @@ static ggml_type xkv_check_type(const char * name, int32_t type, std::initialize
         names += std::string(names.empty() ? "" : ", ") + ggml_type_name(t);
     }
     const bool known = type >= 0 && type < GGML_TYPE_COUNT && ggml_type_name((ggml_type) type);
-    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is %s, expected one of %s", name,
+    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is %s, expected one of %s", name.c_str(),
               known ? ggml_type_name((ggml_type) type) : std::to_string(type).c_str(), names.c_str());
 }
 
@@ -71,13 +71,14 @@ static void xkv_check_segments(const xkv_params & params, const xkv_sidecar & si
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u has group %u, kind %u and rank %u, expected a group below %zu, kind 0 or 1, a rank above 0",
                       i, seg.group, seg.kind, seg.rank, n_group);
         }
-        const ggml_type type = xkv_check_type("type of a segment", seg.type,
+        const std::string what = "segment " + std::to_string(i) + ": ";
+        const ggml_type   type = xkv_check_type(what + "type", seg.type,
                 { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0, GGML_TYPE_Q1_0 });
         if (seg.kind == xkv_sidecar::V && sidecar.frame % xkv_block_size(type) != 0) {
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u stores V as %s in blocks of %u tokens, but chunks are %u tokens; expected a frame of a multiple",
                       i, ggml_type_name(type), xkv_block_size(type), sidecar.frame);
         }
-        const ggml_type type_basis = xkv_check_type("type_basis of a segment", seg.type_basis,
+        const ggml_type type_basis = xkv_check_type(what + "type_basis", seg.type_basis,
                 { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
         config.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis });
     }
@@ -159,7 +160,9 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
         for (size_t g = 0; g < sidecar.groups.size(); ++g) {
             uint32_t rank = 0;
             for (const auto & seg : config.segments[kd][g]) {
-                xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
+                if (kd == xkv_sidecar::K) { // rows of V's bases are directions
+                    xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
+                }
                 rank += seg.rank;
             }
             if (rank > sidecar.groups[g].dim[kd]) {

@@ -180,13 +180,7 @@ void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
     reset_bases(dst);
     if (own[src]) {
         own_bases(dst);
-        for (auto kd : { kind::K, kind::V }) {
-            for (uint32_t il = 0; il < layers.size(); ++il) {
-                for (size_t is = 0; is < own[src]->basis[kd][il].size(); ++is) {
-                    ggml_backend_tensor_copy(own[src]->basis[kd][il][is], own[dst]->basis[kd][il][is]);
-                }
-            }
-        }
+        copy_bases(*own[src], *own[dst]);
     }
     std::vector<uint8_t> data;
     for (const auto & gr : groups) {

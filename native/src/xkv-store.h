@@ -158,6 +158,7 @@ private:
 
     void write_basis(basis_set & set, kind kd, uint32_t ig, const std::vector<float> & rows) const;
     void fill_bases(basis_set & set) const;
+    void copy_bases(const basis_set & src, basis_set & dst) const;
     void fill_means();
 };
 

@@ -43,7 +43,7 @@ def cost(stats: Statistics, segments: tuple[Segment, ...], prices: Prices) -> fl
     for s in segments:
         total += stored_rank(s) * TYPES[s.type].bytes * prices.slots
         if prices.with_bases:
-            total += stats.dim(s.group, s.kind) * -(-s.rank // 32) * 32 * TYPES[s.type_basis].bytes
+            total += stats.dim(s.group, s.kind) * stored_rank(s) * TYPES[s.type_basis].bytes
     return total
 
 
@@ -299,7 +299,7 @@ def test_zeros_fill_the_last_block() -> None:
     assert stored_rank(Segment(0, "k", 80, "q2_0")) == 128
     assert stored_rank(Segment(0, "v", 80, "q2_0")) == 96
     assert stored_rank(Segment(0, "k", 80, "q8_0")) == 96
-    assert stored_rank(Segment(0, "k", 80, "f16")) == 80
+    assert stored_rank(Segment(0, "k", 80, "f16")) == 96
 
 
 def test_same_rank() -> None:

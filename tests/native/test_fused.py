@@ -90,10 +90,11 @@ def test_sequences(online: bool, unified: bool, tiny: Callable[[str], Tiny], tok
     one = tiny("llama")
     found = []
     for fused in (True, False):
-        params = one.bases(4, 32).params(rank=32, online=online, fused=fused)
+        params = one.bases(4, 32).params(rank=32, online=online, fused=fused, n_prior=100)
         with open_context(one.model, n_ctx=1536, n_seq_max=3, unified=unified, xkv=params, n_threads=2) as ctx:
             for seq, n in enumerate((300, 20, 170)):
                 ctx.feed(tokens[100 * seq : 100 * seq + n], 8, seq)
+            assert (_native.online_info(ctx.ptr, 0).n_update > 0) == online
             logits = [ctx.decode(*((s, tokens[9 * i + s :][:1]) for s in range(3))) for i in range(8)]
             assert ctx.seq_rm(0, 100)
             logits += [ctx.decode(*((s, tokens[9 * i + s :][:1]) for s in range(3))) for i in range(8)]
