@@ -194,12 +194,12 @@ static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_g
                                            ggml_tensor * v, float kq_scale, int il) {
     ggml_context * ctx = gctx.ctx0;
 
-    if (inp->n_slot > 0) {
-        const ggml_type type = k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
+    const ggml_type type = k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
 
-        // quantized types are cast to f32 only
-        k = k->type == type ? k : ggml_cast(ctx, xkv_as_f32(ctx, k), type);
-        v = v->type == type ? v : ggml_cast(ctx, xkv_as_f32(ctx, v), type);
+    // flash attention over a quantized window is slow on a CPU; quantized types are cast to f32 only
+    k = k->type == type ? k : ggml_cast(ctx, xkv_as_f32(ctx, k), type);
+    v = v->type == type ? v : ggml_cast(ctx, xkv_as_f32(ctx, v), type);
+    if (inp->n_slot > 0) {
         k = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::K, type, il), k, 2);
         v = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::V, type, il), v, 2);
     }

@@ -170,21 +170,26 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
                               const std::vector<problem> & due) {
     cache.store->own_bases(stream);
 
-    std::vector<space> spaces(due.size());
-    for (size_t i = 0; i < due.size(); ++i) {
-        build_space(lctx, stream, jobs, due[i], spaces[i]);
-    }
-    std::vector<char> solved(due.size());
-    xkv_parallel(due.size(), lctx->get_cparams().n_threads_batch, [&](size_t i) {
-        solved[i] = solve(due[i], spaces[i]);
-    });
-    for (size_t i = 0; i < due.size(); ++i) {
-        if (solved[i]) {
-            apply(lctx, stream, due[i], spaces[i]);
-            states[stream].n_update[due[i].kd][due[i].ig] = states[stream].n_seen;
-        } else {
-            LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
-                           due[i].kd == kind::K ? 'K' : 'V', due[i].ig);
+    // as many at a time as there are threads for eigenproblems: each takes some megabytes
+    const size_t n_thread = std::max(1, lctx->get_cparams().n_threads_batch);
+    for (size_t first = 0; first < due.size(); first += n_thread) {
+        const size_t n = std::min(n_thread, due.size() - first);
+
+        std::vector<space> spaces(n);
+        for (size_t i = 0; i < n; ++i) {
+            build_space(lctx, stream, jobs, due[first + i], spaces[i]);
+        }
+        std::vector<char> solved(n);
+        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = solve(due[first + i], spaces[i]); });
+        for (size_t i = 0; i < n; ++i) {
+            const auto & pr = due[first + i];
+            if (solved[i]) {
+                apply(lctx, stream, pr, spaces[i]);
+                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
+            } else {
+                LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
+                               pr.kd == kind::K ? 'K' : 'V', pr.ig);
+            }
         }
     }
 }
