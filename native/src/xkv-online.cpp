@@ -21,10 +21,10 @@ static const float XKV_ONLINE_EXCESS     = 0.05f;
 static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
 
 // share of the calibrated variance that an update weighs against the prompt; the rest lies in directions nobody keeps
-static const float XKV_ONLINE_PRIOR = 0.995f;
+static const float XKV_ONLINE_PRIOR = 0.98f;
 
 // directions that one update can add
-static const uint32_t XKV_ONLINE_NEW = 128;
+static const uint32_t XKV_ONLINE_NEW = 64;
 
 // stored tokens that are projected anew in one graph: bounds its scratch
 static const uint32_t XKV_ONLINE_BLOCK = 1024;
