@@ -46,6 +46,8 @@ N_BATCH = 512
 WINDOW_SHARE = 0.3
 WINDOWS = (64, 48, 32)
 UBATCHES = (512, 256, 128, 64)
+TEXT_SINK_SHARE = 128
+"""One token in so many has room to stay exact as an attention sink; in SmolLM2's texts one in 65 to 130 is one."""
 
 Rank = int | Literal["full"]
 
@@ -59,8 +61,8 @@ class Wishes:
     n_ctx : int
         Context in tokens.
     knob : Knob
-    n_sink, n_window, n_ubatch : int
-        Tokens that stay exact at the start and of late, and of a micro-batch.
+    n_sink, n_text_sink, n_window, n_ubatch : int
+        Tokens that stay exact at the start, as attention sinks in the text, and of late, and of a micro-batch.
     n_batch : int
         The most that n_ubatch can be.
     type_window, type_basis : str
@@ -75,6 +77,7 @@ class Wishes:
     n_ctx: int
     knob: Knob = DEFAULT_KNOB
     n_sink: int = 4
+    n_text_sink: int | None = None
     n_window: int | None = None
     n_ubatch: int | None = None
     n_batch: int = N_BATCH
@@ -187,6 +190,7 @@ def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Cache
         n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else UBATCHES[0]),
         frame=stats.frame,
         type_window=wishes.type_window or ("q8_0" if small else "f16"),
+        n_text_sink=_text_sinks(wishes),
     )
 
 
@@ -256,7 +260,15 @@ def _layouts(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Iterator[C
     sizes = [(n_ubatch, n_window) for n_ubatch in ubatches for n_window in windows]
     for type_window in types:
         for n_ubatch, n_window in sizes[:1] if type_window == "f16" and len(types) > 1 else sizes:
-            yield CacheLayout(wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window)
+            yield CacheLayout(
+                wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window, _text_sinks(wishes)
+            )
+
+
+def _text_sinks(wishes: Wishes) -> int:
+    if wishes.n_text_sink is not None:
+        return wishes.n_text_sink
+    return 0 if wishes.rank is not None else wishes.n_ctx // TEXT_SINK_SHARE
 
 
 def _bases(shape: ModelShape, wishes: Wishes) -> dict[str, str]:

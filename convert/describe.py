@@ -171,6 +171,7 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
         "f16_bytes": plan.f16_bytes,
         "parts": dict(plan.parts),
         "n_sink": layout.n_sink,
+        "n_text_sink": layout.n_text_sink,
         "n_window": layout.n_window,
         "n_ubatch": layout.n_ubatch,
         "type_window": layout.type_window,

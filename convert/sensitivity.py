@@ -39,6 +39,7 @@ N_TOKEN = 1024
 N_SCORE = 256
 N_REPEAT_AT = 100
 N_WINDOW = 32
+N_TEXT_SINK = 32
 N_UBATCH = 256
 COEF_RATIO = 16.0
 """f16 bytes per token over coefficient bytes per token of the coarse plan."""
@@ -107,7 +108,7 @@ def measure(
     def scores(segments: Sequence[Segment] | None) -> list[F32]:
         params = None
         if segments is not None:
-            params = ScopeParams(segments=tuple(segments), sidecar=str(sidecar), n_window=N_WINDOW, online=False)
+            params = ScopeParams(segments=tuple(segments), sidecar=str(sidecar), n_text_sink=N_TEXT_SINK, n_window=N_WINDOW, online=False)
         engine.open_context(1, N_TOKEN, params, N_UBATCH)
         result = [_score(engine, text) for text in texts]
         engine.close_context()

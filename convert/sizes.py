@@ -60,11 +60,12 @@ class CacheLayout:
     n_ubatch: int = 512
     frame: int = 64
     type_window: str = "f16"
+    n_text_sink: int = 0
 
     @property
     def n_cell(self) -> int:
-        """Cells of the window: sinks, recent tokens, a chunk that fills, and a micro-batch."""
-        return _pad(self.n_sink + self.n_window + self.frame + self.n_ubatch, CELL_PAD)
+        """Cells of the window: sinks at the start and in the text, recent tokens, a chunk that fills, a micro-batch."""
+        return _pad(self.n_sink + self.n_text_sink + self.n_window + self.frame + self.n_ubatch, CELL_PAD)
 
     @property
     def n_slot(self) -> int:

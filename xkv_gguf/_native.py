@@ -57,6 +57,7 @@ class ScopeParams:
     segments: tuple[Segment, ...]
     sidecar: str | None
     n_sink: int = 4
+    n_text_sink: int = 0
     n_window: int = 64
     n_absorb: int = 8
     online: bool = True
@@ -164,6 +165,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "segments": segments,
         "n_segment": len(params.segments),
         "n_sink": params.n_sink,
+        "n_text_sink": params.n_text_sink,
         "n_window": params.n_window,
         "n_absorb": params.n_absorb,
         "online": int(params.online),

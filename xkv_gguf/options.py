@@ -42,6 +42,9 @@ class XkvOptions:
         high, medium or low: a `coef_ratio` by name, see `convert.knob.QUALITIES`.
     n_sink : int
         First tokens of a sequence that stay exact.
+    n_text_sink : int, optional
+        Most later tokens of a sequence that stay exact because the model uses them as attention sinks, which shows in
+        values near zero; one in 128 of n_ctx, and none where a rank is given.
     n_window : int, optional
         Fewest recent tokens that stay exact.
     n_absorb : int
@@ -82,6 +85,7 @@ class XkvOptions:
     budget: int | str | None = None
     quality: str | None = None
     n_sink: int = 4
+    n_text_sink: int | None = None
     n_window: int | None = None
     n_absorb: int = 8
     type_window: str | None = None
@@ -110,6 +114,8 @@ class XkvOptions:
         if knob is not None and knob.kind in ("ratio", "coef_ratio"):
             object.__setattr__(self, knob.kind, knob.number)
         _check_int("xkv option n_sink", self.n_sink, 0)
+        if self.n_text_sink is not None:
+            _check_int("xkv option n_text_sink", self.n_text_sink, 0)
         _check_int("xkv option n_absorb", self.n_absorb, 0)
         _check_int("xkv option n_prior", self.n_prior, 0)
         _check_int("xkv option max_segments", self.max_segments, 1)

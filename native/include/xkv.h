@@ -57,6 +57,7 @@ struct xkv_params {
     const struct xkv_segment * segments;   // by group, K before V, then by descending variance
     uint32_t                   n_segment;
     int32_t                    n_sink;     // first tokens of a sequence that stay exact
+    int32_t                    n_text_sink; // most later tokens of a sequence that stay exact because the model uses them as attention sinks
     int32_t                    n_window;   // fewest recent tokens that stay exact
     int32_t                    n_absorb;   // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
     int32_t                    online;     // 1: bases follow the prompt, 0: they stay as calibrated

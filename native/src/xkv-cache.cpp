@@ -17,6 +17,10 @@
 // tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
 static const uint32_t XKV_SLOT_PAD = 256;
 
+// A token whose V has less than this share of the mean energy in some layer is an attention sink: most of the attention of
+// later tokens goes to the few of them, so that what compression loses on them costs more than on all others together.
+static const float XKV_TEXT_SINK = 0.05f;
+
 static uint32_t xkv_n_stream(const llama_cparams & cparams) {
     return cparams.kv_unified ? 1 : cparams.n_seq_max;
 }
@@ -39,7 +43,7 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
 
     const uint32_t n_stream = xkv_n_stream(cparams);
     const uint32_t n_seq    = xkv_n_seq_stream(cparams);
-    const uint32_t n_cell   = GGML_PAD(n_seq*n_exact + cparams.n_ubatch, 32);
+    const uint32_t n_cell   = GGML_PAD(n_seq*(n_exact + config.n_text_sink) + cparams.n_ubatch, 32);
 
     // each sequence of a stream can leave one chunk that is not full
     const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
@@ -54,6 +58,7 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
     window->attn_rot_k = false;
     window->attn_rot_v = false;
 
+    text_sinks.assign(n_stream, std::vector<bool>(window->get_size(), false));
     chunks.assign(n_stream, std::vector<xkv_chunk>(store->n_slot/n_chunk));
 
     flusher = std::make_unique<xkv_flush>(*this);
@@ -139,12 +144,17 @@ void llama_kv_cache_xkv::clear(bool data) {
     for (auto & table : chunks) {
         std::fill(table.begin(), table.end(), xkv_chunk());
     }
-    drop_bases();
+    drop_unused();
     broken = false;
     refusal.clear();
 }
 
-void llama_kv_cache_xkv::drop_bases() {
+void llama_kv_cache_xkv::drop_unused() {
+    for (uint32_t s = 0; s < text_sinks.size(); ++s) {
+        for (uint32_t i = 0; i < text_sinks[s].size(); ++i) {
+            text_sinks[s][i] = text_sinks[s][i] && !cells(s).is_empty(i);
+        }
+    }
     for (uint32_t s = 0; online && s < chunks.size(); ++s) {
         const bool empty = std::all_of(chunks[s].begin(), chunks[s].end(), [](const xkv_chunk & chunk) { return chunk.n == 0; });
         if (empty && cells(s).get_used() == 0) {
@@ -211,7 +221,7 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
 
     std::vector<std::pair<llama_pos, uint32_t>> exact; // position, cell
     for (const auto & pc : cells(stream).seq_pos_get(seq_id)) {
-        if (pc.first >= (llama_pos) config.n_sink) {
+        if (pc.first >= (llama_pos) config.n_sink && !text_sinks[stream][pc.second]) {
             exact.push_back(pc);
         }
     }
@@ -224,9 +234,9 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
 
     uint32_t ic = 0;
     for (size_t i = 0; i < n_leave;) {
-        // a chunk holds consecutive tokens of the same sequences
+        // a chunk holds tokens of the same sequences
         size_t end = i + 1;
-        while (end < exact.size() && end - i < n_chunk && exact[end].first == exact[end - 1].first + 1 &&
+        while (end < exact.size() && exact[end].first < exact[i].first + (llama_pos) n_chunk &&
                cells(stream).seq_get_all(exact[end].second) == cells(stream).seq_get_all(exact[i].second)) {
             end++;
         }
@@ -245,6 +255,7 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
         }
         jobs.push_back(std::move(job));
     }
+    keep_text_sinks(seq_id, jobs);
     if (jobs.empty()) {
         return;
     }
@@ -259,11 +270,45 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
         chunk.pos  = job.pos;
         chunk.n    = job.cells.size();
         chunk.seqs = cells(stream).seq_get_all(job.cells[0]);
+        chunk.offsets.clear();
         for (uint32_t idx : job.cells) {
+            chunk.offsets.push_back(cells(stream).pos_get(idx) - job.pos);
             cells(stream).rm(idx);
         }
     }
     window->v_heads[stream] = 0;
+}
+
+void llama_kv_cache_xkv::keep_text_sinks(llama_seq_id seq_id, std::vector<xkv_flush_job> & jobs) {
+    const uint32_t stream = get_stream(seq_id);
+
+    uint32_t n_room = config.n_text_sink;
+    for (uint32_t i = 0; i < text_sinks[stream].size(); ++i) {
+        n_room -= n_room > 0 && text_sinks[stream][i] && cells(stream).seq_has(i, seq_id);
+    }
+    if (n_room == 0 || jobs.empty()) {
+        return;
+    }
+    std::vector<uint32_t> idxs;
+    for (const auto & job : jobs) {
+        idxs.insert(idxs.end(), job.cells.begin(), job.cells.end());
+    }
+    const auto drain = flusher->value_drain(lctx, stream, idxs);
+
+    std::vector<std::pair<float, uint32_t>> found; // the least values first
+    for (size_t i = 0; i < idxs.size(); ++i) {
+        if (drain[i] < XKV_TEXT_SINK) {
+            found.emplace_back(drain[i], idxs[i]);
+        }
+    }
+    std::sort(found.begin(), found.end());
+    for (size_t i = 0; i < std::min<size_t>(found.size(), n_room); ++i) {
+        text_sinks[stream][found[i].second] = true;
+    }
+    for (auto & job : jobs) {
+        job.cells.erase(std::remove_if(job.cells.begin(), job.cells.end(), [&](uint32_t idx) { return text_sinks[stream][idx]; }), job.cells.end());
+    }
+    jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const xkv_flush_job & job) { return job.cells.empty(); }), jobs.end());
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const {

@@ -14,16 +14,22 @@ struct llama_cparams;
 struct llama_model;
 
 class xkv_flush;
+struct xkv_flush_job;
 class xkv_online_bases;
 struct xkv_online_info;
 
-// Up to n_chunk consecutive tokens of one set of sequences, kept as coefficients in the chunk's slots.
+// Tokens of one set of sequences whose positions lie within n_chunk of each other, kept as coefficients in the chunk's
+// first n slots. Positions are missing where tokens stayed exact or were removed.
 struct xkv_chunk {
     using seq_set_t = std::bitset<LLAMA_MAX_SEQ>;
 
     llama_pos pos = -1; // position of the first token: the origin of the chunk's RoPE frame
     uint32_t  n   = 0;  // tokens; 0: the chunk is free
     seq_set_t seqs;
+
+    std::vector<uint16_t> offsets; // of the tokens' positions from pos, ascending [n]
+
+    llama_pos end() const { return n > 0 ? pos + offsets.back() + 1 : pos; }
 };
 
 // KV cache of exact sinks and recent tokens (a plain llama_kv_cache, the window) and of compressed older tokens (the
@@ -109,6 +115,8 @@ private:
 
     std::vector<std::vector<xkv_chunk>> chunks; // per stream and chunk index
 
+    std::vector<std::vector<bool>> text_sinks; // per stream and cell of the window: stays there
+
     llama_context * lctx = nullptr;
 
     std::string refusal;
@@ -118,11 +126,14 @@ private:
 
     llama_kv_cells & cells(uint32_t stream) const;
 
-    // bases go with the last token of a stream
-    void drop_bases();
+    // what belongs to tokens that were removed: text sinks, and a stream's bases with its last token
+    void drop_unused();
 
     // oldest tokens of a sequence leave the window
     void flush_seq(llama_seq_id seq_id);
+
+    // takes tokens that have to stay exact out of the jobs, and jobs that nothing is left of
+    void keep_text_sinks(llama_seq_id seq_id, std::vector<xkv_flush_job> & jobs);
 
     // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence
     void restore(uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);

@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <numeric>
 
 // tokens that are compressed in one graph: bounds its scratch
 static const uint32_t XKV_FLUSH_BLOCK = 128;
@@ -40,6 +41,34 @@ ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
         ggml_tensor * x = build_layer(graph.ctx(), kd, il, stream, cells, origin);
         res = res ? ggml_concat(graph.ctx(), res, x, 0) : x;
+    }
+    return res;
+}
+
+std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells) {
+    const auto & layers = cache.store->layers;
+
+    graph.begin(lctx, 64 + 8*layers.size());
+
+    ggml_context * ctx       = graph.ctx();
+    ggml_tensor *  inp_cells = graph.input(GGML_TYPE_I32, std::vector<int64_t>(cells.begin(), cells.end()));
+
+    std::vector<ggml_tensor *> energy; // per layer [1, n]
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        ggml_tensor * v = ggml_get_rows(ctx, cache.window_v(il, stream), inp_cells);
+        v = ggml_add(ctx, v, layers[il].mean_v);
+        energy.push_back(ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
+        graph.output(energy.back());
+    }
+    graph.run();
+
+    std::vector<float> res(cells.size(), 1.0f);
+    for (const auto * t : energy) {
+        const auto  e    = graph.read(t);
+        const float mean = std::accumulate(e.begin(), e.end(), 0.0f)/e.size();
+        for (size_t i = 0; mean > 0.0f && i < e.size(); ++i) {
+            res[i] = std::min(res[i], e[i]/mean);
+        }
     }
     return res;
 }
@@ -100,12 +129,12 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
     }
 }
 
-void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & offsets,
+void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,
                         const std::vector<uint32_t> & cells) {
     const auto & store   = *cache.store;
     const auto & hparams = cache.model.hparams;
 
-    const uint32_t n = offsets.size();
+    const uint32_t n = slots.size();
 
     for (uint32_t ig = 0; ig < store.groups.size(); ++ig) {
         const auto & gr = store.groups[ig];
@@ -113,13 +142,13 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
         graph.begin(lctx, xkv_n_node(gr));
 
         ggml_context * ctx         = graph.ctx();
-        ggml_tensor *  inp_offsets = graph.input(GGML_TYPE_I32, std::vector<int64_t>(offsets.begin(), offsets.end()));
+        ggml_tensor *  inp_slots = graph.input(GGML_TYPE_I32, std::vector<int64_t>(slots.begin(), slots.end()));
         ggml_tensor *  inp_origin  = graph.input(GGML_TYPE_I32, std::vector<int64_t>(n, pos));
         ggml_tensor *  inp_cells   = graph.input(GGML_TYPE_I64, std::vector<int64_t>(cells.begin(), cells.end()));
 
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
             ggml_tensor * coef = graph.input(gr.rank[kd], store.n_chunk, store.get_coef(kd, ig, stream, ic));
-            coef = ggml_get_rows(ctx, coef, inp_offsets); // [rank, n]
+            coef = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
                 ggml_tensor * x = nullptr; // [n_embd, n]

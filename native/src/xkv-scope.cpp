@@ -106,6 +106,7 @@ void xkv_scope_open(const xkv_params & params) {
 
     auto & config = scope->config;
     config.n_sink   = xkv_check_tokens("n_sink",   params.n_sink,   0);
+    config.n_text_sink = xkv_check_tokens("n_text_sink", params.n_text_sink, 0);
     config.n_window = xkv_check_tokens("n_window", params.n_window, 1);
     config.n_absorb = xkv_check_tokens("n_absorb", params.n_absorb, 0);
     config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);

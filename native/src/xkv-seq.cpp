@@ -38,7 +38,7 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         refuse("seq_rm of sequence %d from %d: %s", seq_id, p0, err.what());
         return false;
     }
-    drop_bases();
+    drop_unused();
     return true;
 }
 
@@ -52,9 +52,10 @@ void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos
     }
     uint32_t n_rest = 0;
     for (const auto & chunk : chunks[stream]) {
-        const llama_pos end = chunk.pos + (llama_pos) chunk.n;
-        if (chunk.n > 0 && chunk.seqs.test(seq_id) && end > p0 && chunk.pos < p1) {
-            n_rest += std::max(0, p0 - chunk.pos) + std::max(0, end - p1);
+        if (chunk.n > 0 && chunk.seqs.test(seq_id) && chunk.end() > p0 && chunk.pos < p1) {
+            n_rest += std::count_if(chunk.offsets.begin(), chunk.offsets.end(), [&](uint16_t off) {
+                return chunk.pos + off < p0 || chunk.pos + off >= p1;
+            });
         }
     }
     if (n_rest > n_free) {
@@ -70,7 +71,7 @@ void llama_kv_cache_xkv::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos
     for (uint32_t ic = 0; ic < chunks[stream].size(); ++ic) {
         auto & chunk = chunks[stream][ic];
 
-        const llama_pos end = chunk.pos + (llama_pos) chunk.n;
+        const llama_pos end = chunk.end();
         if (chunk.n == 0 || !chunk.seqs.test(seq_id) || end <= p0 || chunk.pos >= p1) {
             continue;
         }
@@ -93,25 +94,29 @@ void llama_kv_cache_xkv::restore(uint32_t stream, uint32_t ic, llama_seq_id seq_
 
     auto & wcells = cells(stream);
 
-    std::vector<uint32_t> offsets;
+    std::vector<uint32_t> slots;
     std::vector<uint32_t> idxs;
 
     uint32_t idx = 0;
-    for (llama_pos p = std::max(p0, chunk.pos); p < std::min(p1, chunk.pos + (llama_pos) chunk.n); ++p) {
+    for (uint32_t i = 0; i < chunk.n; ++i) {
+        const llama_pos p = chunk.pos + chunk.offsets[i];
+        if (p < p0 || p >= p1) {
+            continue;
+        }
         while (idx < wcells.size() && !wcells.is_empty(idx)) {
             idx++;
         }
         if (idx == wcells.size()) {
             xkv_throw(XKV_STATUS_NO_MEMORY, "the window of %u tokens has no room for the rest of a cut chunk", wcells.size());
         }
-        offsets.push_back(p - chunk.pos);
+        slots.push_back(i);
         idxs.push_back(idx++);
     }
 
-    flusher->restore(lctx, stream, ic, chunk.pos, offsets, idxs);
+    flusher->restore(lctx, stream, ic, chunk.pos, slots, idxs);
 
     for (size_t i = 0; i < idxs.size(); ++i) {
-        wcells.pos_set(idxs[i], chunk.pos + offsets[i]);
+        wcells.pos_set(idxs[i], chunk.pos + chunk.offsets[slots[i]]);
         wcells.seq_add(idxs[i], seq_id);
     }
 }
@@ -136,7 +141,7 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         for (uint32_t ic = 0; ic < chunks[s0].size(); ++ic) {
             auto & chunk = chunks[s0][ic];
 
-            const llama_pos end = chunk.pos + (llama_pos) chunk.n;
+            const llama_pos end = chunk.end();
             if (chunk.n == 0 || !chunk.seqs.test(seq_id_src) || end <= p0 || chunk.pos >= p1) {
                 continue;
             }
@@ -177,7 +182,8 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     if (update->get_status() == LLAMA_MEMORY_STATUS_SUCCESS) {
         update->apply();
     }
-    chunks[s1] = chunks[s0];
+    chunks[s1]     = chunks[s0];
+    text_sinks[s1] = text_sinks[s0];
     for (auto & chunk : chunks[s1]) {
         chunk.seqs.reset();
         chunk.seqs.set(seq_id_dst, chunk.n > 0);
@@ -199,9 +205,9 @@ void llama_kv_cache_xkv::seq_keep(llama_seq_id seq_id) {
     window->seq_keep(seq_id);
     for (auto & chunk : chunks[stream]) {
         const bool keep = chunk.n > 0 && chunk.seqs.test(seq_id);
-        chunk = keep ? xkv_chunk { chunk.pos, chunk.n, xkv_chunk::seq_set_t().set(seq_id) } : xkv_chunk();
+        chunk = keep ? xkv_chunk { chunk.pos, chunk.n, xkv_chunk::seq_set_t().set(seq_id), chunk.offsets } : xkv_chunk();
     }
-    drop_bases();
+    drop_unused();
 }
 
 void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
@@ -226,7 +232,8 @@ llama_pos llama_kv_cache_xkv::seq_pos_min(llama_seq_id seq_id) const {
     llama_pos res = window->seq_pos_min(seq_id);
     for (const auto & chunk : chunks[get_stream(seq_id)]) {
         if (chunk.n > 0 && chunk.seqs.test(seq_id)) {
-            res = res < 0 ? chunk.pos : std::min(res, chunk.pos);
+            const llama_pos first = chunk.pos + chunk.offsets.front();
+            res = res < 0 ? first : std::min(res, first);
         }
     }
     return res;
@@ -236,7 +243,7 @@ llama_pos llama_kv_cache_xkv::seq_pos_max(llama_seq_id seq_id) const {
     llama_pos res = window->seq_pos_max(seq_id);
     for (const auto & chunk : chunks[get_stream(seq_id)]) {
         if (chunk.n > 0 && chunk.seqs.test(seq_id)) {
-            res = std::max(res, chunk.pos + (llama_pos) chunk.n - 1);
+            res = std::max(res, chunk.end() - 1);
         }
     }
     return res;

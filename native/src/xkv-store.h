@@ -23,6 +23,7 @@ struct xkv_config {
     };
 
     uint32_t  n_sink;
+    uint32_t  n_text_sink;
     uint32_t  n_window;
     uint32_t  n_absorb;
     bool      online;

@@ -16,6 +16,8 @@ N_FF = 64
 N_VOCAB = 61
 N_LAYER = 4
 N_CTX = 1024
+SINK_TOKEN = 7
+"""Of "llama-sinks": its value is zero in the first layer, as attention sinks have it."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -110,6 +112,7 @@ HEAD_SIZES = {"llama-heads-of-20": 20}
 MODELS: dict[str, tuple[str, Callable[[GGUFWriter], tuple[Shapes, Shapes]], int]] = {
     "llama": ("llama", _llama, N_HEAD_KV),
     "llama-heads-of-20": ("llama", _llama_heads_of_20, N_HEAD_KV),
+    "llama-sinks": ("llama", _llama, N_HEAD_KV),
     "llama3-factors": ("llama", _llama3_factors, N_HEAD_KV),
     "llama-yarn": ("llama", _yarn, N_HEAD_KV),
     "qwen2": ("qwen2", _qwen2, N_HEAD_KV),
@@ -150,6 +153,9 @@ def write_model(name: str, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
         else:
             # queries and keys large enough that attention is far from uniform
             value = rng.normal(0, 0.3 if ("attn_q." in key or "attn_k." in key) else 0.15, shape)
+        if name == "llama-sinks" and key == "blk.0.attn_v.weight":
+            x = tensors["token_embd.weight"][SINK_TOKEN] * tensors["blk.0.attn_norm.weight"]
+            value -= np.outer(value @ x, x) / (x @ x)
         tensors[key] = value.astype(np.float32)
         writer.add_tensor(key, tensors[key])
     writer.write_header_to_file()
