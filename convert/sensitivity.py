@@ -108,7 +108,9 @@ def measure(
     def scores(segments: Sequence[Segment] | None) -> list[F32]:
         params = None
         if segments is not None:
-            params = ScopeParams(segments=tuple(segments), sidecar=str(sidecar), n_text_sink=N_TEXT_SINK, n_window=N_WINDOW, online=False)
+            params = ScopeParams(
+                segments=tuple(segments), sidecar=str(sidecar), n_text_sink=N_TEXT_SINK, n_window=N_WINDOW, online=False
+            )
         engine.open_context(1, N_TOKEN, params, N_UBATCH)
         result = [_score(engine, text) for text in texts]
         engine.close_context()

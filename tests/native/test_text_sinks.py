@@ -31,7 +31,9 @@ def n_kept(ctx: Context, text: list[int], seq: int = 0) -> int:
 @pytest.fixture
 def text(tokens: list[int]) -> list[int]:
     """Random tokens, an attention sink at every 50th position and nowhere else."""
-    return [SINK_TOKEN if i % 50 == 20 else (token or 1) if token != SINK_TOKEN else 8 for i, token in enumerate(tokens)]
+    return [
+        SINK_TOKEN if i % 50 == 20 else (token or 1) if token != SINK_TOKEN else 8 for i, token in enumerate(tokens)
+    ]
 
 
 @pytest.mark.parametrize("n_text_sink", [0, 3, 16])
@@ -55,9 +57,7 @@ def test_ordinary_tokens_do_not(tiny: Callable[[str], Tiny], tokens: list[int]) 
 
 
 @pytest.mark.parametrize(("group_size", "frame"), [(1, 32), (4, 128)])
-def test_equals_plain_cache(
-    group_size: int, frame: int, tiny: Callable[[str], Tiny], text: list[int]
-) -> None:
+def test_equals_plain_cache(group_size: int, frame: int, tiny: Callable[[str], Tiny], text: list[int]) -> None:
     """The full-rank invariant, with chunks that tokens are missing from."""
     one = tiny("llama-sinks")
     logits = []

@@ -95,8 +95,8 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
         f"{plan['ratio']:.2f}x smaller than f16 (coefficients alone {plan['coef_ratio']:.2f}x)"
     )
     yield (
-        f"            sinks {plan['n_sink']} + {plan['n_text_sink']}, window {plan['n_window']} {plan['type_window']}, n_ubatch "
-        f"{plan['n_ubatch']}, bases {' '.join(plan['types_basis'])}"
+        f"            sinks {plan['n_sink']} + {plan['n_text_sink']}, window {plan['n_window']} {plan['type_window']}, "
+        f"n_ubatch {plan['n_ubatch']}, bases {' '.join(plan['types_basis'])}"
     )
     divergence = "" if plan["kld"] is None else f", divergence {plan['kld']:.4f} nats"
     yield f"predicted   distortion {plan['distortion']:.4f}{divergence}"
