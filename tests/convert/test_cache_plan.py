@@ -96,7 +96,7 @@ def test_one_knob_at_most() -> None:
 
 def test_sizes_by_hand() -> None:
     tiny = ModelShape((32, 32), (16, 16), (48, 48), 32, 16)
-    layout = CacheLayout(1024, n_sink=4, n_window=60, n_ubatch=120, frame=32, type_window="q8_0")
+    layout = CacheLayout(1024, n_sink=4, n_window=60, n_ubatch=80, frame=32, type_window="q8_0", n_text_sink=40)
     segments = (Segment(0, "k", 32, "q8_0", "f16"), Segment(0, "k", 32, "q4_0"), Segment(0, "v", 32, "q5_0", "f16"))
     assert plain_bytes_per_token([32, 32], [16, 16], "f16") == 192
     assert coef_bytes_per_token(segments) == 34 + 18 + 22
@@ -175,13 +175,21 @@ def test_window_and_micro_batch_follow_the_budget() -> None:
     assert {s.type_basis for p in plans for s in p.segments} == {"q8_0", "q4_0"}
 
 
+def test_one_token_in_128_can_stay_as_a_sink_unless_a_rank_is_given() -> None:
+    for n_ctx in (2048, 65536):
+        for kind, value in (("ratio", 3), ("quality", "medium")):
+            assert plan(kind, value, n_ctx).layout.n_text_sink == n_ctx // 128
+        assert plan("quality", "low", n_ctx, rank=32, types=("q8_0",)).layout.n_text_sink == 0
+
+
 def test_what_is_given_wins() -> None:
-    found = plan("ratio", 4, n_window=200, n_ubatch=100, type_window="f32", type_basis="f16", types=("q5_0",), n_sink=9)
+    given: Any = {"n_sink": 9, "n_text_sink": 50, "n_window": 200, "n_ubatch": 100}
+    found = plan("ratio", 4, **given, type_window="f32", type_basis="f16", types=("q5_0",))
     layout = found.layout
-    assert (layout.n_sink, layout.n_window, layout.n_ubatch) == (9, 200, 100)
+    assert (layout.n_sink, layout.n_text_sink, layout.n_window, layout.n_ubatch) == (9, 50, 200, 100)
     assert layout.type_window == "f32"
     assert {(s.type, s.type_basis) for s in found.segments} == {("q5_0", "f16")}
-    assert plan("quality", "high", n_window=200, n_ubatch=100).layout.n_cell == 384
+    assert plan("quality", "high", n_window=200, n_ubatch=100).layout.n_cell == 448
     assert plan("ratio", 4, n_batch=96).layout.n_ubatch in (96, 64)
     assert plan("quality", "low", n_batch=96).layout.n_ubatch == 96
 

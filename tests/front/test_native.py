@@ -94,7 +94,7 @@ class Recorder:
                 "segments": [
                     (s.group, s.kind, s.rank, s.type, s.type_basis) for s in (p.segments[i] for i in range(p.n_segment))
                 ],
-                **{name: getattr(p, name) for name in ("frame", "n_sink", "n_window", "n_absorb")},
+                **{name: getattr(p, name) for name in ("frame", "n_sink", "n_text_sink", "n_window", "n_absorb")},
                 **{name: getattr(p, name) for name in ("online", "n_prior", "fused")},
             }
         )
@@ -109,7 +109,7 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Recorder(ffi)
     monkeypatch.setattr(_native, "native", lambda: _native.Native(ffi, library))
     off = {"online": False, "fused": False}
-    with _native.scope(scope_params(sidecar="Zoë.gguf", n_window=48, n_prior=7, **off)):
+    with _native.scope(scope_params(sidecar="Zoë.gguf", n_text_sink=5, n_window=48, n_prior=7, **off)):
         assert library.n_end == 0
     with _native.scope(scope_params(sidecar=None, first=(0, 2), count=(2, 1), frame=128)):
         pass
@@ -121,6 +121,7 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         "segments": [(0, 0, 64, 8, 8), (0, 0, 96, 2, 6), (0, 1, 32, 41, 8)],
         "frame": 0,
         "n_sink": 4,
+        "n_text_sink": 5,
         "n_window": 48,
         "n_absorb": 8,
         "online": 0,
@@ -138,6 +139,7 @@ def test_the_library_checks_for_itself(sidecar: Path) -> None:
     bad: list[dict[str, Any]] = [
         {"n_window": 0},
         {"n_sink": -1},
+        {"n_text_sink": -1},
         {"n_absorb": -1},
         {"n_prior": -1},
         {"segments": ()},

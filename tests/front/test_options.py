@@ -81,6 +81,7 @@ def test_options_for_tests_of_exactness() -> None:
         ("ratio", float("inf"), "expected a number above 0"),
         ("ratio", "6", "expected a number above 0"),
         ("ratio", True, "expected a number above 0"),
+        ("n_text_sink", -1, "expected a whole number from 0"),
         ("n_sink", -1, "expected a whole number from 0"),
         ("n_sink", 1.0, "expected a whole number from 0"),
         ("n_sink", True, "expected a whole number from 0"),
