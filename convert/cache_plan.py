@@ -1,9 +1,10 @@
 """From a knob and the settings that are given to a whole cache: segments, window, micro-batch, types. Pure functions.
 
 With a coefficient ratio or a quality, window and bases have fixed settings: f16 and q8_0, and with a quality, which
-means a whole cache, a q8_0 window. With a ratio or a budget, which count all
-bytes, whatever was not given is chosen as follows:
+means a whole cache, a q8_0 window. With a ratio or a budget, which count all bytes, whatever was not given is chosen as
+follows:
 
+- One token in `TEXT_SINK_SHARE` of the context has room to stay exact as an attention sink.
 - Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window with
   the largest micro-batch, then q8_0 windows with micro-batches from the largest to the smallest of `UBATCHES`, each
   with windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken.
@@ -43,11 +44,11 @@ from xkv_gguf.errors import OptionError
 from xkv_gguf.report import format_bytes
 
 N_BATCH = 512
-WINDOW_SHARE = 0.3
+WINDOW_SHARE = 0.2
 WINDOWS = (64, 48, 32)
 UBATCHES = (512, 256, 128, 64)
-TEXT_SINK_SHARE = 128
-"""One token in so many has room to stay exact as an attention sink; in SmolLM2's texts one in 65 to 130 is one."""
+TEXT_SINK_SHARE = 80
+"""One token in so many has room to stay exact as an attention sink; in SmolLM2, one in 65 to 130 is one."""
 
 Rank = int | Literal["full"]
 

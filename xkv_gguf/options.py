@@ -44,7 +44,7 @@ class XkvOptions:
         First tokens of a sequence that stay exact.
     n_text_sink : int, optional
         Most later tokens of a sequence that stay exact because the model uses them as attention sinks, which shows in
-        values near zero; one in 128 of n_ctx, and none where a rank is given.
+        values near zero; one in 80 of n_ctx, and none where a rank is given.
     n_window : int, optional
         Fewest recent tokens that stay exact.
     n_absorb : int

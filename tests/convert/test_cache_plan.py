@@ -175,10 +175,10 @@ def test_window_and_micro_batch_follow_the_budget() -> None:
     assert {s.type_basis for p in plans for s in p.segments} == {"q8_0", "q4_0"}
 
 
-def test_one_token_in_128_can_stay_as_a_sink_unless_a_rank_is_given() -> None:
+def test_one_token_in_80_can_stay_as_a_sink_unless_a_rank_is_given() -> None:
     for n_ctx in (2048, 65536):
         for kind, value in (("ratio", 3), ("quality", "medium")):
-            assert plan(kind, value, n_ctx).layout.n_text_sink == n_ctx // 128
+            assert plan(kind, value, n_ctx).layout.n_text_sink == n_ctx // 80
         assert plan("quality", "low", n_ctx, rank=32, types=("q8_0",)).layout.n_text_sink == 0
 
 
@@ -189,7 +189,7 @@ def test_what_is_given_wins() -> None:
     assert (layout.n_sink, layout.n_text_sink, layout.n_window, layout.n_ubatch) == (9, 50, 200, 100)
     assert layout.type_window == "f32"
     assert {(s.type, s.type_basis) for s in found.segments} == {("q5_0", "f16")}
-    assert plan("quality", "high", n_window=200, n_ubatch=100).layout.n_cell == 448
+    assert plan("quality", "high", n_window=200, n_ubatch=100).layout.n_cell == 480
     assert plan("ratio", 4, n_batch=96).layout.n_ubatch in (96, 64)
     assert plan("quality", "low", n_batch=96).layout.n_ubatch == 96
 
