@@ -95,7 +95,7 @@ def test_inspect_sidecar(cli: Cli, model: Path) -> None:
     sidecar = cli("convert", model, *SMALL).strip()
     text = cli("inspect", sidecar)
     assert "made for    coef_ratio 2.5 at n_ctx 2048" in text
-    assert "sinks 4, window 64 f16, n_ubatch 512, bases q8_0" in text
+    assert "sinks 4 + 25, window 64 f16, n_ubatch 512, bases q8_0" in text
     assert re.search(r"predicted +distortion \d\.\d{4}$", text, re.MULTILINE)
     assert re.search(r"^0-1 +(\d+xq\d_0 )+ +128 ", text, re.MULTILINE)
     rows = [line.split() for line in text.splitlines()]
