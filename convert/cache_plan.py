@@ -4,7 +4,8 @@ With a coefficient ratio or a quality, window and bases have fixed settings: f16
 means a whole cache, a q8_0 window. With a ratio or a budget, which count all bytes, whatever was not given is chosen as
 follows:
 
-- One token in `TEXT_SINK_SHARE` of the context has room to stay exact as an attention sink.
+- One token in `TEXT_SINK_SHARE` of the context has room to stay exact as an attention sink; a half of that, a quarter
+  or none where the budget is out of reach otherwise.
 - Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window with
   the largest micro-batch, then q8_0 windows with micro-batches from the largest to the smallest of `UBATCHES`, each
   with windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from xkv_gguf.convert.coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
@@ -217,13 +218,14 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
     budget = wishes.knob.number if wishes.knob.kind == "budget" else plain / wishes.knob.number
     layouts = list(_layouts(stats, shape, wishes))
     small = [layout for layout in layouts if window_bytes(shape, layout) <= WINDOW_SHARE * budget]
-    for layout in small or layouts[-1:]:
+    fewer = list(_fewer_text_sinks(layouts[-1], wishes))
+    for layout in (*(small or layouts[-1:]), *fewer):
         fixed = window_bytes(shape, layout) + mean_bytes(shape)
         prices = Prices(layout.n_slot, _bases(shape, wishes))
         segments = plan_segments(stats, wishes.types, wishes.max_segments, prices, budget - fixed)
         if segments is not None:
             return _finish(stats, shape, layout, segments)
-    smallest = _smallest(stats, shape, wishes, layouts)
+    smallest = _smallest(stats, shape, wishes, layouts + fewer)
     prices = Prices(1, _bases(shape, wishes), with_bases=False)
     per_token = least_cost(stats, wishes.types, wishes.max_segments, prices)
     limit = 2 * shape.numbers / per_token
@@ -264,6 +266,13 @@ def _layouts(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Iterator[C
             yield CacheLayout(
                 wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window, _text_sinks(wishes)
             )
+
+
+def _fewer_text_sinks(layout: CacheLayout, wishes: Wishes) -> Iterator[CacheLayout]:
+    if wishes.n_text_sink is None:
+        for part in (2, 4):
+            yield replace(layout, n_text_sink=layout.n_text_sink // part)
+        yield replace(layout, n_text_sink=0)
 
 
 def _text_sinks(wishes: Wishes) -> int:

@@ -182,6 +182,18 @@ def test_one_token_in_80_can_stay_as_a_sink_unless_a_rank_is_given() -> None:
         assert plan("quality", "low", n_ctx, rank=32, types=("q8_0",)).layout.n_text_sink == 0
 
 
+def test_sinks_give_way_to_a_budget_that_is_out_of_reach_otherwise() -> None:
+    n_ctx = 65536
+    room = n_ctx // 80
+    with pytest.raises(OptionError) as caught:
+        plan("ratio", 1000, n_ctx, n_text_sink=room)
+    limit = float(re.search(r"ratio ([0-9.]+)\)", str(caught.value))[1])  # type: ignore[index]
+    assert plan("ratio", limit, n_ctx).layout.n_text_sink == room
+    assert plan("ratio", 1.05 * limit, n_ctx).layout.n_text_sink in (room // 2, room // 4)
+    with pytest.raises(OptionError):
+        plan("ratio", 1.05 * limit, n_ctx, n_text_sink=room)
+
+
 def test_what_is_given_wins() -> None:
     given: Any = {"n_sink": 9, "n_text_sink": 50, "n_window": 200, "n_ubatch": 100}
     found = plan("ratio", 4, **given, type_window="f32", type_basis="f16", types=("q5_0",))
