@@ -41,6 +41,7 @@ from xkv_gguf.convert.sizes import (
     predict_parts,
     window_bytes,
 )
+from xkv_gguf.convert.stages import Stage, plan_stages
 from xkv_gguf.errors import OptionError
 from xkv_gguf.report import format_bytes
 
@@ -73,7 +74,10 @@ class Wishes:
     max_segments : int
         Most segments of one kind of one group.
     rank : int or "full"
-        The same number of directions everywhere, in the one type of `types`; takes the place of the knob.
+        The same number of directions everywhere, in the one type of `types`; takes the place of the knob, and has no
+        stages.
+    stages : bool
+        Whether few tokens get the bytes of many.
     """
 
     n_ctx: int
@@ -88,6 +92,7 @@ class Wishes:
     types: tuple[str, ...] = DEFAULT_TYPES
     max_segments: int = MAX_SEGMENTS
     rank: Rank | None = None
+    stages: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class CachePlan:
     f16_bytes : int
         Bytes of a plain f16 cache for the same context.
     f16_bytes_per_token : int
+    stages : tuple of Stage
+        What takes the place of `segments` while few tokens are stored, by ascending tokens.
     """
 
     segments: tuple[Segment, ...]
@@ -117,6 +124,7 @@ class CachePlan:
     kld: float | None
     f16_bytes: int
     f16_bytes_per_token: int
+    stages: tuple[Stage, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -165,9 +173,15 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
         type_coef = wishes.types[0]
         segments = same_rank(stats, rank, type_coef, _bases(shape, wishes)[type_coef])
         return _finish(stats, shape, layout, segments)
-    if wishes.knob.kind in ("coef_ratio", "quality"):
-        return _plan_coefficients(stats, shape, wishes)
-    return _plan_bytes(stats, shape, wishes)
+    by_token = wishes.knob.kind in ("coef_ratio", "quality")
+    plan = (_plan_coefficients if by_token else _plan_bytes)(stats, shape, wishes)
+    return replace(plan, stages=_stages(stats, shape, wishes, plan)) if wishes.stages else plan
+
+
+def _stages(stats: Statistics, shape: ModelShape, wishes: Wishes, plan: CachePlan) -> tuple[Stage, ...]:
+    n_bytes = plan.total_bytes - window_bytes(shape, plan.layout) - mean_bytes(shape)
+    bases = _bases(shape, wishes)
+    return plan_stages(stats, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, bases)
 
 
 def _check_types(shape: ModelShape, wishes: Wishes) -> None:

@@ -14,7 +14,7 @@ from xkv_gguf.convert.fingerprint import read_model_header
 from xkv_gguf.convert.gguf_read import GgufFormatError, read_header
 from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.model_shape import find_shape, known_shape, model_shape
-from xkv_gguf.convert.plan import KINDS, energy_kept
+from xkv_gguf.convert.plan import KINDS, distortion, energy_kept
 from xkv_gguf.convert.sidecar import Sidecar, read_sidecar
 from xkv_gguf.convert.sidecar_info import FORMAT_VERSION, SUFFIX
 from xkv_gguf.convert.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, plain_bytes_per_token
@@ -151,6 +151,7 @@ def plan_of(sidecar: Sidecar, shape: ModelShape, knob: Knob, n_ctx: int) -> Cach
 def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, Any]:
     """A plan in JSON types; "groups" has layers, dimensions, segments and the share of the variance that is kept."""
     layout = plan.layout
+    stats = sidecar.statistics()
     groups = []
     for g, group in enumerate(sidecar.info.groups):
         entry: dict[str, Any] = {"layers": [group.first, group.first + group.count - 1]}
@@ -178,6 +179,7 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
         "types_basis": [name for name in TYPES if any(s.type_basis == name for s in plan.segments)],
         "distortion": plan.distortion,
         "kld": plan.kld,
+        "stages": [{"n_slot": s.n_slot, "distortion": distortion(stats, s.segments)} for s in plan.stages],
         "groups": groups,
     }
 

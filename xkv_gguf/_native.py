@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import cffi
 
 from . import _loader
 from .convert.plan import KINDS, Segment
+from .convert.stages import Stage
 from .errors import (
     OptionError,
     OutOfMemoryError,
@@ -66,6 +67,7 @@ class ScopeParams:
     first: tuple[int, ...] = ()
     count: tuple[int, ...] = ()
     frame: int = 0
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,10 @@ def scope(params: ScopeParams) -> Iterator[None]:
     # cffi keeps no reference to what a struct's pointers point to: these names do
     sidecar = api.ffi.NULL if params.sidecar is None else api.ffi.new("char[]", os.fsencode(params.sidecar))
     first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
-    segments = api.ffi.new(
-        "struct xkv_segment[]",
-        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis]) for s in params.segments],
-    )
+    segments = _segments(api, params.segments)
+    early = [_segments(api, stage.segments) for stage in params.stages]
+    sizes = [stage.n_slot for stage in params.stages]
+    stages = api.ffi.new("struct xkv_stage[]", [(n, s, len(s)) for n, s in zip(sizes, early, strict=True)])
     fields: dict[str, Any] = {
         "sidecar": sidecar,
         "first": first,
@@ -164,6 +166,8 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "frame": params.frame,
         "segments": segments,
         "n_segment": len(params.segments),
+        "stages": stages,
+        "n_stage": len(stages),
         "n_sink": params.n_sink,
         "n_text_sink": params.n_text_sink,
         "n_window": params.n_window,
@@ -177,6 +181,14 @@ def scope(params: ScopeParams) -> Iterator[None]:
         yield
     finally:
         api.lib.xkv_scope_end()
+
+
+def _segments(api: Native, segments: Iterable[Segment]) -> Any:
+    """An array of struct xkv_segment."""
+    return api.ffi.new(
+        "struct xkv_segment[]",
+        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis]) for s in segments],
+    )
 
 
 def check_model(model: int) -> None:

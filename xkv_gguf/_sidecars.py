@@ -121,6 +121,7 @@ def scope_params(
             types=options.types,
             max_segments=options.max_segments,
             rank=options.rank,
+            stages=options.stages,
         ),
     )
     alone = sidecar is None
@@ -137,6 +138,7 @@ def scope_params(
         first=stats.first if alone else (),
         count=stats.count if alone else (),
         frame=stats.frame if alone else 0,
+        stages=plan.stages,
     )
     return Planned(plan, params)
 

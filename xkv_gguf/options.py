@@ -62,6 +62,9 @@ class XkvOptions:
         Most types beside each other in one kind of one group.
     rank : int or "full", optional
         This number of directions everywhere, in the one type of `types`, in place of a plan.
+    stages : bool
+        Whether a store that is not full divides its bytes among the tokens that are there; else every token gets those
+        of a full store from the start.
     online : bool
         Whether bases follow the prompt; else they stay as calibrated.
     n_prior : int
@@ -93,6 +96,7 @@ class XkvOptions:
     types: tuple[str, ...] | str = DEFAULT_TYPES
     max_segments: int = MAX_SEGMENTS
     rank: Rank | None = None
+    stages: bool = True
     online: bool = True
     n_prior: int = 1000
     fused: bool = True
@@ -125,7 +129,7 @@ class XkvOptions:
             _check_choice("xkv option type_window", self.type_window, WINDOW_TYPES)
         if self.type_basis is not None:
             _check_choice("xkv option type_basis", self.type_basis, BASIS_TYPES)
-        for name in ("online", "fused", "calibrate"):
+        for name in ("stages", "online", "fused", "calibrate"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected True or False")
         object.__setattr__(self, "types", _coef_types(self.types))

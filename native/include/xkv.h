@@ -46,6 +46,13 @@ struct xkv_segment {
     int32_t  type_basis; // ggml_type of the directions themselves: F32, F16, Q8_0, Q5_0, Q4_0
 };
 
+// A division of the same bytes for at most n_slot tokens: they get more directions and bits than those of a full store.
+struct xkv_stage {
+    uint32_t                   n_slot; // a multiple of 256
+    const struct xkv_segment * segments;
+    uint32_t                   n_segment;
+};
+
 // How the next llama_context of this thread keeps its KV cache. Sizes are in tokens. The context's type_k and type_v are
 // those of the window: F16, F32 or Q8_0.
 struct xkv_params {
@@ -56,6 +63,8 @@ struct xkv_params {
     uint32_t                   frame;      // without a sidecar: chunk length
     const struct xkv_segment * segments;   // by group, K before V, then by descending variance
     uint32_t                   n_segment;
+    const struct xkv_stage *   stages;     // before the store fills, by ascending n_slot; one sequence only
+    uint32_t                   n_stage;
     int32_t                    n_sink;     // first tokens of a sequence that stay exact
     int32_t                    n_text_sink; // most later tokens of a sequence that stay exact because the model uses them as attention sinks
     int32_t                    n_window;   // fewest recent tokens that stay exact

@@ -12,7 +12,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     ggml_context * ctx = gctx.ctx0;
     const auto &   xkv = *inp->mctx->xkv;
     const auto &   l   = xkv.store->layers[il];
-    const auto &   gr  = xkv.store->groups[l.ig];
+    const auto &   gr  = xkv.store->groups()[l.ig];
 
     const int64_t n_embd_head = q->ne[0];
     const int64_t n_head      = q->ne[1];
@@ -78,7 +78,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
 // output [n_embd_head, n_tps, n_head, span] of the stored tokens of a span; p [n_slot, n_tps, n_head, span]
 static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
-    const auto &   gr  = inp->mctx->xkv->store->groups[inp->mctx->xkv->store->layers[il].ig];
+    const auto &   gr  = inp->mctx->xkv->store->groups()[inp->mctx->xkv->store->layers[il].ig];
 
     const int64_t n_slot      = p->ne[0];
     const int64_t n_tps       = p->ne[1];

@@ -36,7 +36,7 @@ static const xkv_cpu_ops & xkv_get_cpu_ops() {
 
 bool xkv_can_fuse(const llama_kv_cache_xkv_context * mctx, int il) {
     const auto & store = *mctx->xkv->store;
-    const auto * coef  = store.groups[store.layers[il].ig].segments[xkv_store::kind::K][0].coef;
+    const auto * coef  = store.groups()[store.layers[il].ig].segments[xkv_store::kind::K][0].coef;
 
     // a layer's tensors share a buffer type
     return mctx->xkv->config.fused && ggml_backend_buffer_get_type(coef->buffer) == ggml_backend_cpu_buffer_type() &&
@@ -51,7 +51,7 @@ struct xkv_fused_layer {
 
 static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head, int64_t n_head_kv, int il) {
     const auto & store    = *inp->mctx->xkv->store;
-    const auto & gr       = store.groups[store.layers[il].ig];
+    const auto & gr       = store.groups()[store.layers[il].ig];
     const auto   n_stream = inp->mctx->get_n_stream();
     const auto   stream_0 = inp->mctx->get_stream_0();
 

@@ -148,7 +148,7 @@ static const std::vector<ggml_tensor *> & xkv_coef(ggml_context * ctx, llm_graph
         return res;
     }
     const int64_t n_stream = inp->mctx->get_n_stream();
-    for (const auto & seg : inp->mctx->xkv->store->groups[ig].segments[kd]) {
+    for (const auto & seg : inp->mctx->xkv->store->groups()[ig].segments[kd]) {
         ggml_tensor * t = seg.coef;
 
         const int64_t ne0 = kd == xkv_store::kind::K ? seg.rank    : inp->n_slot;
@@ -258,10 +258,13 @@ uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
     const auto & store = *xkv->store;
 
     uint32_t res = 0;
-    for (const auto & gr : store.groups) {
-        const uint32_t n_segment = gr.segments[0].size() + gr.segments[1].size();
-        const uint32_t n_span    = xkv->config.online ? store.n_stream : 1;
-        res += gr.count*(32 + n_span*(40 + 12*n_segment));
+    for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
+        uint32_t n_segment = 0;
+        for (const auto & stage : xkv->config.stages) {
+            n_segment = std::max<uint32_t>(n_segment, stage.segments[0][ig].size() + stage.segments[1][ig].size());
+        }
+        const uint32_t n_span = xkv->config.online ? store.n_stream : 1;
+        res += store.groups()[ig].count*(32 + n_span*(40 + 12*n_segment));
     }
     return res;
 }

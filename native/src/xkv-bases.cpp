@@ -11,36 +11,29 @@
 #include <algorithm>
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
-    return bases_of(stream).basis[kd][il][is];
+    return bases_of(stream).tensors[kd][il][is];
 }
 
 bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
     return std::none_of(own.begin() + s0, own.begin() + s0 + n, [](const auto & set) { return set != nullptr; });
 }
 
-std::unique_ptr<xkv_store::basis_set> xkv_store::make_bases() const {
-    auto set = std::make_unique<basis_set>();
-
-    size_t n = 0;
-    for (const auto & l : layers) {
-        n += groups[l.ig].segments[kind::K].size() + groups[l.ig].segments[kind::V].size();
-    }
-    set->mem = make_pool(PART_BASES, n, [&](const ctx_of_t & ctx_of) {
-        for (auto kd : { kind::K, kind::V }) {
-            set->basis[kd].resize(layers.size());
-            for (uint32_t il = 0; il < layers.size(); ++il) {
-                const auto & gr = groups[layers[il].ig];
-                for (const auto & seg : gr.segments[kd]) {
-                    ggml_tensor * t = kd == kind::K ?
-                        ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, model.hparams.n_embd_k_gqa(il), seg.rank) :
-                        ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, seg.rank, model.hparams.n_embd_v_gqa(il));
-                    ggml_format_name(t, "xkv_basis_%c_l%u_%s", kd == kind::K ? 'k' : 'v', il, ggml_type_name(seg.type));
-                    set->basis[kd][il].push_back(t);
-                }
+xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const {
+    basis_set res;
+    for (auto kd : { kind::K, kind::V }) {
+        res.tensors[kd].resize(layers.size());
+        for (uint32_t il = 0; il < layers.size(); ++il) {
+            const auto & gr = groups[layers[il].ig];
+            for (const auto & seg : gr.segments[kd]) {
+                ggml_tensor * t = kd == kind::K ?
+                    ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, model.hparams.n_embd_k_gqa(il), seg.rank) :
+                    ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, seg.rank, model.hparams.n_embd_v_gqa(il));
+                ggml_format_name(t, "xkv_basis_%c_l%u_%s", kd == kind::K ? 'k' : 'v', il, ggml_type_name(seg.type));
+                res.tensors[kd][il].push_back(t);
             }
         }
-    });
-    return set;
+    }
+    return res;
 }
 
 // where the number of direction r of a segment for number i of a layer stands in its basis
@@ -48,7 +41,7 @@ static size_t xkv_basis_index(const ggml_tensor * t, xkv_store::kind kd, uint32_
     return kd == xkv_store::kind::K ? (size_t) r*t->ne[0] + i : (size_t) i*t->ne[0] + r;
 }
 
-void xkv_store::write_basis(basis_set & set, kind kd, uint32_t ig, const std::vector<float> & rows) const {
+void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const {
     const group &  gr  = groups[ig];
     const uint32_t dim = gr.dim[kd];
     GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
@@ -56,7 +49,7 @@ void xkv_store::write_basis(basis_set & set, kind kd, uint32_t ig, const std::ve
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment & seg    = gr.segments[kd][is];
-            ggml_tensor *   t      = set.basis[kd][il][is];
+            ggml_tensor *   t      = bases.tensors[kd][il][is];
             const uint32_t  n_embd = ggml_nelements(t)/seg.rank;
 
             std::vector<float> x(ggml_nelements(t));
@@ -73,7 +66,7 @@ void xkv_store::write_basis(basis_set & set, kind kd, uint32_t ig, const std::ve
 }
 
 std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
-    const group &  gr  = groups[ig];
+    const group &  gr  = now.groups[ig];
     const uint32_t dim = gr.dim[kd];
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
@@ -97,26 +90,36 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     return rows;
 }
 
-void xkv_store::set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows) {
-    auto & set = own[stream] ? *own[stream] : *calibrated;
-    set.changed = true;
-    write_basis(set, kd, ig, rows);
+void xkv_store::set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows, const layout * next) {
+    if (next) {
+        write_basis(next->groups, next->bases, kd, ig, rows);
+        return;
+    }
+    changed = changed || !own[stream];
+    write_basis(now.groups, bases_of(stream), kd, ig, rows);
 }
 
 void xkv_store::own_bases(uint32_t stream) {
     // a single stream changes the calibrated bases in place: the sidecar has them still
-    if (n_stream > 1 && !own[stream]) {
-        own[stream] = make_bases();
-        copy_bases(*calibrated, *own[stream]);
-        n_basis_change++;
+    if (n_stream == 1 || own[stream]) {
+        return;
     }
+    size_t n = 0;
+    for (const auto & l : layers) {
+        n += now.groups[l.ig].segments[kind::K].size() + now.groups[l.ig].segments[kind::V].size();
+    }
+    auto set = std::make_unique<own_bases_t>();
+    set->mem = make_pool(PART_BASES, n, [&](const ctx_of_t & ctx_of) { set->bases = make_bases(now.groups, ctx_of); });
+    copy_bases(now.bases, set->bases);
+    own[stream] = std::move(set);
+    n_basis_change++;
 }
 
-void xkv_store::copy_bases(const basis_set & src, basis_set & dst) const {
+void xkv_store::copy_bases(const basis_set & src, const basis_set & dst) const {
     for (auto kd : { kind::K, kind::V }) {
         for (uint32_t il = 0; il < layers.size(); ++il) {
-            for (size_t is = 0; is < src.basis[kd][il].size(); ++is) {
-                ggml_backend_tensor_copy(src.basis[kd][il][is], dst.basis[kd][il][is]);
+            for (size_t is = 0; is < src.tensors[kd][il].size(); ++is) {
+                ggml_backend_tensor_copy(src.tensors[kd][il][is], dst.tensors[kd][il][is]);
             }
         }
     }
@@ -126,13 +129,13 @@ void xkv_store::reset_bases(uint32_t stream) {
     if (own[stream]) {
         own[stream].reset();
         n_basis_change++;
-    } else if (calibrated->changed && n_stream == 1) {
-        fill_bases(*calibrated);
-        calibrated->changed = false;
+    } else if (changed && n_stream == 1) {
+        fill_bases(now);
+        changed = false;
     }
 }
 
-void xkv_store::fill_bases(basis_set & set) const {
+void xkv_store::fill_bases(const std::vector<group> & groups, const basis_set & bases) const {
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         const group & gr = groups[ig];
         for (auto kd : { kind::K, kind::V }) {
@@ -140,7 +143,7 @@ void xkv_store::fill_bases(basis_set & set) const {
 
             auto rows = sidecar.basis(ig, kd, n_row);
             rows.resize((size_t) gr.rank[kd]*gr.dim[kd], 0.0f);
-            write_basis(set, kd, ig, rows);
+            write_basis(groups, bases, kd, ig, rows);
         }
     }
 }
@@ -148,8 +151,8 @@ void xkv_store::fill_bases(basis_set & set) const {
 void xkv_store::fill_means() {
     const auto & hparams = model.hparams;
 
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        const group & gr = groups[ig];
+    for (size_t ig = 0; ig < now.groups.size(); ++ig) {
+        const group & gr = now.groups[ig];
 
         const auto mean_k = sidecar.mean(ig, kind::K);
         const auto mean_v = sidecar.mean(ig, kind::V);

@@ -14,13 +14,6 @@
 #include <limits>
 #include <utility>
 
-// tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
-static const uint32_t XKV_SLOT_PAD = 256;
-
-// A token whose V has less than this share of the mean energy in some layer is an attention sink: most of the attention of
-// later tokens goes to the few of them, so that what compression loses on them costs more than on all others together.
-static const float XKV_TEXT_SINK = 0.05f;
-
 static uint32_t xkv_n_stream(const llama_cparams & cparams) {
     return cparams.kv_unified ? 1 : cparams.n_seq_max;
 }
@@ -139,7 +132,7 @@ bool llama_kv_cache_xkv::get_can_shift() const {
 void llama_kv_cache_xkv::clear(bool data) {
     window->clear(data);
     if (data) {
-        store->clear();
+        store->restart(store->stage());
     }
     for (auto & table : chunks) {
         std::fill(table.begin(), table.end(), xkv_chunk());
@@ -190,125 +183,6 @@ uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
         }
     }
     return GGML_PAD(n_slot, XKV_SLOT_PAD);
-}
-
-bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
-    try {
-        std::vector<uint32_t> n_new(chunks.size(), 0);
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            n_new[get_stream(ubatch.seq_id[i][0])]++;
-        }
-        // tokens stay exact until their room is needed; sequences without new tokens make room as well
-        for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) n_seq_max; ++seq_id) {
-            const uint32_t stream = get_stream(seq_id);
-            if (n_new[stream] > 0 && cells(stream).get_used() + n_new[stream] > window->get_size()) {
-                flush_seq(seq_id);
-            }
-        }
-        return true;
-    } catch (const std::exception & err) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-        xkv_set_last_error(err.what());
-        return false;
-    }
-}
-
-void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
-    const uint32_t stream  = get_stream(seq_id);
-    const uint32_t n_chunk = store->n_chunk;
-
-    auto & table = chunks[stream];
-
-    std::vector<std::pair<llama_pos, uint32_t>> exact; // position, cell
-    for (const auto & pc : cells(stream).seq_pos_get(seq_id)) {
-        if (pc.first >= (llama_pos) config.n_sink && !text_sinks[stream][pc.second]) {
-            exact.push_back(pc);
-        }
-    }
-    if (exact.size() <= config.n_window) {
-        return;
-    }
-    const size_t n_leave = exact.size() - config.n_window;
-
-    std::vector<xkv_flush::job> jobs;
-
-    uint32_t ic = 0;
-    for (size_t i = 0; i < n_leave;) {
-        // a chunk holds tokens of the same sequences
-        size_t end = i + 1;
-        while (end < exact.size() && exact[end].first < exact[i].first + (llama_pos) n_chunk &&
-               cells(stream).seq_get_all(exact[end].second) == cells(stream).seq_get_all(exact[i].second)) {
-            end++;
-        }
-        if (end > n_leave) {
-            break;
-        }
-        while (ic < table.size() && table[ic].n > 0) {
-            ic++;
-        }
-        if (ic == table.size()) {
-            xkv_throw(XKV_STATUS_INTERNAL, "no free chunk for sequence %d: all %zu are in use", seq_id, table.size());
-        }
-        xkv_flush::job job = { ic++, exact[i].first, {} };
-        for (; i < end; ++i) {
-            job.cells.push_back(exact[i].second);
-        }
-        jobs.push_back(std::move(job));
-    }
-    keep_text_sinks(seq_id, jobs);
-    if (jobs.empty()) {
-        return;
-    }
-
-    if (online) {
-        online->observe(lctx, stream, jobs);
-    }
-    flusher->compress(lctx, stream, jobs);
-
-    for (const auto & job : jobs) {
-        auto & chunk = table[job.ic];
-        chunk.pos  = job.pos;
-        chunk.n    = job.cells.size();
-        chunk.seqs = cells(stream).seq_get_all(job.cells[0]);
-        chunk.offsets.clear();
-        for (uint32_t idx : job.cells) {
-            chunk.offsets.push_back(cells(stream).pos_get(idx) - job.pos);
-            cells(stream).rm(idx);
-        }
-    }
-    window->v_heads[stream] = 0;
-}
-
-void llama_kv_cache_xkv::keep_text_sinks(llama_seq_id seq_id, std::vector<xkv_flush_job> & jobs) {
-    const uint32_t stream = get_stream(seq_id);
-
-    uint32_t n_room = config.n_text_sink;
-    for (uint32_t i = 0; i < text_sinks[stream].size(); ++i) {
-        n_room -= n_room > 0 && text_sinks[stream][i] && cells(stream).seq_has(i, seq_id);
-    }
-    if (n_room == 0 || jobs.empty()) {
-        return;
-    }
-    std::vector<uint32_t> idxs;
-    for (const auto & job : jobs) {
-        idxs.insert(idxs.end(), job.cells.begin(), job.cells.end());
-    }
-    const auto drain = flusher->value_drain(lctx, stream, idxs);
-
-    std::vector<std::pair<float, uint32_t>> found; // the least values first
-    for (size_t i = 0; i < idxs.size(); ++i) {
-        if (drain[i] < XKV_TEXT_SINK) {
-            found.emplace_back(drain[i], idxs[i]);
-        }
-    }
-    std::sort(found.begin(), found.end());
-    for (size_t i = 0; i < std::min<size_t>(found.size(), n_room); ++i) {
-        text_sinks[stream][found[i].second] = true;
-    }
-    for (auto & job : jobs) {
-        job.cells.erase(std::remove_if(job.cells.begin(), job.cells.end(), [&](uint32_t idx) { return text_sinks[stream][idx]; }), job.cells.end());
-    }
-    jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const xkv_flush_job & job) { return job.cells.empty(); }), jobs.end());
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const {
@@ -370,7 +244,7 @@ void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_memory_status status) : llama_kv_cache_context(status), xkv(nullptr) {}
 
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv) :
-    llama_kv_cache_context(xkv->get_window()), xkv(xkv), n_slot(xkv->store->n_slot) {}
+    llama_kv_cache_context(xkv->get_window()), xkv(xkv), n_slot(xkv->store->n_slot_now()) {}
 
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv, std::vector<llama_ubatch> ubatches) :
     llama_kv_cache_context(xkv->get_window(), {}, std::move(ubatches)), xkv(xkv) {

@@ -35,7 +35,7 @@ ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uin
 
 ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint32_t ig, uint32_t stream, ggml_tensor * cells,
                                      ggml_tensor * origin) const {
-    const auto & gr = cache.store->groups[ig];
+    const auto & gr = cache.store->groups()[ig];
 
     ggml_tensor * res = nullptr;
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
@@ -96,8 +96,8 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
         }
     }
 
-    for (uint32_t ig = 0; ig < store.groups.size(); ++ig) {
-        const auto & gr = store.groups[ig];
+    for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
+        const auto & gr = store.groups()[ig];
 
         graph.begin(lctx, xkv_n_node(gr));
 
@@ -136,8 +136,8 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
 
     const uint32_t n = slots.size();
 
-    for (uint32_t ig = 0; ig < store.groups.size(); ++ig) {
-        const auto & gr = store.groups[ig];
+    for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
+        const auto & gr = store.groups()[ig];
 
         graph.begin(lctx, xkv_n_node(gr));
 

@@ -11,6 +11,8 @@
 class llama_kv_cache_xkv;
 struct xkv_chunk;
 
+static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
+
 // Bases that follow the prompt. When the number of a stream's stored tokens has doubled, the tokens that are about to
 // leave the window show how much the bases lose on them. When that is more than calibration made expect, the bases are
 // computed anew from the calibrated covariance, the stored coefficients and these tokens; stored coefficients are
@@ -24,6 +26,12 @@ public:
 
     // before the jobs' tokens are compressed; throws xkv_error
     void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+
+    // the bases and stored coefficients of the store's next stage; throws xkv_error
+    void enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next);
+
+    // error of the calibrated bases in the present stage
+    void expect();
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
@@ -75,14 +83,24 @@ private:
     // share of the tokens' variance that is lost
     float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
 
-    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due);
+    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
+                const xkv_store::layout * next);
 
     void build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
     // adds the covariance of the tokens in the store
     void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
 
-    bool solve(const problem & pr, space & sp) const;
-    void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp);
+    // combos of the given rank: the best, or those that leave the old basis as it is
+    static bool solve(uint32_t rank, space & sp);
+    static void keep (uint32_t rank, space & sp);
+
+    // writes bases and coefficients to the next stage, or to the present one
+    void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next);
+
+    uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
+
+    // tokens stored and about to be
+    uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;
 
     // weight 1 - noise of every direction's type [rank]
     std::vector<float> kept(const problem & pr) const;

@@ -57,16 +57,18 @@ static std::shared_ptr<xkv_sidecar> xkv_open_sidecar(const xkv_params & params) 
     return std::make_shared<xkv_sidecar>(std::move(groups), params.frame);
 }
 
-static void xkv_check_segments(const xkv_params & params, const xkv_sidecar & sidecar, xkv_config & config) {
+static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_t n_segment, const xkv_sidecar & sidecar) {
+    xkv_config::stage res = {};
+
     const size_t n_group = sidecar.groups.size();
-    if (!params.segments) {
+    if (!list_in) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segments is NULL, expected at least one for K and V of each of %zu groups", n_group);
     }
-    for (auto & segments : config.segments) {
+    for (auto & segments : res.segments) {
         segments.resize(n_group);
     }
-    for (uint32_t i = 0; i < params.n_segment; ++i) {
-        const auto & seg = params.segments[i];
+    for (uint32_t i = 0; i < n_segment; ++i) {
+        const auto & seg = list_in[i];
         if (seg.group >= n_group || seg.kind > 1 || seg.rank == 0) {
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u has group %u, kind %u and rank %u, expected a group below %zu, kind 0 or 1, a rank above 0",
                       i, seg.group, seg.kind, seg.rank, n_group);
@@ -80,11 +82,11 @@ static void xkv_check_segments(const xkv_params & params, const xkv_sidecar & si
         }
         const ggml_type type_basis = xkv_check_type(what + "type_basis", seg.type_basis,
                 { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
-        config.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis });
+        res.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis });
     }
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < n_group; ++g) {
-            const auto & list = config.segments[kd][g];
+            const auto & list = res.segments[kd][g];
             if (list.empty()) {
                 xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one", kd == xkv_sidecar::K ? 'K' : 'V', g);
             }
@@ -97,6 +99,19 @@ static void xkv_check_segments(const xkv_params & params, const xkv_sidecar & si
             }
         }
     }
+    return res;
+}
+
+static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & sidecar, xkv_config & config) {
+    for (uint32_t i = 0; i < params.n_stage; ++i) {
+        const auto & from = params.stages[i];
+        if (from.n_slot == 0 || from.n_slot % XKV_SLOT_PAD != 0 || (i > 0 && from.n_slot <= params.stages[i - 1].n_slot)) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stage %u has %u slots, expected a multiple of %u above those of the stage before", i, from.n_slot, XKV_SLOT_PAD);
+        }
+        config.stages.push_back(xkv_check_segments(from.segments, from.n_segment, sidecar));
+        config.stages.back().n_slot = from.n_slot;
+    }
+    config.stages.push_back(xkv_check_segments(params.segments, params.n_segment, sidecar));
 }
 
 void xkv_scope_open(const xkv_params & params) {
@@ -115,7 +130,7 @@ void xkv_scope_open(const xkv_params & params) {
     if (!config.online && !scope->sidecar->calibrated()) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }
-    xkv_check_segments(params, *scope->sidecar, config);
+    xkv_check_stages(params, *scope->sidecar, config);
 
     g_scope = std::move(scope);
 }
@@ -129,6 +144,24 @@ static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::gr
         if (hparams.n_embd_head_k(il) % xkv_block_size(type_basis) != 0) {
             xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
                       ggml_type_name(type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(type_basis));
+        }
+    }
+}
+
+static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & sidecar, const xkv_config::stage & stage) {
+    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
+        for (size_t g = 0; g < sidecar.groups.size(); ++g) {
+            uint32_t rank = 0;
+            for (const auto & seg : stage.segments[kd][g]) {
+                if (kd == xkv_sidecar::K) { // rows of V's bases are directions
+                    xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
+                }
+                rank += seg.rank;
+            }
+            if (rank > sidecar.groups[g].dim[kd]) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
+                          kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
+            }
         }
     }
 }
@@ -157,20 +190,8 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
                       sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
         }
     }
-    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
-        for (size_t g = 0; g < sidecar.groups.size(); ++g) {
-            uint32_t rank = 0;
-            for (const auto & seg : config.segments[kd][g]) {
-                if (kd == xkv_sidecar::K) { // rows of V's bases are directions
-                    xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
-                }
-                rank += seg.rank;
-            }
-            if (rank > sidecar.groups[g].dim[kd]) {
-                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
-                          kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
-            }
-        }
+    for (const auto & stage : config.stages) {
+        xkv_check_ranks(hparams, sidecar, stage);
     }
 }
 

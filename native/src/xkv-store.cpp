@@ -43,43 +43,21 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
     return res;
 }
 
-// decoding multiplies with coefficients and bases as they are stored
-static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const char * what) {
-    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
-
-    const int64_t n = 256; // whole blocks of every type
-    ggml_tensor * a = ggml_new_tensor_2d(ctx.get(), type,          n, n);
-    ggml_tensor * b = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n, 1);
-    if (!ggml_backend_dev_supports_op(dev, ggml_mul_mat(ctx.get(), a, b))) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s of type %s cannot be multiplied on %s; leave %s out of the types", what, ggml_type_name(type),
-                  ggml_backend_dev_name(dev), ggml_type_name(type));
-    }
-}
-
 xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot,
                      uint32_t n_stream, bool offload) :
-    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), own(n_stream) {
+    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), stages(config.stages), own(n_stream) {
     const auto & hparams = model.hparams;
 
+    stages.back().n_slot = n_slot;
+    // streams fill at different times, but share the tensors
+    stages.erase(stages.begin(), n_stream > 1 ? stages.end() - 1 : stages.begin());
+    if (stages.size() > 1 && stages[stages.size() - 2].n_slot >= n_slot) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a stage has %u slots, expected below the %u of the store", stages[stages.size() - 2].n_slot, n_slot);
+    }
+
     layers.resize(hparams.n_layer());
-
-    size_t n_segment = 0;
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
-        const auto & sg = sidecar.groups[ig];
-
-        group gr = { sg.first, sg.count, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {} };
-        for (auto kd : { kind::K, kind::V }) {
-            for (const auto & seg : config.segments[kd][ig]) {
-                // rows of K, and of the bases of V, are whole blocks
-                const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
-                const uint32_t rank  = GGML_PAD(seg.rank, block);
-                gr.segments[kd].push_back({ seg.type, seg.type_basis, gr.rank[kd], rank, nullptr });
-                gr.rank[kd] += rank;
-                n_segment++;
-                xkv_check_supported(device(sg.first), seg.type,       "coefficients");
-                xkv_check_supported(device(sg.first), seg.type_basis, "bases");
-            }
-        }
+        const auto & gr = sidecar.groups[ig];
 
         uint32_t off[2] = { 0, 0 };
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
@@ -87,22 +65,12 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
             off[0] += hparams.n_embd_k_gqa(il);
             off[1] += hparams.n_embd_v_gqa(il);
         }
-        groups.push_back(gr);
     }
 
-    for (auto kd : { kind::K, kind::V }) {
-        pools.push_back(make_pool(kd == kind::K ? PART_COEF_K : PART_COEF_V, n_segment, [&](const ctx_of_t & ctx_of) {
-            for (size_t ig = 0; ig < groups.size(); ++ig) {
-                for (auto & seg : groups[ig].segments[kd]) {
-                    seg.coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(groups[ig].first), seg.type, seg.rank, n_slot, n_stream) :
-                                               ggml_new_tensor_3d(ctx_of(groups[ig].first), seg.type, n_slot, seg.rank, n_stream);
-                    ggml_format_name(seg.coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(seg.type));
-                }
-            }
-        }));
-    }
-    pools.push_back(make_pool(PART_MEANS, 3*layers.size(), [&](const ctx_of_t & ctx_of) {
-        for (const auto & gr : groups) {
+    make_arena();
+
+    means = make_pool(PART_MEANS, 3*layers.size(), [&](const ctx_of_t & ctx_of) {
+        for (const auto & gr : groups()) {
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
                 auto * ctx = ctx_of(gr.first);
                 layers[il].mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(il));
@@ -110,11 +78,8 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
                 layers[il].mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(il)*hparams.n_head(il));
             }
         }
-    }));
+    });
     fill_means();
-
-    calibrated = make_bases();
-    fill_bases(*calibrated);
 
     for (const auto & [name, bytes] : parts()) {
         LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes/1024.0/1024.0);
@@ -126,7 +91,7 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 //
 
 std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
-    const group & gr = groups[ig];
+    const group & gr = now.groups[ig];
 
     std::vector<float>   res((size_t) n_chunk*gr.rank[kd]);
     std::vector<uint8_t> data;
@@ -152,8 +117,8 @@ std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, ui
     return res;
 }
 
-void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef) {
-    const group & gr = groups[ig];
+void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) {
+    const group & gr = (next ? *next : now).groups[ig];
 
     std::vector<uint8_t> data;
     std::vector<float>   x;
@@ -180,10 +145,10 @@ void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
     reset_bases(dst);
     if (own[src]) {
         own_bases(dst);
-        copy_bases(*own[src], *own[dst]);
+        copy_bases(own[src]->bases, own[dst]->bases);
     }
     std::vector<uint8_t> data;
-    for (const auto & gr : groups) {
+    for (const auto & gr : now.groups) {
         for (auto kd : { kind::K, kind::V }) {
             for (const auto & seg : gr.segments[kd]) {
                 data.resize(seg.coef->nb[2]);
@@ -194,32 +159,20 @@ void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
     }
 }
 
-void xkv_store::clear() {
-    for (auto & p : pools) {
-        for (auto & buf : p.bufs) {
-            if (p.what != PART_MEANS) {
-                ggml_backend_buffer_clear(buf.get(), 0);
-            }
-        }
-    }
-}
-
 //
 // report
 //
 
 std::vector<std::pair<std::string, size_t>> xkv_store::parts() const {
-    size_t bytes[PART_COUNT] = {};
+    size_t bytes[PART_COUNT];
+    std::copy(std::begin(arena_bytes), std::end(arena_bytes), bytes);
 
     const auto count = [&](const pool & p) {
         for (const auto & buf : p.bufs) {
             bytes[p.what] += ggml_backend_buffer_get_size(buf.get());
         }
     };
-    for (const auto & p : pools) {
-        count(p);
-    }
-    count(calibrated->mem);
+    count(means);
     for (const auto & set : own) {
         if (set) {
             count(set->mem);
@@ -240,10 +193,10 @@ std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> xkv_store::buffers() 
             res.emplace_back(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
         }
     };
-    for (const auto & p : pools) {
-        list(p);
+    for (const auto & [type, buf] : arena) {
+        res.emplace_back(type, ggml_backend_buffer_get_size(buf.get()));
     }
-    list(calibrated->mem);
+    list(means);
     for (const auto & set : own) {
         if (set) {
             list(set->mem);

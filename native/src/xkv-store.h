@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -14,12 +15,22 @@
 
 struct llama_model;
 
+// tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
+static const uint32_t XKV_SLOT_PAD = 256;
+
 // Checked copy of xkv_params. Sizes are in tokens.
 struct xkv_config {
     struct segment {
         uint32_t  rank;
         ggml_type type;
         ggml_type type_basis;
+    };
+
+    // A division of the store's bytes while at most n_slot tokens are stored: the fewer tokens, the more bits each.
+    struct stage {
+        uint32_t n_slot;
+
+        std::vector<std::vector<segment>> segments[2]; // per kind and group, by descending variance
     };
 
     uint32_t  n_sink;
@@ -30,7 +41,7 @@ struct xkv_config {
     uint32_t  n_prior;
     bool      fused;
 
-    std::vector<std::vector<segment>> segments[2]; // per kind and group, by descending variance
+    std::vector<stage> stages; // by ascending n_slot; the last one's is the store's
 };
 
 // The compressed part of the cache: coefficients per group and token, bases and means per layer. Tensors only, the
@@ -39,6 +50,9 @@ struct xkv_config {
 // Coefficients are laid out so that a page table can be put over them later: a slot is a token, a chunk is n_chunk
 // consecutive slots, and every tensor addresses it by its first slot. The directions of a group and kind are ordered by
 // variance and split into segments, one tensor and type each.
+//
+// All of them and the bases share one buffer per device, which a stage of the store divides: while few tokens are stored,
+// each has more directions and bits.
 //   K: one row per slot, so that a chunk is contiguous and a query meets it as one matrix
 //   V: one row per direction, so that a quantization block is one direction over the tokens of one chunk
 class xkv_store {
@@ -72,9 +86,44 @@ public:
         ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output
     };
 
-    // throws xkv_error
+    // bases that streams share, or a stream's own: per kind, layer and segment
+    struct basis_set {
+        std::vector<std::vector<ggml_tensor *>> tensors[2];
+    };
+
+    // tensors of one stage
+    struct layout {
+        uint32_t           stage;
+        std::vector<group> groups;
+        basis_set          bases;
+
+        std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+        std::vector<ggml_backend_buffer_ptr>                   bufs; // while the layout is not the store's
+    };
+
+    // starts in the last stage; throws xkv_error
     xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot, uint32_t n_stream,
               bool offload);
+
+    const std::vector<group> & groups() const { return now.groups; }
+
+    uint32_t stage()                 const { return now.stage; }
+    uint32_t n_stage()               const { return stages.size(); }
+    uint32_t stage_slots(uint32_t i) const { return stages[i].n_slot; }
+
+    // of the present stage
+    uint32_t n_slot_now() const { return stages[now.stage].n_slot; }
+
+    // an empty store in another stage, with the calibrated bases
+    void restart(uint32_t stage);
+
+    // Another stage, to be filled beside the present one by set_basis (or fill_bases) and set_coef, that then takes its
+    // place; throws xkv_error
+    layout begin(uint32_t stage) const;
+    void   commit(const layout & next);
+
+    // calibrated bases
+    void fill_bases(const layout & next) const { fill_bases(next.groups, next.bases); }
 
     // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
@@ -87,7 +136,7 @@ public:
 
     // directions of a group as rows [rank, dim]
     std::vector<float> get_basis(kind kd, uint32_t ig, uint32_t stream) const;
-    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows);
+    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows, const layout * next = nullptr);
 
     // before set_basis: bases of the stream's own where several streams share the calibrated ones; throws xkv_error
     void own_bases(uint32_t stream);
@@ -97,11 +146,9 @@ public:
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     std::vector<float> get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
-    void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef);
+    void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr);
 
     void copy_stream(uint32_t src, uint32_t dst);
-
-    void clear();
 
     // bytes allocated, by part
     std::vector<std::pair<std::string, size_t>> parts() const;
@@ -113,7 +160,6 @@ public:
     const uint32_t n_slot;
     const uint32_t n_stream;
 
-    std::vector<group> groups;
     std::vector<layer> layers;
 
 private:
@@ -126,22 +172,25 @@ private:
         std::vector<ggml_backend_buffer_ptr> bufs;
     };
 
-    struct basis_set {
-        pool mem;
-        bool changed = false;
-
-        std::vector<std::vector<ggml_tensor *>> basis[2]; // per layer and segment
-
+    struct own_bases_t {
+        pool      mem;
+        basis_set bases;
     };
 
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
 
-    std::vector<pool> pools; // coefficients, means
+    std::vector<xkv_config::stage> stages;
 
-    std::unique_ptr<basis_set>              calibrated;
-    std::vector<std::unique_ptr<basis_set>> own; // per stream, empty while the calibrated ones are used
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena; // coefficients and bases
+    size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
+
+    layout now;
+    pool   means;
+
+    bool                                      changed = false; // a single stream has changed the calibrated bases
+    std::vector<std::unique_ptr<own_bases_t>> own;             // per stream, empty while the calibrated ones are used
 
     uint32_t n_basis_change = 0;
 
@@ -153,13 +202,20 @@ private:
 
     pool make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const;
 
-    std::unique_ptr<basis_set> make_bases() const;
+    void make_arena();
 
-    const basis_set & bases_of(uint32_t stream) const { return own[stream] ? *own[stream] : *calibrated; }
+    // tensors without memory
+    layout    make_layout(uint32_t stage) const;
+    basis_set make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
 
-    void write_basis(basis_set & set, kind kd, uint32_t ig, const std::vector<float> & rows) const;
-    void fill_bases(basis_set & set) const;
-    void copy_bases(const basis_set & src, basis_set & dst) const;
+    // zeroes the arena and puts a layout without memory there
+    void place(layout && fresh);
+
+    const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
+
+    void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const;
+    void fill_bases(const std::vector<group> & groups, const basis_set & bases) const;
+    void copy_bases(const basis_set & src, const basis_set & dst) const;
     void fill_means();
 };
 

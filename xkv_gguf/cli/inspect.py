@@ -100,6 +100,9 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     )
     divergence = "" if plan["kld"] is None else f", divergence {plan['kld']:.4f} nats"
     yield f"predicted   distortion {plan['distortion']:.4f}{divergence}"
+    if plan["stages"]:
+        early = ", ".join(f"{stage['distortion']:.4f} up to {stage['n_slot']} tokens" for stage in plan["stages"])
+        yield f"            {early}"
     yield "            " + ", ".join(f"{name} {mib(size)}" for name, size in plan["parts"].items())
     yield ""
     rows = []

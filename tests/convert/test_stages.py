@@ -1,0 +1,40 @@
+"""Stages before a store is full: within its bytes, and better the fewer tokens there are."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from xkv_gguf.convert.plan import distortion
+from xkv_gguf.convert.sizes import SLOT_PAD, predict_parts
+
+from .test_cache_plan import plan, shape, statistics
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "n_ctx"),
+    [("ratio", 4, 8192), ("ratio", 10, 32768), ("coef_ratio", 12, 8192), ("quality", "low", 4096)],
+)
+def test_they_take_no_more_than_the_full_store(kind: str, value: Any, n_ctx: int) -> None:
+    stats = statistics()
+    found = plan(kind, value, n_ctx)
+    assert found.stages
+    full = found.total_bytes - predict_parts(shape(), stats.first, stats.count, (), found.layout)["sinks and window"]
+    losses = []
+    for stage in found.stages:
+        assert stage.n_slot % SLOT_PAD == 0
+        parts = predict_parts(shape(), stats.first, stats.count, stage.segments, found.layout)
+        coef = (parts["K coefficients"] + parts["V coefficients"]) * stage.n_slot / found.layout.n_slot
+        assert coef + parts["bases and means"] <= full
+        losses.append(distortion(stats, stage.segments))
+    sizes = [stage.n_slot for stage in found.stages] + [found.layout.n_slot]
+    assert all(a < b for a, b in pairwise(sizes))
+    assert all(a <= b for a, b in pairwise([*losses, found.distortion]))
+
+
+@pytest.mark.parametrize("wishes", [{"stages": False}, {"rank": 64, "types": ("q8_0",)}, {"n_ctx": 500}])
+def test_none(wishes: dict[str, Any]) -> None:
+    """On request, where ranks are given, and where the store is small."""
+    assert plan("coef_ratio", 10, **wishes).stages == ()

@@ -1,0 +1,146 @@
+"""Stages of the store: exact at full rank, better while few tokens are stored, and from the start after clearing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from xkv_gguf import _native
+from xkv_gguf.convert.stages import Stage
+from xkv_gguf.errors import OptionError
+
+from .conftest import Tiny
+from .harness import lib, open_context
+from .sidecars import Bases
+from .test_full_rank import TOL_F32, TOL_FLASH, deviation
+from .test_segments import error
+
+N_CTX = 1024
+FULL = ((128, "f32"),)
+COARSE = ((64, "q8_0"), (64, "q2_0"))
+
+
+def params(
+    bases: Bases, types: Sequence[tuple[int, str]], stages: dict[int, Sequence[tuple[int, str]]], **kind: bool
+) -> _native.ScopeParams:
+    """Cache parameters whose stages have `types` for a number of slots."""
+    early = tuple(Stage(n_slot, bases.params(types=tuple(t)).segments) for n_slot, t in stages.items())
+    return replace(bases.params(types=tuple(types), **kind), stages=early)
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize(("name", "frame"), [("llama", 32), ("qwen2", 64), ("gpt2", 256)])
+def test_equals_plain_cache(
+    name: str, frame: int, online: bool, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """The full-rank invariant, through two changes of stage with one query, a few and many."""
+    one = tiny(name)
+    bases = one.bases(2, frame)
+    full = ((len(bases.basis["k"][0]), "f32"),)
+    for n_batch in (8, 64):
+        found = []
+        for kind in (
+            {"flash_attn": False},
+            {"exact": False},
+            {"xkv": params(bases, full, {256: full, 512: full}, online=online)},
+        ):
+            with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
+                found.append(ctx.feed(tokens[:900], n_batch))
+                if "xkv" in kind:
+                    assert (_native.online_info(ctx.ptr, 0).n_update >= 2) == online
+        plain, flash, xkv = found
+        assert deviation(xkv, plain) <= TOL_FLASH * deviation(flash, plain) + TOL_F32
+
+
+def test_fewer_tokens_are_more_exact(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """In the same bytes; once the store is full, what was stored in stages is about as good as without them."""
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    errors, sizes = [], []
+    with open_context(one.model, n_ctx=N_CTX, flash_attn=False) as ctx:
+        plain = ctx.feed(tokens[:900], 16)
+    for stages in ({}, {256: ((128, "q8_0"),), 512: ((64, "q8_0"), (64, "q4_0"))}):
+        with open_context(one.model, n_ctx=N_CTX, xkv=params(bases, COARSE, stages)) as ctx:
+            found = ctx.feed(tokens[:900], 16)
+            sizes.append(_native.report(ctx.ptr))
+        errors.append([error(found[a:b], plain[a:b]) for a, b in ((200, 280), (400, 480), (800, 900))])
+    without, staged = errors
+    assert sizes[0] == sizes[1]
+    assert staged[0] < 0.1 * without[0]
+    assert staged[1] < 0.5 * without[1]
+    assert staged[2] < 1.2 * without[2]
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_starts_again(online: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """A cleared or emptied cache gives what a new one gives."""
+    one = tiny("llama")
+    given = params(one.bases(4, 64), COARSE, {256: FULL[:1], 512: ((128, "q4_0"),)}, online=online)
+    with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
+        first = ctx.feed(tokens[:900], 32)
+        assert ctx.seq_rm(0, 0)
+        again = ctx.feed(tokens[:900], 32)
+        lib.llama_memory_clear(ctx.memory, True)
+        ctx.n_past.clear()
+        cleared = ctx.feed(tokens[:900], 32)
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(cleared, first)
+
+
+def test_several_sequences_of_one_stream(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """They share the stages, and a removed one makes room without going back."""
+    one = tiny("llama")
+    bases = one.bases(4, 32)
+    full = ((128, "f32"),)
+    found = []
+    for kind in ({"flash_attn": False}, {"xkv": params(bases, full, {256: full, 512: full}, online=True)}):
+        with open_context(one.model, n_ctx=N_CTX, n_seq_max=2, unified=True, **kind) as ctx:
+            rows = [ctx.feed(tokens[i * 100 : i * 100 + 100], 8, seq=i % 2) for i in range(8)]
+            assert ctx.seq_rm(1, 0)
+            rows.append(ctx.feed(tokens[800:1000], 8, seq=1))
+            found.append(np.concatenate(rows))
+    assert deviation(found[1], found[0]) <= TOL_F32
+
+
+def test_streams_have_none(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Streams of their own fill at different times: each has the full store's segments from the start."""
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    found = []
+    for stages in ({}, {256: ((128, "q8_0"),)}):
+        with open_context(one.model, n_ctx=2 * N_CTX, n_seq_max=2, xkv=params(bases, COARSE, stages)) as ctx:
+            found.append(ctx.feed(tokens[:300], 30, seq=1))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_a_stage_that_is_too_large_is_left_out(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    found = []
+    for stages in ({}, {768: FULL}):
+        with open_context(one.model, n_ctx=N_CTX, xkv=params(bases, ((32, "q8_0"),), stages)) as ctx:
+            found.append(ctx.feed(tokens[:300], 30))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("slots", "text"), [((200,), "multiple of 256"), ((512, 256), "above those of the stage before"), ((0,), "0 slots")]
+)
+def test_bad_stages(slots: tuple[int, ...], text: str, tiny: Callable[[str], Tiny]) -> None:
+    bases = tiny("llama").bases(4)
+    given = params(bases, FULL, {})
+    stages = tuple(Stage(n, given.segments) for n in slots)
+    with pytest.raises(OptionError, match=text), _native.scope(replace(given, stages=stages)):
+        pass
+
+
+def test_stage_beyond_the_store(tiny: Callable[[str], Tiny]) -> None:
+    one = tiny("llama")
+    with (
+        pytest.raises(AssertionError, match="a stage has 4096 slots, expected below"),
+        open_context(one.model, n_ctx=N_CTX, xkv=params(one.bases(4), FULL, {4096: FULL})),
+    ):
+        pass
