@@ -63,7 +63,7 @@ struct xkv_params {
     uint32_t                   frame;      // without a sidecar: chunk length
     const struct xkv_segment * segments;   // by group, K before V, then by descending variance
     uint32_t                   n_segment;
-    const struct xkv_stage *   stages;     // before the store fills, by ascending n_slot; one sequence only
+    const struct xkv_stage *   stages;     // before the store fills, by ascending n_slot; used by contexts with one stream
     uint32_t                   n_stage;
     int32_t                    n_sink;     // first tokens of a sequence that stay exact
     int32_t                    n_text_sink; // most later tokens of a sequence that stay exact because the model uses them as attention sinks

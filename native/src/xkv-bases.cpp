@@ -1,7 +1,6 @@
 // Bases and means of the store: from the sidecar, and a stream's own once they have been adapted.
 
 #include "xkv-codec.h"
-#include "xkv-error.h"
 #include "xkv-store.h"
 
 #include "llama-model.h"
@@ -112,7 +111,7 @@ void xkv_store::own_bases(uint32_t stream) {
     set->mem = make_pool(PART_BASES, n, [&](const ctx_of_t & ctx_of) { set->bases = make_bases(now.groups, ctx_of); });
     copy_bases(now.bases, set->bases);
     own[stream] = std::move(set);
-    n_basis_change++;
+    n_tensor_change++;
 }
 
 void xkv_store::copy_bases(const basis_set & src, const basis_set & dst) const {
@@ -128,9 +127,9 @@ void xkv_store::copy_bases(const basis_set & src, const basis_set & dst) const {
 void xkv_store::reset_bases(uint32_t stream) {
     if (own[stream]) {
         own[stream].reset();
-        n_basis_change++;
-    } else if (changed && n_stream == 1) {
-        fill_bases(now);
+        n_tensor_change++;
+    } else if (changed) {
+        fill_bases(now.groups, now.bases);
         changed = false;
     }
 }

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdarg>
-#include <limits>
 #include <utility>
 
 static uint32_t xkv_n_stream(const llama_cparams & cparams) {
@@ -132,7 +131,7 @@ bool llama_kv_cache_xkv::get_can_shift() const {
 void llama_kv_cache_xkv::clear(bool data) {
     window->clear(data);
     if (data) {
-        store->restart(store->stage());
+        restart(0);
     }
     for (auto & table : chunks) {
         std::fill(table.begin(), table.end(), xkv_chunk());

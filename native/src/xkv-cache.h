@@ -137,7 +137,10 @@ private:
 
     // gives the jobs free chunks; moves the store to the stage that has them
     void find_chunks(uint32_t stream, std::vector<xkv_flush_job> & jobs);
-    void enter_stage(uint32_t stream, uint32_t stage, const std::vector<xkv_flush_job> & jobs);
+    void enter_stage(uint32_t stream, uint32_t stage, const std::vector<uint32_t> & used, const std::vector<xkv_flush_job> & jobs);
+
+    // an empty store in a stage, with calibrated bases
+    void restart(uint32_t stage);
 
     // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence
     void restore(uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);

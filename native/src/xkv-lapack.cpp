@@ -40,7 +40,7 @@ bool xkv_orthonormalize(std::vector<float> & rows, int n, int dim) {
     return info == 0;
 }
 
-bool xkv_eigen(std::vector<float> a, std::vector<float> b, int n, std::vector<float> & x) {
+bool xkv_eigen(std::vector<float> & a, std::vector<float> b, int n) {
     xkv_one_thread();
 
     const int itype = 1;
@@ -61,9 +61,8 @@ bool xkv_eigen(std::vector<float> a, std::vector<float> b, int n, std::vector<fl
         return false;
     }
     // eigenvectors ascend, one per LAPACK column, which is a row here
-    x.resize((size_t) n*n);
-    for (int i = 0; i < n; ++i) {
-        std::copy_n(a.begin() + (size_t) (n - 1 - i)*n, n, x.begin() + (size_t) i*n);
+    for (int i = 0; i < n/2; ++i) {
+        std::swap_ranges(a.begin() + (size_t) i*n, a.begin() + (size_t) (i + 1)*n, a.begin() + (size_t) (n - 1 - i)*n);
     }
     return true;
 }

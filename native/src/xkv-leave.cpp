@@ -4,7 +4,6 @@
 #include "xkv-error.h"
 #include "xkv-flush.h"
 #include "xkv-online.h"
-#include "xkv-parallel.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -97,18 +96,28 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
 void llama_kv_cache_xkv::find_chunks(uint32_t stream, std::vector<xkv_flush_job> & jobs) {
     const auto & table = chunks[stream];
 
-    const size_t n_used = std::count_if(table.begin(), table.end(), [](const xkv_chunk & chunk) { return chunk.n > 0; });
-    const auto   room   = [&](uint32_t stage) { return store->stage_slots(stage)/store->n_chunk; };
+    std::vector<uint32_t> used;
+    for (uint32_t ic = 0; ic < table.size(); ++ic) {
+        if (table[ic].n > 0) {
+            used.push_back(ic);
+        }
+    }
+    const size_t n    = used.size() + jobs.size();
+    const auto   room = [&](uint32_t stage) { return store->stage_slots(stage)/store->n_chunk; };
 
-    uint32_t stage = n_used > 0 ? store->stage() : 0;
-    while (stage < store->n_stage() && room(stage) < n_used + jobs.size()) {
+    uint32_t stage = used.empty() ? 0 : store->stage();
+    while (stage < store->n_stage() && n > room(stage)) {
         stage++;
     }
     if (stage == store->n_stage()) {
-        xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), n_used, table.size());
+        xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), used.size(), table.size());
     }
     if (stage != store->stage()) {
-        enter_stage(stream, stage, jobs);
+        if (used.empty()) {
+            restart(stage);
+        } else {
+            enter_stage(stream, stage, used, jobs);
+        }
     }
     uint32_t ic = 0;
     for (auto & job : jobs) {
@@ -119,41 +128,26 @@ void llama_kv_cache_xkv::find_chunks(uint32_t stream, std::vector<xkv_flush_job>
     }
 }
 
-void llama_kv_cache_xkv::enter_stage(uint32_t stream, uint32_t stage, const std::vector<xkv_flush_job> & jobs) {
-    const auto & table = chunks[stream];
-    if (std::all_of(table.begin(), table.end(), [](const xkv_chunk & chunk) { return chunk.n == 0; })) {
-        store->restart(stage);
-        if (online) {
-            online->reset(stream);
-        }
-        return;
-    }
+void llama_kv_cache_xkv::enter_stage(uint32_t stream, uint32_t stage, const std::vector<uint32_t> & used, const std::vector<xkv_flush_job> & jobs) {
     const auto next = store->begin(stage);
     if (online) {
         online->enter_stage(lctx, stream, jobs, next);
     } else {
-        store->fill_bases(next);
-        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
-            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-                const uint32_t rank_old = store->groups()[ig].rank[kd];
-                const uint32_t rank     = next.groups[ig].rank[kd];
-                xkv_parallel(table.size(), cparams.n_threads_batch, [&](size_t ic) {
-                    if (table[ic].n == 0) {
-                        return;
-                    }
-                    const auto         old = store->get_coef(kd, ig, stream, ic);
-                    std::vector<float> coef((size_t) store->n_chunk*rank, 0.0f);
-                    for (uint32_t i = 0; i < store->n_chunk; ++i) {
-                        std::copy_n(old.begin() + (size_t) i*rank_old, std::min(rank, rank_old), coef.begin() + (size_t) i*rank);
-                    }
-                    store->set_coef(kd, ig, stream, ic, coef.data(), &next);
-                });
-            }
-        }
+        store->carry_over(next, stream, used, cparams.n_threads_batch);
     }
     store->commit(next);
     if (online) {
         online->expect();
+    }
+}
+
+void llama_kv_cache_xkv::restart(uint32_t stage) {
+    store->restart(stage);
+    if (online) {
+        online->expect();
+        for (uint32_t s = 0; s < chunks.size(); ++s) {
+            online->reset(s);
+        }
     }
 }
 

@@ -24,6 +24,9 @@ static const uint32_t XKV_ONLINE_NEW = 64;
 // what is added to the squared lengths of directions that are nearly dependent
 static const float XKV_ONLINE_RIDGE = 1e-3f;
 
+// Eigenproblems up to this size cost little; a larger one leaves out what the next basis will hardly have room for.
+static const uint32_t XKV_ONLINE_SMALL = 1024;
+
 // stored tokens that are projected anew in one graph: bounds its scratch
 static const uint32_t XKV_ONLINE_BLOCK = 1024;
 
@@ -31,11 +34,21 @@ static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
     return ggml_cont(ctx, ggml_transpose(ctx, x));
 }
 
+// directions of the old basis that a basis of a rank is looked for in
+static uint32_t xkv_n_kept(uint32_t rank) {
+    return std::max(XKV_ONLINE_SMALL, rank + rank/4);
+}
+
+size_t xkv_online_bases::space_bytes(uint32_t rank) {
+    const size_t n = xkv_n_kept(rank) + XKV_ONLINE_NEW;
+    return 6*n*n*sizeof(float); // rows, gram and its copy, covariance, LAPACK's two
+}
+
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
     return (next ? next->groups : cache.store->groups())[pr.ig].rank[pr.kd];
 }
 
-void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
+void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
     const auto &   store = *cache.store;
     const auto &   gr    = store.groups()[pr.ig];
     const uint32_t dim   = gr.dim[pr.kd];
@@ -47,7 +60,7 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
     }
 
     // the old basis, and the main directions of what it misses in the tokens
-    sp.n_old = st.n_dir[pr.kd][pr.ig];
+    sp.n_old = std::min(st.n_dir[pr.kd][pr.ig], xkv_n_kept(rank));
     sp.rows  = store.get_basis(pr.kd, pr.ig, stream);
     sp.rows.resize((size_t) sp.n_old*dim);
 
@@ -177,23 +190,23 @@ void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const p
 
 void xkv_online_bases::keep(uint32_t rank, space & sp) {
     sp.combos.assign((size_t) rank*sp.n, 0.0f);
-    for (uint32_t r = 0; r < std::min(rank, sp.n_old); ++r) {
+    for (uint32_t r = 0; r < std::min(rank, sp.n); ++r) {
         sp.combos[(size_t) r*sp.n + r] = 1.0f;
     }
 }
 
 bool xkv_online_bases::solve(uint32_t rank, space & sp) {
-    std::vector<float> x;
+    auto & x = sp.cov;
     if (sp.n == 0) {
         return false;
     }
-    if (!xkv_eigen(sp.cov, sp.gram, sp.n, x)) {
+    if (!xkv_eigen(x, sp.gram, sp.n)) {
         // new directions can be nearly dependent on old ones, which are rounded
         auto gram = sp.gram;
         for (uint32_t i = 0; i < sp.n; ++i) {
             gram[(size_t) i*sp.n + i] += XKV_ONLINE_RIDGE;
         }
-        if (!xkv_eigen(sp.cov, gram, sp.n, x)) {
+        if (!xkv_eigen(x, std::move(gram), sp.n)) {
             return false;
         }
     }

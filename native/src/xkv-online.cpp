@@ -16,6 +16,9 @@
 static const float XKV_ONLINE_EXCESS     = 0.05f;
 static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
 
+// of spaces at a time
+static const size_t XKV_ONLINE_BYTES = 256*1024*1024;
+
 static float xkv_mean(const std::vector<float> & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
 }
@@ -96,10 +99,16 @@ uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush
 void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next) {
     auto & st = states[stream];
 
-    st.n_seen = n_tokens(stream, jobs);
-    st.n_next = 2*st.n_seen;
-    update(lctx, stream, jobs, problems, &next);
-    st.info.n_update++;
+    const state before = st;
+    try {
+        st.n_seen = n_tokens(stream, jobs);
+        st.n_next = 2*st.n_seen;
+        update(lctx, stream, jobs, problems, &next);
+        st.info.n_update++;
+    } catch (...) {
+        st = before; // the store stays in its stage
+        throw;
+    }
     graph.release();
 }
 
@@ -109,6 +118,9 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     const bool     cold = !cache.sidecar->calibrated();
     const uint32_t n    = n_tokens(stream, jobs);
 
+    if (4*n < st.n_next) {
+        st.n_next = 2*n; // tokens were removed
+    }
     // a stage with a next one keeps nearly all, and the bases are computed anew at its end
     if (n < st.n_next || (!cold && cache.store->stage() + 1 < cache.store->n_stage())) {
         return;
@@ -173,14 +185,20 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
                               const std::vector<problem> & due, const xkv_store::layout * next) {
     cache.store->own_bases(stream);
 
-    // as many at a time as there are threads for eigenproblems: each takes some megabytes
+    // as many at a time as there are threads for eigenproblems and memory for spaces
     const size_t n_thread = std::max(1, lctx->get_cparams().n_threads_batch);
-    for (size_t first = 0; first < due.size(); first += n_thread) {
-        const size_t n = std::min(n_thread, due.size() - first);
+
+    size_t n_bytes = 0;
+    for (const auto & pr : due) {
+        n_bytes = std::max(n_bytes, space_bytes(rank_of(pr, next)));
+    }
+    const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
+    for (size_t first = 0; first < due.size(); first += n_most) {
+        const size_t n = std::min(n_most, due.size() - first);
 
         std::vector<space> spaces(n);
         for (size_t i = 0; i < n; ++i) {
-            build_space(lctx, stream, jobs, due[first + i], spaces[i]);
+            build_space(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
         std::vector<char> solved(n);
         xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = solve(rank_of(due[first + i], next), spaces[i]); });

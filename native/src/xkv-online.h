@@ -9,14 +9,13 @@
 #include <vector>
 
 class llama_kv_cache_xkv;
-struct xkv_chunk;
 
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
-// Bases that follow the prompt. When the number of a stream's stored tokens has doubled, the tokens that are about to
-// leave the window show how much the bases lose on them. When that is more than calibration made expect, the bases are
-// computed anew from the calibrated covariance, the stored coefficients and these tokens; stored coefficients are
-// projected onto the new bases.
+// Bases that follow the prompt. At the end of a stage of the store they are computed anew from the calibrated covariance,
+// the stored coefficients and the tokens that are about to leave the window; stored coefficients are projected onto the
+// new bases. In the last stage that happens when the number of a stream's stored tokens has doubled, and the bases lose
+// more on the tokens about to leave than calibration made expect; without calibration in any stage, and always.
 //
 // The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it
 // (Rayleigh-Ritz): products with many rows run on the backend, the small eigenproblems in LAPACK.
@@ -86,7 +85,11 @@ private:
     void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
                 const xkv_store::layout * next);
 
-    void build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
+    // what an update to bases of a rank needs at most, about
+    static size_t space_bytes(uint32_t rank);
+
+    void build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
+                     space & sp);
     // adds the covariance of the tokens in the store
     void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
 

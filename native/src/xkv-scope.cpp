@@ -103,6 +103,9 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
 }
 
 static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & sidecar, xkv_config & config) {
+    if (params.n_stage > 0 && !params.stages) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stages is NULL, expected %u", params.n_stage);
+    }
     for (uint32_t i = 0; i < params.n_stage; ++i) {
         const auto & from = params.stages[i];
         if (from.n_slot == 0 || from.n_slot % XKV_SLOT_PAD != 0 || (i > 0 && from.n_slot <= params.stages[i - 1].n_slot)) {

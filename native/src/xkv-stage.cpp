@@ -2,10 +2,10 @@
 
 #include "xkv-codec.h"
 #include "xkv-error.h"
+#include "xkv-parallel.h"
 #include "xkv-store.h"
 
 #include "llama-impl.h"
-#include "llama-model.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -117,7 +117,7 @@ void xkv_store::make_arena() {
     full.stage = stages.size() - 1;
 
     place(std::move(full));
-    fill_bases(now);
+    fill_bases(now.groups, now.bases);
 }
 
 void xkv_store::place(layout && fresh) {
@@ -127,18 +127,16 @@ void xkv_store::place(layout && fresh) {
 
         ggml_tallocr alloc = ggml_tallocr_new(buf);
         for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-            if (ggml_tallocr_alloc(&alloc, t) != GGML_STATUS_SUCCESS) {
-                xkv_throw(XKV_STATUS_NO_MEMORY, "cannot place %s in the xkv store", ggml_get_name(t));
-            }
+            GGML_ASSERT(ggml_tallocr_alloc(&alloc, t) == GGML_STATUS_SUCCESS);
         }
     }
     now = std::move(fresh);
-    n_basis_change++;
+    n_tensor_change++;
 }
 
 void xkv_store::restart(uint32_t stage) {
     place(make_layout(stage));
-    fill_bases(now);
+    fill_bases(now.groups, now.bases);
     changed = false;
 }
 
@@ -167,4 +165,22 @@ void xkv_store::commit(const layout & next) {
         }
     }
     changed = true;
+}
+
+void xkv_store::carry_over(const layout & next, uint32_t stream, const std::vector<uint32_t> & chunks, int n_threads) const {
+    fill_bases(next.groups, next.bases);
+    for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
+        for (auto kd : { kind::K, kind::V }) {
+            const uint32_t rank_old = now.groups[ig].rank[kd];
+            const uint32_t rank     = next.groups[ig].rank[kd];
+            xkv_parallel(chunks.size(), n_threads, [&](size_t i) {
+                const auto         old = get_coef(kd, ig, stream, chunks[i]);
+                std::vector<float> coef((size_t) n_chunk*rank, 0.0f);
+                for (uint32_t t = 0; t < n_chunk; ++t) {
+                    std::copy_n(old.begin() + (size_t) t*rank_old, std::min(rank, rank_old), coef.begin() + (size_t) t*rank);
+                }
+                set_coef(kd, ig, stream, chunks[i], coef.data(), &next);
+            });
+        }
+    }
 }

@@ -117,7 +117,7 @@ std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, ui
     return res;
 }
 
-void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) {
+void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) const {
     const group & gr = (next ? *next : now).groups[ig];
 
     std::vector<uint8_t> data;

@@ -50,11 +50,11 @@ struct xkv_config {
 // Coefficients are laid out so that a page table can be put over them later: a slot is a token, a chunk is n_chunk
 // consecutive slots, and every tensor addresses it by its first slot. The directions of a group and kind are ordered by
 // variance and split into segments, one tensor and type each.
-//
-// All of them and the bases share one buffer per device, which a stage of the store divides: while few tokens are stored,
-// each has more directions and bits.
 //   K: one row per slot, so that a chunk is contiguous and a query meets it as one matrix
 //   V: one row per direction, so that a quantization block is one direction over the tokens of one chunk
+//
+// Coefficients and bases share one buffer per device, which a stage of the store divides: while few tokens are stored, each
+// has more directions and bits.
 class xkv_store {
 public:
     using kind = xkv_sidecar::kind;
@@ -117,13 +117,12 @@ public:
     // an empty store in another stage, with the calibrated bases
     void restart(uint32_t stage);
 
-    // Another stage, to be filled beside the present one by set_basis (or fill_bases) and set_coef, that then takes its
-    // place; throws xkv_error
+    // another stage, to be filled beside the present one by set_basis and set_coef, that then takes its place; throws xkv_error
     layout begin(uint32_t stage) const;
     void   commit(const layout & next);
 
-    // calibrated bases
-    void fill_bases(const layout & next) const { fill_bases(next.groups, next.bases); }
+    // fills it with the calibrated bases, and the coefficients of the chunks in a stream that keeps them
+    void carry_over(const layout & next, uint32_t stream, const std::vector<uint32_t> & chunks, int n_threads) const;
 
     // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
@@ -131,8 +130,8 @@ public:
     // true when none of the streams has bases of its own
     bool shares_bases(uint32_t s0, uint32_t n) const;
 
-    // grows whenever a stream gets or loses bases of its own, so that graphs that hold them are rebuilt
-    uint32_t n_change() const { return n_basis_change; }
+    // grows whenever a stream gets or loses bases of its own or the stage changes, so that graphs with old tensors are rebuilt
+    uint32_t n_change() const { return n_tensor_change; }
 
     // directions of a group as rows [rank, dim]
     std::vector<float> get_basis(kind kd, uint32_t ig, uint32_t stream) const;
@@ -146,7 +145,7 @@ public:
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     std::vector<float> get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
-    void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr);
+    void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
 
     void copy_stream(uint32_t src, uint32_t dst);
 
@@ -192,7 +191,7 @@ private:
     bool                                      changed = false; // a single stream has changed the calibrated bases
     std::vector<std::unique_ptr<own_bases_t>> own;             // per stream, empty while the calibrated ones are used
 
-    uint32_t n_basis_change = 0;
+    uint32_t n_tensor_change = 0;
 
     ggml_backend_buffer_type_t buft(uint32_t il) const;
     ggml_backend_dev_t         device(uint32_t il) const;

@@ -78,7 +78,7 @@ def test_fewer_tokens_are_more_exact(tiny: Callable[[str], Tiny], tokens: list[i
 def test_starts_again(online: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """A cleared or emptied cache gives what a new one gives."""
     one = tiny("llama")
-    given = params(one.bases(4, 64), COARSE, {256: FULL[:1], 512: ((128, "q4_0"),)}, online=online)
+    given = params(one.bases(4, 64), COARSE, {256: FULL, 512: ((128, "q4_0"),)}, online=online)
     with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
         first = ctx.feed(tokens[:900], 32)
         assert ctx.seq_rm(0, 0)
