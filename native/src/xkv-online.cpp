@@ -17,7 +17,7 @@ static const float XKV_ONLINE_EXCESS     = 0.05f;
 static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
 
 // of spaces at a time
-static const size_t XKV_ONLINE_BYTES = 256*1024*1024;
+static const size_t XKV_ONLINE_BYTES = 64*1024*1024;
 
 static float xkv_mean(const std::vector<float> & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
