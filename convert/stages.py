@@ -2,7 +2,7 @@
 
 A store that is allocated for n_ctx tokens is empty at first. In each of a few stages, the same bytes are divided among
 fewer tokens, which get more directions and more bits; a full stage is coded anew for the next one. So short contexts
-lose next to nothing, and bases are computed from tokens that are nearly exact.
+lose less, and bases are computed from tokens that were rounded finely.
 """
 
 from __future__ import annotations
