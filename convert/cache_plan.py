@@ -181,7 +181,9 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
 def _stages(stats: Statistics, shape: ModelShape, wishes: Wishes, plan: CachePlan) -> tuple[Stage, ...]:
     n_bytes = plan.total_bytes - window_bytes(shape, plan.layout) - mean_bytes(shape)
     bases = _bases(shape, wishes)
-    return plan_stages(stats, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, bases)
+    return plan_stages(
+        stats, shape, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, bases
+    )
 
 
 def _check_types(shape: ModelShape, wishes: Wishes) -> None:

@@ -14,7 +14,7 @@ from xkv_gguf.convert.fingerprint import read_model_header
 from xkv_gguf.convert.gguf_read import GgufFormatError, read_header
 from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.model_shape import find_shape, known_shape, model_shape
-from xkv_gguf.convert.plan import KINDS, distortion, energy_kept
+from xkv_gguf.convert.plan import KINDS, energy_kept
 from xkv_gguf.convert.sidecar import Sidecar, read_sidecar
 from xkv_gguf.convert.sidecar_info import FORMAT_VERSION, SUFFIX
 from xkv_gguf.convert.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, plain_bytes_per_token
@@ -179,7 +179,7 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
         "types_basis": [name for name in TYPES if any(s.type_basis == name for s in plan.segments)],
         "distortion": plan.distortion,
         "kld": plan.kld,
-        "stages": [{"n_slot": s.n_slot, "distortion": distortion(stats, s.segments)} for s in plan.stages],
+        "stages": [{"n_slot": s.n_slot, "distortion": s.distortion(stats)} for s in plan.stages],
         "groups": groups,
     }
 

@@ -1,8 +1,9 @@
 """How the bytes of a store are divided while it is not full. Pure functions.
 
 A store that is allocated for n_ctx tokens is empty at first. In each of a few stages, the same bytes are divided among
-fewer tokens, which get more directions and more bits; a full stage is coded anew for the next one. So short contexts
-lose less, and bases are computed from tokens that were rounded finely.
+fewer tokens, which get more directions and more bits; a full stage is coded anew for the next one. The first stage is
+plain: while K and V fit as they are, in 8 bits, they are kept so. Short contexts lose nothing there, cost what a q8_0
+cache does, and the first bases of the prompt are computed from tokens that are exact.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from xkv_gguf.convert.coef_types import QUANT_BLOCK, TYPES
 from xkv_gguf.convert.plan import Prices, Segment, Statistics, distortion, plan_segments
-from xkv_gguf.convert.sizes import SLOT_PAD
+from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
 LAST = 1.5
 """Tokens of the full store over those of the stage before, at whose end the last bases are computed: the later the
@@ -32,14 +34,21 @@ TENSOR_PAD = 128
 
 @dataclass(frozen=True)
 class Stage:
-    """Segments while at most `n_slot` tokens are stored."""
+    """What is stored while there are at most `n_slot` tokens: segments; without any, K and V themselves in `type`."""
 
     n_slot: int
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] = ()
+    type: str = "q8_0"
+
+    def distortion(self, stats: Statistics) -> float:
+        """Predicted, see `plan.distortion`."""
+        lost = distortion(stats, self.segments)
+        return lost if self.segments else lost * TYPES[self.type].noise
 
 
 def plan_stages(
     stats: Statistics,
+    shape: ModelShape,
     segments: Sequence[Segment],
     n_slot: int,
     n_bytes: int,
@@ -52,6 +61,7 @@ def plan_stages(
     Parameters
     ----------
     stats : Statistics
+    shape : ModelShape
     segments : sequence of Segment
         Of the full store.
     n_slot : int
@@ -73,14 +83,31 @@ def plan_stages(
     n_tensor = sum((1 + stats.count[g]) * max_segments for g in range(len(stats.first))) * 2
     budget = n_bytes - TENSOR_PAD * n_tensor
     lost = full = distortion(stats, segments)
+    plain = _plain_stage(shape, n_bytes)
+    fewest = max(FEWEST, LAST * plain.n_slot if plain else 0)
     found: list[Stage] = []
     size = int(n_slot / LAST)
-    while size >= FEWEST and lost > NEGLIGIBLE * full:
+    while size >= fewest and lost > NEGLIGIBLE * full:
         size -= size % SLOT_PAD
-        stage = plan_segments(stats, types, max_segments, Prices(size, bases), budget)
-        if stage is None or distortion(stats, stage) > lost:
+        fresh = plan_segments(stats, types, max_segments, Prices(size, bases), budget)
+        if fresh is None or distortion(stats, fresh) > lost:
             break
-        lost = distortion(stats, stage)
-        found.append(Stage(size, stage))
+        lost = distortion(stats, fresh)
+        found.append(Stage(size, fresh))
         size = int(size / GROWTH)
+    if plain and plain.n_slot < n_slot and plain.distortion(stats) <= lost:
+        found.append(plain)
     return tuple(reversed(found))
+
+
+def _plain_stage(shape: ModelShape, n_bytes: int) -> Stage | None:
+    """K and V as they are, and a unit matrix for each size of a layer in place of bases; None where nothing fits."""
+    embd = shape.embd_k + shape.embd_v
+    if any(n % QUANT_BLOCK for n in embd):
+        return None
+    type_name = "q8_0" if shape.quantizable else "f16"
+    units = sum(n * n for n in set(embd)) * TYPES["f32"].bytes
+    budget = n_bytes - units - TENSOR_PAD * 2 * len(embd)
+    n_slot = int(budget / (shape.numbers * TYPES[type_name].bytes))
+    n_slot -= n_slot % SLOT_PAD
+    return Stage(n_slot, type=type_name) if n_slot >= FEWEST else None

@@ -155,9 +155,11 @@ def scope(params: ScopeParams) -> Iterator[None]:
     sidecar = api.ffi.NULL if params.sidecar is None else api.ffi.new("char[]", os.fsencode(params.sidecar))
     first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
     segments = _segments(api, params.segments)
-    early = [_segments(api, stage.segments) for stage in params.stages]
-    sizes = [stage.n_slot for stage in params.stages]
-    stages = api.ffi.new("struct xkv_stage[]", [(n, s, len(s)) for n, s in zip(sizes, early, strict=True)])
+    early = [_segments(api, stage.segments) if stage.segments else api.ffi.NULL for stage in params.stages]
+    stages = api.ffi.new(
+        "struct xkv_stage[]",
+        [(s.n_slot, e, len(s.segments), GGML_TYPES[s.type]) for s, e in zip(params.stages, early, strict=True)],
+    )
     fields: dict[str, Any] = {
         "sidecar": sidecar,
         "first": first,

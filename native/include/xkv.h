@@ -49,8 +49,9 @@ struct xkv_segment {
 // A division of the same bytes for at most n_slot tokens: they get more directions and bits than those of a full store.
 struct xkv_stage {
     uint32_t                   n_slot; // a multiple of 256
-    const struct xkv_segment * segments;
+    const struct xkv_segment * segments; // NULL, for the first stage only: K and V as they are, without bases
     uint32_t                   n_segment;
+    int32_t                    type; // ggml_type of K and V without segments: F32, F16, Q8_0
 };
 
 // How the next llama_context of this thread keeps its KV cache. Sizes are in tokens. The context's type_k and type_v are
@@ -140,6 +141,10 @@ int xkv_capture_add(struct xkv_capture * capture, int32_t seq_id);
 // gram [D*D] row-major sum of x x^T, sum [D] sum of x, n_tokens: tokens added
 int xkv_capture_read(const struct xkv_capture * capture, uint32_t group, int32_t kind,
                      double * gram, double * sum, uint64_t * n_tokens);
+
+// energy [n_embd_k]: mean square of the queries that met each number of a layer's K since the capture began, the same for both
+// numbers that RoPE turns together
+int xkv_capture_read_queries(const struct xkv_capture * capture, uint32_t layer, double * energy);
 
 // CFFI-END
 

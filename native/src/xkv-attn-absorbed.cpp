@@ -55,6 +55,9 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
         const auto & seg = gr.segments[xkv_store::kind::K][is];
 
         ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
+        if (!basis) {
+            continue;
+        }
         basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
 
         ggml_tensor * coef = seg.coef;
@@ -93,13 +96,16 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
     for (size_t is = 0; is < gr.segments[xkv_store::kind::V].size(); ++is) {
         const auto & seg = gr.segments[xkv_store::kind::V][is];
 
+        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
+        if (!basis) {
+            continue;
+        }
         ggml_tensor * coef = seg.coef;
         coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
                             (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
         ggml_tensor * t = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
         t = ggml_reshape_4d(ctx, t, seg.rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
 
-        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
         basis = ggml_view_3d(ctx, basis, seg.rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
 
         t = ggml_mul_mat(ctx, basis, t);

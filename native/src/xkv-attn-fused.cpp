@@ -69,18 +69,23 @@ static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head,
 
     for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
         for (uint32_t s = stream_0; s < stream_0 + n_stream; ++s) {
+            l.rank[kd] = 0;
             for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
                 const auto &        seg   = gr.segments[kd][is];
                 const ggml_tensor * coef  = seg.coef;
                 const ggml_tensor * basis = store.basis(kd, il, is, s);
 
-                res->segments[kd].push_back({ seg.first, seg.rank, { (const char *) coef->data + s*coef->nb[2], coef->type, coef->nb[1] },
+                if (!basis) {
+                    continue;
+                }
+                res->segments[kd].push_back({ l.rank[kd], seg.rank, { (const char *) coef->data + s*coef->nb[2], coef->type, coef->nb[1] },
                                               { (const char *) basis->data, basis->type, basis->nb[1] } });
+                l.rank[kd] += seg.rank;
             }
         }
         // without stored tokens there is nothing to go through
-        l.rank     [kd] = inp->n_slot > 0 ? gr.rank[kd] : 0;
-        l.n_segment[kd] = gr.segments[kd].size();
+        l.rank     [kd] = inp->n_slot > 0 ? l.rank[kd] : 0;
+        l.n_segment[kd] = res->segments[kd].size()/n_stream;
         l.segments [kd] = res->segments[kd].data();
     }
     inp->layers.push_back(res);

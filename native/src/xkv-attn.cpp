@@ -141,21 +141,16 @@ static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
 // materialized
 //
 
-// coefficients of the segments of a group, f32 [rank, n_slot, 1, n_stream] each
-static const std::vector<ggml_tensor *> & xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, uint32_t ig) {
-    auto & res = inp->coef[kd][ig];
-    if (!res.empty()) {
-        return res;
-    }
-    const int64_t n_stream = inp->mctx->get_n_stream();
-    for (const auto & seg : inp->mctx->xkv->store->groups()[ig].segments[kd]) {
-        ggml_tensor * t = seg.coef;
-
-        const int64_t ne0 = kd == xkv_store::kind::K ? seg.rank    : inp->n_slot;
-        const int64_t ne1 = kd == xkv_store::kind::K ? inp->n_slot : seg.rank;
-        t = ggml_view_4d(ctx, t, ne0, ne1, 1, n_stream, t->nb[1], t->nb[2], t->nb[2], inp->mctx->get_stream_0()*t->nb[2]);
-        t = ggml_cast(ctx, t, GGML_TYPE_F32);
-        res.push_back(kd == xkv_store::kind::K ? t : ggml_cont(ctx, ggml_transpose(ctx, t)));
+// coefficients of a segment, f32 [rank, n_slot, 1, n_stream]
+static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_tensor * coef) {
+    auto & res = inp->coef[coef];
+    if (!res) {
+        const int64_t n_stream = inp->mctx->get_n_stream();
+        const int64_t ne0      = kd == xkv_store::kind::K ? coef->ne[0] : inp->n_slot;
+        const int64_t ne1      = kd == xkv_store::kind::K ? inp->n_slot : coef->ne[1];
+        res = ggml_view_4d(ctx, coef, ne0, ne1, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2], inp->mctx->get_stream_0()*coef->nb[2]);
+        res = ggml_cast(ctx, res, GGML_TYPE_F32);
+        res = kd == xkv_store::kind::K ? res : ggml_cont(ctx, ggml_transpose(ctx, res));
     }
     return res;
 }
@@ -170,13 +165,16 @@ static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_i
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_stream    = inp->mctx->get_n_stream();
 
-    const auto & coef = xkv_coef(ctx, inp, kd, l.ig);
+    const auto & segments = xkv.store->groups()[l.ig].segments[kd];
 
     ggml_tensor * x = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
         ggml_tensor * res = nullptr; // [n_embd, n_slot, 1, span]
-        for (size_t is = 0; is < coef.size(); ++is) {
-            ggml_tensor * t = xkv_from_coef(ctx, kd, xkv_basis(inp->mctx, kd, il, is, span), xkv_view_span(ctx, coef[is], span));
-            res = res ? ggml_add(ctx, res, t) : t;
+        for (size_t is = 0; is < segments.size(); ++is) {
+            if (ggml_tensor * basis = xkv_basis(inp->mctx, kd, il, is, span)) {
+                ggml_tensor * t = xkv_view_span(ctx, xkv_coef(ctx, inp, kd, segments[is].coef), span);
+                t   = xkv.store->plain() ? t : xkv_from_coef(ctx, kd, basis, t);
+                res = res ? ggml_add(ctx, res, t) : t;
+            }
         }
         return res;
     });
@@ -210,6 +208,20 @@ static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_g
 // hooks
 //
 
+ggml_tensor * xkv_scale_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * k_cur, int il) {
+    ggml_tensor * scale = mctx->xkv->store->layers[il].scale_k;
+    return ggml_mul(ctx, k_cur, ggml_reshape_2d(ctx, scale, k_cur->ne[0], k_cur->ne[1]));
+}
+
+// q [n_embd_head, n_head, n_tokens] by the scale of the KV head that it meets
+static ggml_tensor * xkv_unscale_q(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * q, int64_t n_head_kv, int il) {
+    ggml_tensor * scale = ggml_reshape_3d(ctx, mctx->xkv->store->layers[il].scale_k, q->ne[0], 1, n_head_kv);
+
+    ggml_tensor * res = ggml_is_contiguous(q) ? q : ggml_cont(ctx, q);
+    res = ggml_div(ctx, ggml_reshape_4d(ctx, res, q->ne[0], q->ne[1]/n_head_kv, n_head_kv, q->ne[2]), scale);
+    return ggml_reshape_3d(ctx, res, q->ne[0], q->ne[1], q->ne[2]);
+}
+
 ggml_tensor * xkv_center_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il) {
     ggml_tensor * mean = mctx->xkv->store->layers[il].mean_v;
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
@@ -234,6 +246,8 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         ggml_tensor * mask = inp_kv->get_kq_mask();
         inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
     }
+
+    q = xkv_unscale_q(gctx.ctx0, mctx, q, k->ne[1], il);
 
     auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(mctx, il) ? xkv_attn_fused : xkv_attn_absorbed;
 
@@ -261,6 +275,9 @@ uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
     for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
         uint32_t n_segment = 0;
         for (const auto & stage : xkv->config.stages) {
+            if (stage.plain()) {
+                continue; // one per layer
+            }
             n_segment = std::max<uint32_t>(n_segment, stage.segments[0][ig].size() + stage.segments[1][ig].size());
         }
         const uint32_t n_span = xkv->config.online ? store.n_stream : 1;

@@ -25,7 +25,7 @@ public:
     // nodes that are built once per graph
     ggml_tensor * mask_all = nullptr; // mask of store and window
 
-    std::map<uint32_t, std::vector<ggml_tensor *>> coef[2]; // per kind, group and segment: f32 [rank, n_slot, 1, n_stream]
+    std::map<const ggml_tensor *, ggml_tensor *> coef; // per segment: f32 [rank, n_slot, 1, n_stream]
 
     // what fused ops read
     std::vector<uint32_t>              fill;   // [n_frame*n_stream] tokens in the chunk

@@ -35,6 +35,40 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
     return res;
 }
 
+xkv_store::basis_set xkv_store::make_units(const std::vector<group> & groups, const ctx_of_t & ctx_of) const {
+    std::map<std::pair<ggml_context *, uint32_t>, ggml_tensor *> units; // layers of one device and size share one
+
+    basis_set res;
+    for (auto kd : { kind::K, kind::V }) {
+        for (uint32_t il = 0; il < layers.size(); ++il) {
+            const auto & gr   = groups[layers[il].ig];
+            auto &       unit = units[{ ctx_of(gr.first), gr.segments[kd][il - gr.first].rank }];
+            if (!unit) {
+                const uint32_t n = gr.segments[kd][il - gr.first].rank;
+                unit = ggml_new_tensor_2d(ctx_of(gr.first), XKV_TYPE_UNIT, n, n);
+                ggml_format_name(unit, "xkv_unit_%u", n);
+            }
+            std::vector<ggml_tensor *> list(gr.count, nullptr);
+            list[il - gr.first] = unit;
+            res.tensors[kd].push_back(std::move(list));
+        }
+    }
+    return res;
+}
+
+void xkv_store::fill_units(const layout & l) const {
+    for (const auto & per_layer : l.bases.tensors) {
+        for (uint32_t il = 0; il < layers.size(); ++il) {
+            ggml_tensor *      t = per_layer[il][il - l.groups[layers[il].ig].first];
+            std::vector<float> data(ggml_nelements(t), 0.0f);
+            for (int64_t i = 0; i < t->ne[0]; ++i) {
+                data[i*t->ne[0] + i] = 1.0f;
+            }
+            ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+        }
+    }
+}
+
 // where the number of direction r of a segment for number i of a layer stands in its basis
 static size_t xkv_basis_index(const ggml_tensor * t, xkv_store::kind kd, uint32_t r, uint32_t i) {
     return kd == xkv_store::kind::K ? (size_t) r*t->ne[0] + i : (size_t) i*t->ne[0] + r;
@@ -69,6 +103,12 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     const uint32_t dim = gr.dim[kd];
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
+    if (now.plain) {
+        for (uint32_t i = 0; i < dim; ++i) {
+            rows[(size_t) i*dim + i] = 1.0f;
+        }
+        return rows;
+    }
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment &     seg    = gr.segments[kd][is];
@@ -129,20 +169,20 @@ void xkv_store::reset_bases(uint32_t stream) {
         own[stream].reset();
         n_tensor_change++;
     } else if (changed) {
-        fill_bases(now.groups, now.bases);
+        fill_bases(now);
         changed = false;
     }
 }
 
-void xkv_store::fill_bases(const std::vector<group> & groups, const basis_set & bases) const {
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        const group & gr = groups[ig];
+void xkv_store::fill_bases(const layout & l) const {
+    if (l.plain) {
+        fill_units(l);
+        return;
+    }
+    for (size_t ig = 0; ig < l.groups.size(); ++ig) {
+        const group & gr = l.groups[ig];
         for (auto kd : { kind::K, kind::V }) {
-            const uint32_t n_row = std::min(gr.rank[kd], gr.dim[kd]);
-
-            auto rows = sidecar.basis(ig, kd, n_row);
-            rows.resize((size_t) gr.rank[kd]*gr.dim[kd], 0.0f);
-            write_basis(groups, bases, kd, ig, rows);
+            write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, gr.rank[kd]));
         }
     }
 }
@@ -153,8 +193,9 @@ void xkv_store::fill_means() {
     for (size_t ig = 0; ig < now.groups.size(); ++ig) {
         const group & gr = now.groups[ig];
 
-        const auto mean_k = sidecar.mean(ig, kind::K);
-        const auto mean_v = sidecar.mean(ig, kind::V);
+        const auto scale_k = sidecar.scale(ig);
+        const auto mean_k  = sidecar.mean(ig, kind::K);
+        const auto mean_v  = sidecar.mean(ig, kind::V);
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
             const layer &  l          = layers[il];
             const float *  v          = mean_v.data() + l.off[kind::V];
@@ -165,6 +206,7 @@ void xkv_store::fill_means() {
                 const float * head = v + (size_t) (h/hparams.n_gqa(il))*n_head_dim;
                 mean_o.insert(mean_o.end(), head, head + n_head_dim);
             }
+            ggml_backend_tensor_set(l.scale_k, scale_k.data() + l.off[kind::K], 0, ggml_nbytes(l.scale_k));
             ggml_backend_tensor_set(l.mean_k, mean_k.data() + l.off[kind::K], 0, ggml_nbytes(l.mean_k));
             ggml_backend_tensor_set(l.mean_v, v,                              0, ggml_nbytes(l.mean_v));
             ggml_backend_tensor_set(l.mean_o, mean_o.data(),                  0, ggml_nbytes(l.mean_o));

@@ -107,7 +107,8 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
 
         ggml_tensor * coef[2] = { nullptr, nullptr }; // [rank, n]
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+            coef[kd] = store.plain() ? build_group(graph, kd, ig, stream, inp_cells, inp_origin) : nullptr;
+            for (uint32_t il = gr.first; !store.plain() && il < gr.first + gr.count; ++il) {
                 ggml_tensor * x     = build_layer(ctx, kd, il, stream, inp_cells, inp_origin);
                 ggml_tensor * x_all = nullptr;
                 for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
@@ -153,9 +154,13 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
                 ggml_tensor * x = nullptr; // [n_embd, n]
                 for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-                    const auto & seg = gr.segments[kd][is];
+                    const auto &  seg   = gr.segments[kd][is];
+                    ggml_tensor * basis = store.basis(kd, il, is, stream);
+                    if (!basis) {
+                        continue;
+                    }
                     ggml_tensor * x_seg = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
-                    x_seg = xkv_from_coef(ctx, kd, store.basis(kd, il, is, stream), x_seg);
+                    x_seg = store.plain() ? x_seg : xkv_from_coef(ctx, kd, basis, x_seg);
                     x     = x ? ggml_add(ctx, x, x_seg) : x_seg;
                 }
                 if (kd == xkv_store::kind::K) {

@@ -13,8 +13,8 @@ extern "C" {
 void XKV_LAPACK(sgeqrf)(const int * m, const int * n, float * a, const int * lda, float * tau, float * work, const int * lwork, int * info);
 void XKV_LAPACK(sorgqr)(const int * m, const int * n, const int * k, float * a, const int * lda, const float * tau, float * work,
                         const int * lwork, int * info);
-void XKV_LAPACK(ssygvd)(const int * itype, const char * jobz, const char * uplo, const int * n, float * a, const int * lda, float * b,
-                        const int * ldb, float * w, float * work, const int * lwork, int * iwork, const int * liwork, int * info);
+void XKV_LAPACK(ssyevd)(const char * jobz, const char * uplo, const int * n, float * a, const int * lda, float * w, float * work,
+                        const int * lwork, int * iwork, const int * liwork, int * info);
 }
 
 // problems are solved side by side, one thread each
@@ -40,26 +40,25 @@ bool xkv_orthonormalize(std::vector<float> & rows, int n, int dim) {
     return info == 0;
 }
 
-bool xkv_eigen(std::vector<float> & a, std::vector<float> b, int n) {
+bool xkv_eigen(std::vector<float> & a, int n, std::vector<float> & values) {
     xkv_one_thread();
-
-    const int itype = 1;
 
     int              info   = 0;
     int              lwork  = -1;
     int              liwork = -1;
     float            size   = 0.0f;
     int              isize  = 0;
-    std::vector<float> w(n);
-    XKV_LAPACK(ssygvd)(&itype, "V", "U", &n, a.data(), &n, b.data(), &n, w.data(), &size, &lwork, &isize, &liwork, &info);
+    values.resize(n);
+    XKV_LAPACK(ssyevd)("V", "U", &n, a.data(), &n, values.data(), &size, &lwork, &isize, &liwork, &info);
     lwork  = (int) size;
     liwork = isize;
     std::vector<float> work(lwork);
     std::vector<int>   iwork(liwork);
-    XKV_LAPACK(ssygvd)(&itype, "V", "U", &n, a.data(), &n, b.data(), &n, w.data(), work.data(), &lwork, iwork.data(), &liwork, &info);
+    XKV_LAPACK(ssyevd)("V", "U", &n, a.data(), &n, values.data(), work.data(), &lwork, iwork.data(), &liwork, &info);
     if (info != 0) {
         return false;
     }
+    std::reverse(values.begin(), values.end());
     // eigenvectors ascend, one per LAPACK column, which is a row here
     for (int i = 0; i < n/2; ++i) {
         std::swap_ranges(a.begin() + (size_t) i*n, a.begin() + (size_t) (i + 1)*n, a.begin() + (size_t) (n - 1 - i)*n);

@@ -1,6 +1,7 @@
 // How tokens leave the window for the store.
 
 #include "xkv-cache.h"
+#include "xkv-carry.h"
 #include "xkv-error.h"
 #include "xkv-flush.h"
 #include "xkv-online.h"
@@ -130,10 +131,16 @@ void llama_kv_cache_xkv::find_chunks(uint32_t stream, std::vector<xkv_flush_job>
 
 void llama_kv_cache_xkv::enter_stage(uint32_t stream, uint32_t stage, const std::vector<uint32_t> & used, const std::vector<xkv_flush_job> & jobs) {
     const auto next = store->begin(stage);
+    xkv_graph  graph;
     if (online) {
         online->enter_stage(lctx, stream, jobs, next);
     } else {
-        store->carry_over(next, stream, used, cparams.n_threads_batch);
+        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
+            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+                const auto turn = store->plain() ? sidecar->basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
+                xkv_carry_over(graph, lctx, *store, kd, ig, stream, used, turn, &next);
+            }
+        }
     }
     store->commit(next);
     if (online) {

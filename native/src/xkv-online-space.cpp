@@ -3,8 +3,9 @@
 #include "xkv-online.h"
 
 #include "xkv-cache.h"
+#include "xkv-carry.h"
+#include "xkv-error.h"
 #include "xkv-lapack.h"
-#include "xkv-parallel.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -21,14 +22,8 @@ static const float XKV_ONLINE_PRIOR = 0.98f;
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 64;
 
-// what is added to the squared lengths of directions that are nearly dependent
-static const float XKV_ONLINE_RIDGE = 1e-3f;
-
 // Eigenproblems up to this size cost little; a larger one leaves out what the next basis will hardly have room for.
 static const uint32_t XKV_ONLINE_SMALL = 1024;
-
-// stored tokens that are projected anew in one graph: bounds its scratch
-static const uint32_t XKV_ONLINE_BLOCK = 1024;
 
 static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
     return ggml_cont(ctx, ggml_transpose(ctx, x));
@@ -41,80 +36,100 @@ static uint32_t xkv_n_kept(uint32_t rank) {
 
 size_t xkv_online_bases::space_bytes(uint32_t rank) {
     const size_t n = xkv_n_kept(rank) + XKV_ONLINE_NEW;
-    return 6*n*n*sizeof(float); // rows, gram and its copy, covariance, LAPACK's two
+    return 6*n*n*sizeof(float); // rows, meet and its input, covariance, LAPACK's two
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
     return (next ? next->groups : cache.store->groups())[pr.ig].rank[pr.kd];
 }
 
-void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
-    const auto &   store = *cache.store;
-    const auto &   gr    = store.groups()[pr.ig];
-    const uint32_t dim   = gr.dim[pr.kd];
-    const auto &   st    = states[stream];
+std::vector<float> xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const {
+    const auto & store = *cache.store;
+    const auto & gr    = store.groups()[pr.ig];
 
+    auto res = store.plain() && n_row < gr.dim[pr.kd] ? cache.sidecar->basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
+    res.resize((size_t) n_row*gr.dim[pr.kd], 0.0f);
+    return res;
+}
+
+void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
+    const auto &   store = *cache.store;
+    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
+    const bool     cold  = !cache.sidecar->calibrated();
+
+    // the old basis: of a plain store, all numbers, or as many calibrated directions as are worth it
+    sp.n_old = std::min(states[stream].n_dir[pr.kd][pr.ig], xkv_n_kept(rank));
+    if (store.plain()) {
+        sp.n_old = dim <= xkv_n_kept(rank) ? dim : cold ? 0 : xkv_n_kept(rank);
+    }
+    sp.n    = sp.n_old;
+    sp.rows = rows_of(stream, pr, sp.n_old);
+    sp.unit = store.plain() && sp.n == dim;
+
+    // the main directions of what it misses in the tokens
     uint32_t n_token = 0;
     for (const auto & job : jobs) {
         n_token += job.cells.size();
     }
-
-    // the old basis, and the main directions of what it misses in the tokens
-    sp.n_old = std::min(st.n_dir[pr.kd][pr.ig], xkv_n_kept(rank));
-    sp.rows  = store.get_basis(pr.kd, pr.ig, stream);
-    sp.rows.resize((size_t) sp.n_old*dim);
-
-    const uint32_t n_room = dim - std::min(dim, sp.n_old);
-    const uint32_t n_new  = std::min({ n_room, n_token, cache.sidecar->calibrated() ? XKV_ONLINE_NEW : gr.rank[pr.kd] });
-    if (n_new > 0) {
-        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
-        ggml_context * ctx = graph.ctx();
-
-        std::mt19937                    rng(pr.ig);
-        std::normal_distribution<float> normal;
-        std::vector<float>              omega((size_t) n_token*n_new);
-        std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
-
-        ggml_tensor * z = input_tokens(stream, jobs, pr); // [dim, n_token]
-        if (sp.n_old > 0) {
-            ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
-            ggml_tensor * a = ggml_mul_mat(ctx, b, z);                              // [n_old, n_token]
-            z = ggml_sub(ctx, z, ggml_mul_mat(ctx, xkv_transposed(ctx, b), a));
-        }
-        ggml_tensor * zt = xkv_transposed(ctx, z);                                  // [n_token, dim]
-        ggml_tensor * y  = graph.input(n_token, n_new, std::move(omega));
-        y = ggml_mul_mat(ctx, zt, y);                                               // [dim, n_new]
-        y = ggml_mul_mat(ctx, z,  y);                                               // [n_token, n_new], a power iteration
-        y = ggml_mul_mat(ctx, zt, y);
-        graph.output(y);
-        graph.run();
-
-        auto rows = graph.read(y);
-        if (xkv_orthonormalize(rows, n_new, dim)) {
-            sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
-        }
+    const uint32_t n_new = std::min({ dim - std::min(dim, sp.n_old), n_token, cold ? rank : XKV_ONLINE_NEW });
+    if (n_new == 0) {
+        return;
     }
-    sp.n = sp.rows.size()/dim;
-
-    // Covariances in that space. The tokens that were stored since the last update are known in the old directions only:
-    // in the new ones, the tokens at hand stand for them.
     graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
     ggml_context * ctx = graph.ctx();
 
-    const auto chunks = stored_chunks(stream);
+    std::mt19937                    rng(pr.ig);
+    std::normal_distribution<float> normal;
+    std::vector<float>              omega((size_t) n_token*n_new);
+    std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
 
+    ggml_tensor * z = input_tokens(stream, jobs, pr); // [dim, n_token]
+    if (sp.n_old > 0) {
+        ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
+        ggml_tensor * a = ggml_mul_mat(ctx, b, z);                              // [n_old, n_token]
+        z = ggml_sub(ctx, z, ggml_mul_mat(ctx, xkv_transposed(ctx, b), a));
+    }
+    ggml_tensor * zt = xkv_transposed(ctx, z);                                  // [n_token, dim]
+    ggml_tensor * y  = graph.input(n_token, n_new, std::move(omega));
+    y = ggml_mul_mat(ctx, zt, y);                                               // [dim, n_new]
+    y = ggml_mul_mat(ctx, z,  y);                                               // [n_token, n_new], a power iteration
+    y = ggml_mul_mat(ctx, zt, y);
+    graph.output(y);
+    graph.run();
+
+    const auto rows = graph.read(y);
+    sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
+    sp.n += n_new;
+}
+
+void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
+    const auto &   store  = *cache.store;
+    const auto &   gr     = store.groups()[pr.ig];
+    const uint32_t dim    = gr.dim[pr.kd];
+    const auto     chunks = stored_chunks(stream);
+
+    uint32_t n_token  = 0;
     uint32_t n_stored = 0;
+    for (const auto & job : jobs) {
+        n_token += job.cells.size();
+    }
     for (uint32_t ic : chunks) {
         n_stored += cache.get_chunks(stream)[ic].n;
     }
+
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
+    ggml_context * ctx  = graph.ctx();
+    ggml_tensor *  s    = sp.unit ? nullptr : graph.input(dim, sp.n, sp.rows);
+    const auto     into = [&](ggml_tensor * x) { return s ? ggml_mul_mat(ctx, s, x) : x; }; // [n, ...]
+
+    // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
+    // at hand stand for them.
     std::vector<float> scale(sp.n, 1.0f);
-    std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_stored - std::min(n_stored, st.n_update[pr.kd][pr.ig]) + n_token)/n_token));
-
-    ggml_tensor * s    = graph.input(dim, sp.n, sp.rows);
-    ggml_tensor * gram = ggml_mul_mat(ctx, s, s);
-
-    ggml_tensor * x = ggml_mul_mat(ctx, s, input_tokens(stream, jobs, pr)); // [n, n_token]
-    x = ggml_mul(ctx, x, graph.input(sp.n, 1, std::move(scale)));
+    if (!store.plain()) {
+        const uint32_t n_since = n_stored - std::min(n_stored, states[stream].n_update[pr.kd][pr.ig]);
+        std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_since + n_token)/n_token));
+    }
+    ggml_tensor * x = ggml_mul(ctx, into(input_tokens(stream, jobs, pr)), graph.input(sp.n, 1, std::move(scale)));
     x = xkv_transposed(ctx, x);
     ggml_tensor * cov = ggml_mul_mat(ctx, x, x);
 
@@ -131,16 +146,23 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
             const float f = sqrtf(variance[i]*cache.config.n_prior);
             std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
         }
-        ggml_tensor * p = ggml_mul_mat(ctx, graph.input(dim, n_row, std::move(rows)), s); // [n_row, n]
+        ggml_tensor * p = xkv_transposed(ctx, into(graph.input(dim, n_row, std::move(rows)))); // [n_row, n]
         cov = ggml_add(ctx, cov, ggml_mul_mat(ctx, p, p));
     }
-    graph.output(gram);
     graph.output(cov);
-    graph.run();
-    sp.gram = graph.read(gram);
-    sp.cov  = graph.read(cov);
 
-    if (sp.n_old > 0 && !chunks.empty()) {
+    // the space's rows times the directions of stored coefficients
+    if (!store.plain() && sp.n_old > 0) {
+        ggml_tensor * meet = ggml_mul_mat(ctx, graph.input(dim, sp.n_old, rows_of(stream, pr, sp.n_old)), s); // [n_old, n]
+        graph.output(meet);
+        graph.run();
+        sp.meet = graph.read(meet);
+    } else {
+        graph.run();
+    }
+    sp.cov = graph.read(cov);
+
+    if (!chunks.empty() && (store.plain() || sp.n_old > 0)) {
         add_stored(lctx, stream, pr, chunks, sp);
     }
 }
@@ -148,11 +170,15 @@ void xkv_online_bases::build_space(llama_context * lctx, uint32_t stream, const 
 void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp) {
     const auto &   store   = *cache.store;
     const uint32_t rank    = store.groups()[pr.ig].rank[pr.kd];
-    const uint32_t n_block = XKV_ONLINE_BLOCK/store.n_chunk;
+    const size_t   n_block = XKV_CARRY_BLOCK/store.n_chunk;
+    const uint32_t n_sum   = store.plain() ? sp.n : sp.n_old;
 
-    std::vector<float> sum((size_t) sp.n_old*sp.n_old, 0.0f); // of a a^T
+    const auto add = [](std::vector<float> & sum, const std::vector<float> & x) {
+        std::transform(x.begin(), x.end(), sum.begin(), sum.begin(), std::plus<float>());
+    };
+    std::vector<float> sum((size_t) n_sum*n_sum, 0.0f); // of a a^T; of a plain store, in the space already
     for (size_t i = 0; i < chunks.size(); i += n_block) {
-        const size_t n_now = std::min<size_t>(n_block, chunks.size() - i);
+        const size_t n_now = std::min(n_block, chunks.size() - i);
 
         std::vector<float> coef;
         for (size_t j = i; j < i + n_now; ++j) {
@@ -165,34 +191,74 @@ void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const p
 
         const int64_t n = coef.size()/rank;
         ggml_tensor * a = graph.input(rank, n, std::move(coef));
-        a = xkv_transposed(ctx, ggml_view_2d(ctx, a, sp.n_old, n, a->nb[1], 0));
+        if (!store.plain()) {
+            a = ggml_view_2d(ctx, a, sp.n_old, n, a->nb[1], 0);
+        } else if (!sp.unit) {
+            a = ggml_mul_mat(ctx, graph.input(rank, sp.n, sp.rows), a);
+        }
+        a = xkv_transposed(ctx, a);
         ggml_tensor * c = ggml_mul_mat(ctx, a, a);
         graph.output(c);
         graph.run();
-        const auto part = graph.read(c);
-        std::transform(part.begin(), part.end(), sum.begin(), sum.begin(), std::plus<float>());
+        add(sum, graph.read(c));
     }
-
-    // to the space, with the gram of old directions with all: [n_old, n]
-    std::vector<float> g((size_t) sp.n*sp.n_old);
-    for (uint32_t r = 0; r < sp.n; ++r) {
-        std::copy_n(sp.gram.begin() + (size_t) r*sp.n, sp.n_old, g.begin() + (size_t) r*sp.n_old);
+    if (!store.plain()) {
+        graph.begin(lctx, 64);
+        ggml_tensor * s = graph.input(sp.n_old, sp.n, sp.meet);
+        ggml_tensor * t = ggml_mul_mat(graph.ctx(), graph.input(sp.n_old, sp.n_old, std::move(sum)), s); // [n_old, n]
+        t = ggml_mul_mat(graph.ctx(), s, t);
+        graph.output(t);
+        graph.run();
+        sum = graph.read(t);
     }
-    graph.begin(lctx, 64);
-    ggml_tensor * s = graph.input(sp.n_old, sp.n, std::move(g));
-    ggml_tensor * t = ggml_mul_mat(graph.ctx(), graph.input(sp.n_old, sp.n_old, std::move(sum)), s); // [n_old, n]
-    t = ggml_mul_mat(graph.ctx(), s, t);
-    graph.output(t);
-    graph.run();
-    const auto part = graph.read(t);
-    std::transform(part.begin(), part.end(), sp.cov.begin(), sp.cov.begin(), std::plus<float>());
+    add(sp.cov, sum);
 }
 
-void xkv_online_bases::keep(uint32_t rank, space & sp) {
-    sp.combos.assign((size_t) rank*sp.n, 0.0f);
-    for (uint32_t r = 0; r < std::min(rank, sp.n); ++r) {
-        sp.combos[(size_t) r*sp.n + r] = 1.0f;
+bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
+    const auto & store    = *cache.store;
+    const auto   kept_now = kept(store.groups(), pr);
+    const auto   kept_new = kept(next.groups,    pr);
+    if (store.plain()) {
+        return true;
     }
+
+    double gain = 0.0;
+    double lost = 0.0;
+    for (uint32_t i = 0; i < kept_new.size(); ++i) {
+        gain += i < sp.n     ? sp.values  [i]*kept_new[i] : 0.0;
+        gain -= i < sp.n_old ? sp.variance[i]*kept_new[i] : 0.0;
+        // what keeps its place and type is not rounded again
+        lost += i < sp.n_old && kept_now[i] == kept_new[i] ? sp.variance[i]*(1.0f - kept_now[i]) : 0.0;
+    }
+    uint32_t n_stored = 0;
+    for (uint32_t ic : stored_chunks(stream)) {
+        n_stored += cache.get_chunks(stream)[ic].n;
+    }
+    return gain*store.stage_slots(next.stage) > lost*n_stored;
+}
+
+void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
+    auto & store = *cache.store;
+
+    const uint32_t rank = rank_of(pr, &next);
+    std::vector<float> turn;
+    if (store.plain()) {
+        if (!cache.sidecar->calibrated()) {
+            xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
+                      pr.kd == kind::K ? 'K' : 'V', pr.ig);
+        }
+        turn = cache.sidecar->basis(pr.ig, pr.kd, rank); // which the next stage begins with
+    } else {
+        store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
+    }
+    xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, stored_chunks(stream), turn, &next);
+
+    auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
+    n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
+}
+
+bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
+    return sp.unit || xkv_orthonormalize(sp.rows, sp.n, cache.store->groups()[pr.ig].dim[pr.kd]);
 }
 
 bool xkv_online_bases::solve(uint32_t rank, space & sp) {
@@ -200,15 +266,11 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
     if (sp.n == 0) {
         return false;
     }
-    if (!xkv_eigen(x, sp.gram, sp.n)) {
-        // new directions can be nearly dependent on old ones, which are rounded
-        auto gram = sp.gram;
-        for (uint32_t i = 0; i < sp.n; ++i) {
-            gram[(size_t) i*sp.n + i] += XKV_ONLINE_RIDGE;
-        }
-        if (!xkv_eigen(x, std::move(gram), sp.n)) {
-            return false;
-        }
+    for (uint32_t i = 0; i < sp.n; ++i) {
+        sp.variance.push_back(x[(size_t) i*sp.n + i]);
+    }
+    if (!xkv_eigen(x, sp.n, sp.values)) {
+        return false;
     }
     x.resize((size_t) std::min(rank, sp.n)*sp.n);
     if (std::any_of(x.begin(), x.end(), [](float v) { return !std::isfinite(v); })) {
@@ -220,51 +282,35 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
 }
 
 void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next) {
-    auto &         store    = *cache.store;
-    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
-    const uint32_t rank_old = store.groups()[pr.ig].rank[pr.kd];
-    const uint32_t rank     = rank_of(pr, next);
+    auto &         store = *cache.store;
+    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t n_old = store.groups()[pr.ig].rank[pr.kd];
+    const uint32_t rank  = rank_of(pr, next);
 
-    graph.begin(lctx, 64);
-    ggml_context * ctx  = graph.ctx();
-    ggml_tensor *  x    = graph.input(sp.n, rank, sp.combos);
-    ggml_tensor *  rows = ggml_mul_mat(ctx, xkv_transposed(ctx, graph.input(dim, sp.n, sp.rows)), x); // [dim, rank]
-    // old coefficients to new ones: combos times the gram of all rows with the old ones
-    ggml_tensor *  turn = ggml_mul_mat(ctx, graph.input(sp.n, sp.n, sp.gram), x);                     // [n, rank]
-    graph.output(rows);
-    graph.output(turn);
-    graph.run();
-
-    store.set_basis(pr.kd, pr.ig, stream, graph.read(rows), next);
-
-    auto all = graph.read(turn);
-    std::vector<float> old((size_t) rank*rank_old, 0.0f); // [rank of new, rank of old]
-    for (uint32_t r = 0; r < rank; ++r) {
-        std::copy_n(all.begin() + (size_t) r*sp.n, sp.n_old, old.begin() + (size_t) r*rank_old);
-    }
-
-    const auto   chunks  = stored_chunks(stream);
-    const size_t n_block = XKV_ONLINE_BLOCK/store.n_chunk;
-    const int    n_thr   = lctx->get_cparams().n_threads_batch;
-    const size_t n_coef  = (size_t) store.n_chunk*rank_old;
-    for (size_t i = 0; i < chunks.size(); i += n_block) {
-        const size_t n_now = std::min<size_t>(n_block, chunks.size() - i);
-
-        std::vector<float> coef(n_now*n_coef);
-        xkv_parallel(n_now, n_thr, [&](size_t j) {
-            const auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[i + j]);
-            std::copy(part.begin(), part.end(), coef.begin() + j*n_coef);
-        });
+    auto rows = sp.combos; // the new basis [rank, dim]
+    if (!sp.unit) {
         graph.begin(lctx, 64);
-        ggml_tensor * a = graph.input(rank_old, n_now*store.n_chunk, std::move(coef));
-        ggml_tensor * b = ggml_mul_mat(graph.ctx(), graph.input(rank_old, rank, old), a);
-        graph.output(b);
+        ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
+        ggml_tensor * r = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(dim, sp.n, sp.rows)), x);
+        graph.output(r);
         graph.run();
-
-        const auto data = graph.read(b);
-        xkv_parallel(n_now, n_thr, [&](size_t j) {
-            store.set_coef(pr.kd, pr.ig, stream, chunks[i + j], data.data() + j*store.n_chunk*rank, next);
-        });
+        rows = graph.read(r);
+    }
+    std::vector<float> turn; // old coefficients to new ones [rank, n_old]
+    if (store.plain()) {
+        turn = rows;
+    } else if (sp.n_old > 0) {
+        graph.begin(lctx, 64);
+        ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
+        ggml_tensor * t = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(sp.n_old, sp.n, sp.meet)), x);
+        t = ggml_pad(graph.ctx(), t, n_old - sp.n_old, 0, 0, 0);
+        graph.output(t);
+        graph.run();
+        turn = graph.read(t);
+    }
+    store.set_basis(pr.kd, pr.ig, stream, rows, next);
+    if (!turn.empty()) {
+        xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, stored_chunks(stream), turn, next);
     }
     states[stream].n_dir[pr.kd][pr.ig] = std::min(rank, sp.n);
 }

@@ -40,22 +40,30 @@ xkv_online_bases::xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush &
 void xkv_online_bases::expect() {
     expected.clear();
     for (const auto & pr : problems) {
-        const auto spectrum = cache.sidecar->spectrum(pr.ig, pr.kd);
-        const auto weight   = kept(pr);
-
-        double total = 0.0;
-        double lost  = 0.0;
-        for (size_t i = 0; i < spectrum.size(); ++i) {
-            total += spectrum[i];
-            lost  += spectrum[i]*(i < weight.size() ? 1.0f - weight[i] : 1.0f);
-        }
-        expected.push_back(total > 0.0 ? lost/total : 0.0);
+        expected.push_back(expect(cache.store->groups(), pr));
     }
 }
 
-std::vector<float> xkv_online_bases::kept(const problem & pr) const {
+float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, const problem & pr) const {
+    const auto spectrum = cache.sidecar->spectrum(pr.ig, pr.kd);
+    const auto weight   = kept(groups, pr);
+
+    double total = 0.0;
+    double lost  = 0.0;
+    for (size_t i = 0; i < spectrum.size(); ++i) {
+        total += spectrum[i];
+        lost  += spectrum[i]*(i < weight.size() ? 1.0f - weight[i] : 1.0f);
+    }
+    return total > 0.0 ? lost/total : 0.0;
+}
+
+bool xkv_online_bases::exceeds(float residual, float expected) {
+    return residual > expected + std::max(XKV_ONLINE_EXCESS*expected, XKV_ONLINE_EXCESS_MIN);
+}
+
+std::vector<float> xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
     std::vector<float> res;
-    for (const auto & seg : cache.store->groups()[pr.ig].segments[pr.kd]) {
+    for (const auto & seg : groups[pr.ig].segments[pr.kd]) {
         res.insert(res.end(), seg.rank, 1.0f - xkv_noise(seg.type));
     }
     return res;
@@ -103,13 +111,42 @@ void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const 
     try {
         st.n_seen = n_tokens(stream, jobs);
         st.n_next = 2*st.n_seen;
-        update(lctx, stream, jobs, problems, &next);
-        st.info.n_update++;
+        const auto due = find_due(lctx, stream, jobs, &next);
+        for (const auto & pr : problems) {
+            if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd && d.ig == pr.ig; })) {
+                carry_over(lctx, stream, pr, next);
+            }
+        }
+        update(lctx, stream, jobs, due, &next);
     } catch (...) {
         st = before; // the store stays in its stage
         throw;
     }
     graph.release();
+}
+
+std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                                                  const xkv_store::layout * next) {
+    auto &       st     = states[stream];
+    const auto & groups = next ? next->groups : cache.store->groups();
+    const bool   cold   = !cache.sidecar->calibrated();
+
+    std::vector<problem> due;
+    std::vector<float>   residual;
+    std::vector<float>   wanted;
+    for (const auto & pr : problems) {
+        wanted  .push_back(expect(groups, pr));
+        residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
+        // tokens of a plain store have not been rounded to anything yet, so that new bases cost them nothing
+        if (cold || cache.store->plain() || exceeds(residual.back(), wanted.back())) {
+            due.push_back(pr);
+        }
+    }
+    st.info.n_check++;
+    st.info.n_update += !due.empty();
+    st.info.residual = xkv_mean(residual);
+    st.info.expected = xkv_mean(wanted);
+    return due;
 }
 
 void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
@@ -122,28 +159,13 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
         st.n_next = 2*n; // tokens were removed
     }
     // a stage with a next one keeps nearly all, and the bases are computed anew at its end
-    if (n < st.n_next || (!cold && cache.store->stage() + 1 < cache.store->n_stage())) {
+    if (n < st.n_next || cache.store->plain() || (!cold && cache.store->stage() + 1 < cache.store->n_stage())) {
         return;
     }
     st.n_next = 2*n;
     st.n_seen = n;
 
-    st.info.n_check++;
-
-    std::vector<problem> due;
-    std::vector<float>   residual;
-    for (size_t i = 0; i < problems.size(); ++i) {
-        residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, problems[i]));
-        if (cold || residual[i] > expected[i] + std::max(XKV_ONLINE_EXCESS*expected[i], XKV_ONLINE_EXCESS_MIN)) {
-            due.push_back(problems[i]);
-        }
-    }
-    st.info.residual = xkv_mean(residual);
-    st.info.expected = xkv_mean(expected);
-    if (!due.empty()) {
-        update(lctx, stream, jobs, due, nullptr);
-        st.info.n_update++;
-    }
+    update(lctx, stream, jobs, find_due(lctx, stream, jobs, nullptr), nullptr);
     graph.release();
 }
 
@@ -159,16 +181,21 @@ ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<
     return flush.build_group(graph, pr.kd, pr.ig, stream, inp_cells, inp_origin);
 }
 
-float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
-    const auto & store = *cache.store;
-    const auto & gr    = store.groups()[pr.ig];
+float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                const std::vector<xkv_store::group> & groups) {
+    const auto &   store = *cache.store;
+    const uint32_t dim   = groups[pr.ig].dim[pr.kd];
+    const uint32_t rank  = std::min({ groups[pr.ig].rank[pr.kd], store.groups()[pr.ig].rank[pr.kd], dim });
+
+    auto weight = kept(groups, pr);
+    weight.resize(rank);
 
     graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
     ggml_context * ctx = graph.ctx();
 
     ggml_tensor * z = input_tokens(stream, jobs, pr);                                                    // [dim, n]
-    ggml_tensor * b = graph.input(gr.dim[pr.kd], gr.rank[pr.kd], store.get_basis(pr.kd, pr.ig, stream));
-    ggml_tensor * w = graph.input(gr.rank[pr.kd], 1, kept(pr));
+    ggml_tensor * b = graph.input(dim, rank, rows_of(stream, pr, rank));
+    ggml_tensor * w = graph.input(rank, 1, std::move(weight));
     ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                           // [rank, n]
 
     ggml_tensor * total = ggml_sum(ctx, ggml_sqr(ctx, z));
@@ -183,6 +210,9 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
 
 void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
                               const std::vector<problem> & due, const xkv_store::layout * next) {
+    if (due.empty()) {
+        return;
+    }
     cache.store->own_bases(stream);
 
     // as many at a time as there are threads for eigenproblems and memory for spaces
@@ -198,22 +228,28 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
 
         std::vector<space> spaces(n);
         for (size_t i = 0; i < n; ++i) {
-            build_space(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
+            build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
         std::vector<char> solved(n);
-        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = solve(rank_of(due[first + i], next), spaces[i]); });
+        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = orthonormalize(due[first + i], spaces[i]); });
+        for (size_t i = 0; i < n; ++i) {
+            if (solved[i]) {
+                build_cov(lctx, stream, jobs, due[first + i], spaces[i]);
+            }
+        }
+        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = solved[i] && solve(rank_of(due[first + i], next), spaces[i]); });
         for (size_t i = 0; i < n; ++i) {
             const auto & pr = due[first + i];
             if (!solved[i]) {
                 LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
                                pr.kd == kind::K ? 'K' : 'V', pr.ig);
-                if (!next) {
-                    continue;
-                }
-                keep(rank_of(pr, next), spaces[i]);
             }
-            apply(lctx, stream, pr, spaces[i], next);
-            states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
+            if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
+                apply(lctx, stream, pr, spaces[i], next);
+                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
+            } else if (next) {
+                carry_over(lctx, stream, pr, *next);
+            }
         }
     }
 }

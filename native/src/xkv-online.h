@@ -64,10 +64,14 @@ private:
     struct space {
         uint32_t           n_old = 0;
         uint32_t           n     = 0;
-        std::vector<float> rows;   // [n, dim]
-        std::vector<float> gram;   // [n, n] rows with each other
+        bool               unit  = false; // rows are all numbers of a plain store
+        std::vector<float> rows;   // [n, dim] orthonormal
+        std::vector<float> meet;   // [n, n_old] rows times old directions; of a plain store, these are its numbers
         std::vector<float> cov;    // [n, n] the expected covariance of future tokens
         std::vector<float> combos; // [rank, n] the new basis in terms of rows; unused ones are zero
+
+        std::vector<float> variance; // [n] along the rows
+        std::vector<float> values;   // [n] along the best basis, descending
     };
 
     llama_kv_cache_xkv & cache;
@@ -79,8 +83,16 @@ private:
     std::vector<problem> problems; // all kinds and groups
     std::vector<float>   expected; // per problem: error of the calibrated bases on the calibration data
 
-    // share of the tokens' variance that is lost
-    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
+    float expect(const std::vector<xkv_store::group> & groups, const problem & pr) const;
+
+    // share of the tokens' variance that is lost when directions have the types of groups
+    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                  const std::vector<xkv_store::group> & groups);
+
+    // whose bases lose more than expected in the next stage, or in the present one
+    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout * next);
+
+    static bool exceeds(float residual, float expected);
 
     void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
                 const xkv_store::layout * next);
@@ -88,17 +100,28 @@ private:
     // what an update to bases of a rank needs at most, about
     static size_t space_bytes(uint32_t rank);
 
-    void build_space(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
-                     space & sp);
+    // an update's steps: the space, an orthonormal basis of it, the covariance there
+    void build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
+                    space & sp);
+    bool orthonormalize(const problem & pr, space & sp) const;
+    void build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
     // adds the covariance of the tokens in the store
     void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
 
-    // combos of the given rank: the best, or those that leave the old basis as it is
+    // combos of the given rank
     static bool solve(uint32_t rank, space & sp);
-    static void keep (uint32_t rank, space & sp);
+
+    // whether the solution takes away more error than there is in rounding stored coefficients once more
+    bool pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const;
+
+    // the old basis and coefficients as they are, in the next stage
+    void carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next);
 
     // writes bases and coefficients to the next stage, or to the present one
     void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next);
+
+    // the directions in use; of a plain store the calibrated ones, or all its numbers
+    std::vector<float> rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
 
     uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
 
@@ -106,7 +129,7 @@ private:
     uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;
 
     // weight 1 - noise of every direction's type [rank]
-    std::vector<float> kept(const problem & pr) const;
+    static std::vector<float> kept(const std::vector<xkv_store::group> & groups, const problem & pr);
 
     // the tokens of the jobs as inputs of the graph
     ggml_tensor * input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);

@@ -3,6 +3,7 @@
 #include "xkv-cache.h"
 #include "xkv-codec.h"
 #include "xkv-error.h"
+#include "xkv-frame.h"
 #include "xkv-hooks.h"
 #include "xkv-scope.h"
 #include "xkv-support.h"
@@ -111,8 +112,11 @@ static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & side
         if (from.n_slot == 0 || from.n_slot % XKV_SLOT_PAD != 0 || (i > 0 && from.n_slot <= params.stages[i - 1].n_slot)) {
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stage %u has %u slots, expected a multiple of %u above those of the stage before", i, from.n_slot, XKV_SLOT_PAD);
         }
-        config.stages.push_back(xkv_check_segments(from.segments, from.n_segment, sidecar));
+        config.stages.push_back(i == 0 && !from.segments ? xkv_config::stage() : xkv_check_segments(from.segments, from.n_segment, sidecar));
         config.stages.back().n_slot = from.n_slot;
+        if (config.stages.back().plain()) {
+            config.stages.back().type = xkv_check_type("stage 0: type", from.type, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
+        }
     }
     config.stages.push_back(xkv_check_segments(params.segments, params.n_segment, sidecar));
 }
@@ -151,6 +155,18 @@ static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::gr
     }
 }
 
+// layers of a plain stage are segments
+static void xkv_check_plain(const xkv_sidecar & sidecar) {
+    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
+        for (size_t il = 0; il < sidecar.n_embd[kd].size(); ++il) {
+            if (sidecar.n_embd[kd][il] % 32 != 0) {
+                xkv_throw(XKV_STATUS_UNSUPPORTED, "stage 0 has no segments, but layer %zu has %u numbers of %c, expected a multiple of 32; leave it out",
+                          il, sidecar.n_embd[kd][il], kd == xkv_sidecar::K ? 'K' : 'V');
+            }
+        }
+    }
+}
+
 static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & sidecar, const xkv_config::stage & stage) {
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < sidecar.groups.size(); ++g) {
@@ -165,6 +181,24 @@ static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & s
                 xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
                           kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
             }
+        }
+    }
+}
+
+// queries and keys are turned by RoPE after and before they are scaled
+static void xkv_check_scales(const llama_model & model, const xkv_sidecar & sidecar) {
+    for (size_t g = 0; g < sidecar.groups.size(); ++g) {
+        const auto scale = sidecar.scale(g);
+
+        uint32_t off = 0;
+        for (uint32_t il = sidecar.groups[g].first; il < sidecar.groups[g].first + sidecar.groups[g].count; ++il) {
+            for (const auto & [i, j] : xkv_rope_pairs(model, il)) {
+                if (scale[off + i] != scale[off + j]) {
+                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: scales %u and %u of K of layer %u are %g and %g, but RoPE turns these numbers together; expected the same",
+                              sidecar.path.c_str(), i, j, il, scale[off + i], scale[off + j]);
+                }
+            }
+            off += sidecar.n_embd[0][il];
         }
     }
 }
@@ -193,8 +227,13 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
                       sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
         }
     }
+    xkv_check_scales(model, sidecar);
     for (const auto & stage : config.stages) {
-        xkv_check_ranks(hparams, sidecar, stage);
+        if (stage.plain()) {
+            xkv_check_plain(sidecar);
+        } else {
+            xkv_check_ranks(hparams, sidecar, stage);
+        }
     }
 }
 

@@ -26,11 +26,11 @@ static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const ch
 }
 
 xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
-    layout res = { stage, {}, {}, {}, {} };
+    layout res = { stage, stages[stage].plain(), {}, {}, {}, {} };
 
-    size_t n_tensor = 0;
+    size_t n_tensor = 4*layers.size(); // of a plain stage
     for (auto kd : { kind::K, kind::V }) {
-        for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
+        for (size_t ig = 0; ig < sidecar.groups.size() && !res.plain; ++ig) {
             n_tensor += (1 + sidecar.groups[ig].count)*stages[stage].segments[kd][ig].size();
         }
     }
@@ -47,23 +47,28 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
         const auto & sg = sidecar.groups[ig];
 
         group gr = { sg.first, sg.count, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {} };
+        const auto add = [&](kind kd, ggml_type type, ggml_type type_basis, uint32_t rank) {
+            ggml_tensor * coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.first), type, rank, n, n_stream) :
+                                                 ggml_new_tensor_3d(ctx_of(gr.first), type, n, rank, n_stream);
+            ggml_format_name(coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(type));
+
+            gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, coef });
+            gr.rank[kd] += rank;
+        };
         for (auto kd : { kind::K, kind::V }) {
-            for (const auto & seg : stages[stage].segments[kd][ig]) {
+            for (uint32_t il = gr.first; res.plain && il < gr.first + gr.count; ++il) {
+                add(kd, stages[stage].type, XKV_TYPE_UNIT, sidecar.n_embd[kd][il]);
+            }
+            for (size_t i = 0; !res.plain && i < stages[stage].segments[kd][ig].size(); ++i) {
+                const auto & seg = stages[stage].segments[kd][ig][i];
                 // rows of K, and of the bases of V, are whole blocks
                 const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
-                const uint32_t rank  = GGML_PAD(seg.rank, block);
-
-                ggml_tensor * coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.first), seg.type, rank, n, n_stream) :
-                                                     ggml_new_tensor_3d(ctx_of(gr.first), seg.type, n, rank, n_stream);
-                ggml_format_name(coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(seg.type));
-
-                gr.segments[kd].push_back({ seg.type, seg.type_basis, gr.rank[kd], rank, coef });
-                gr.rank[kd] += rank;
+                add(kd, seg.type, seg.type_basis, GGML_PAD(seg.rank, block));
             }
         }
         res.groups.push_back(gr);
     }
-    res.bases = make_bases(res.groups, ctx_of);
+    res.bases = res.plain ? make_units(res.groups, ctx_of) : make_bases(res.groups, ctx_of);
     return res;
 }
 
@@ -71,6 +76,10 @@ void xkv_store::make_arena() {
     for (const auto & stage : stages) {
         for (auto kd : { kind::K, kind::V }) {
             for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
+                if (stage.plain()) {
+                    xkv_check_supported(device(sidecar.groups[ig].first), stage.type, "coefficients");
+                    continue;
+                }
                 for (const auto & seg : stage.segments[kd][ig]) {
                     xkv_check_supported(device(sidecar.groups[ig].first), seg.type,       "coefficients");
                     xkv_check_supported(device(sidecar.groups[ig].first), seg.type_basis, "bases");
@@ -117,7 +126,7 @@ void xkv_store::make_arena() {
     full.stage = stages.size() - 1;
 
     place(std::move(full));
-    fill_bases(now.groups, now.bases);
+    fill_bases(now);
 }
 
 void xkv_store::place(layout && fresh) {
@@ -136,7 +145,7 @@ void xkv_store::place(layout && fresh) {
 
 void xkv_store::restart(uint32_t stage) {
     place(make_layout(stage));
-    fill_bases(now.groups, now.bases);
+    fill_bases(now);
     changed = false;
 }
 
@@ -150,6 +159,7 @@ xkv_store::layout xkv_store::begin(uint32_t stage) const {
         ggml_backend_buffer_clear(buf, 0);
         res.bufs.emplace_back(buf);
     }
+    fill_bases(res);
     return res;
 }
 
@@ -165,22 +175,4 @@ void xkv_store::commit(const layout & next) {
         }
     }
     changed = true;
-}
-
-void xkv_store::carry_over(const layout & next, uint32_t stream, const std::vector<uint32_t> & chunks, int n_threads) const {
-    fill_bases(next.groups, next.bases);
-    for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
-        for (auto kd : { kind::K, kind::V }) {
-            const uint32_t rank_old = now.groups[ig].rank[kd];
-            const uint32_t rank     = next.groups[ig].rank[kd];
-            xkv_parallel(chunks.size(), n_threads, [&](size_t i) {
-                const auto         old = get_coef(kd, ig, stream, chunks[i]);
-                std::vector<float> coef((size_t) n_chunk*rank, 0.0f);
-                for (uint32_t t = 0; t < n_chunk; ++t) {
-                    std::copy_n(old.begin() + (size_t) t*rank_old, std::min(rank, rank_old), coef.begin() + (size_t) t*rank);
-                }
-                set_coef(kd, ig, stream, chunks[i], coef.data(), &next);
-            });
-        }
-    }
 }

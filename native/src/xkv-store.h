@@ -15,6 +15,9 @@
 
 struct llama_model;
 
+// type of the unit matrices that take the place of bases in a plain stage
+static const ggml_type XKV_TYPE_UNIT = GGML_TYPE_F32;
+
 // tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
 static const uint32_t XKV_SLOT_PAD = 256;
 
@@ -31,6 +34,10 @@ struct xkv_config {
         uint32_t n_slot;
 
         std::vector<std::vector<segment>> segments[2]; // per kind and group, by descending variance
+
+        ggml_type type = GGML_TYPE_COUNT; // without segments: of K and V as they are
+
+        bool plain() const { return segments[0].empty(); }
     };
 
     uint32_t  n_sink;
@@ -54,7 +61,8 @@ struct xkv_config {
 //   V: one row per direction, so that a quantization block is one direction over the tokens of one chunk
 //
 // Coefficients and bases share one buffer per device, which a stage of the store divides: while few tokens are stored, each
-// has more directions and bits.
+// has more directions and bits. The first stage can be plain: K (in the frames of chunks) and V as they are. It has the same
+// form, one segment per layer whose directions are the layer's numbers, so that a layer has no basis in the segments of others.
 class xkv_store {
 public:
     using kind = xkv_sidecar::kind;
@@ -81,6 +89,7 @@ public:
         uint32_t ig;
         uint32_t off[2]; // the layer's first number among its group's
 
+        ggml_tensor * scale_k; // [n_embd_k] f32: the cache holds K times this, and queries are divided by it
         ggml_tensor * mean_k; // [n_embd_k] f32
         ggml_tensor * mean_v; // [n_embd_v] f32
         ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output
@@ -94,6 +103,7 @@ public:
     // tensors of one stage
     struct layout {
         uint32_t           stage;
+        bool               plain;
         std::vector<group> groups;
         basis_set          bases;
 
@@ -112,19 +122,19 @@ public:
     uint32_t stage_slots(uint32_t i) const { return stages[i].n_slot; }
 
     // of the present stage
+    bool     plain()      const { return now.plain; }
     uint32_t n_slot_now() const { return stages[now.stage].n_slot; }
 
     // an empty store in another stage, with the calibrated bases
     void restart(uint32_t stage);
 
-    // another stage, to be filled beside the present one by set_basis and set_coef, that then takes its place; throws xkv_error
+    // another stage, to be filled beside the present one by set_basis and set_coef, that then takes its place; it has the
+    // calibrated bases; throws xkv_error
     layout begin(uint32_t stage) const;
     void   commit(const layout & next);
 
-    // fills it with the calibrated bases, and the coefficients of the chunks in a stream that keeps them
-    void carry_over(const layout & next, uint32_t stream, const std::vector<uint32_t> & chunks, int n_threads) const;
-
-    // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]
+    // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; nullptr when the layer has no part in
+    // the segment
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
 
     // true when none of the streams has bases of its own
@@ -206,6 +216,7 @@ private:
     // tensors without memory
     layout    make_layout(uint32_t stage) const;
     basis_set make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
+    basis_set make_units(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
 
     // zeroes the arena and puts a layout without memory there
     void place(layout && fresh);
@@ -213,7 +224,8 @@ private:
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
     void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const;
-    void fill_bases(const std::vector<group> & groups, const basis_set & bases) const;
+    void fill_bases(const layout & l) const;
+    void fill_units(const layout & l) const;
     void copy_bases(const basis_set & src, const basis_set & dst) const;
     void fill_means();
 };

@@ -20,7 +20,7 @@ from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
 
 from .conftest import Arrays
-from .tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
+from .tiny import EMBD_KV, N_LAYER, first_layer, first_queries, weights, write_tiny
 
 
 def run(model: Path, out: Path, **settings: Any) -> Converted:
@@ -49,6 +49,8 @@ def test_capture_equals_the_first_layer_by_hand(
             sums.add(0)
             found = {kind: sums.read(0, kind) for kind in ("k", "v")}
             assert sums.read(1, "k").gram.shape == (2 * EMBD_KV, 2 * EMBD_KV)
+            energy = sums.queries(0, EMBD_KV)
+    np.testing.assert_allclose(energy, first_queries(tiny_weights, tokens), rtol=1e-2)
     offsets = (np.arange(n) - n_sink) % frame
     k, v = (x[n_sink:] for x in first_layer(tiny_weights, tokens, offsets))
     for kind, x in (("k", k), ("v", v)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xkv_gguf.convert.plan import distortion
+from xkv_gguf.convert.coef_types import TYPES
 from xkv_gguf.convert.sizes import SLOT_PAD, predict_parts
 
 from .test_cache_plan import plan, shape, statistics
@@ -25,10 +25,14 @@ def test_they_take_no_more_than_the_full_store(kind: str, value: Any, n_ctx: int
     losses = []
     for stage in found.stages:
         assert stage.n_slot % SLOT_PAD == 0
+        losses.append(stage.distortion(stats))
+        if not stage.segments:
+            assert stage is found.stages[0]
+            assert stage.n_slot * shape().numbers * TYPES[stage.type].bytes < full
+            continue
         parts = predict_parts(shape(), stats.first, stats.count, stage.segments, found.layout)
         coef = (parts["K coefficients"] + parts["V coefficients"]) * stage.n_slot / found.layout.n_slot
         assert coef + parts["bases and means"] <= full
-        losses.append(distortion(stats, stage.segments))
     sizes = [stage.n_slot for stage in found.stages] + [found.layout.n_slot]
     assert all(a < b for a, b in pairwise(sizes))
     assert all(a <= b for a, b in pairwise([*losses, found.distortion]))

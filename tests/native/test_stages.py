@@ -13,7 +13,7 @@ from xkv_gguf.convert.stages import Stage
 from xkv_gguf.errors import OptionError
 
 from .conftest import Tiny
-from .harness import lib, open_context
+from .harness import GGML_Q8_0, lib, open_context
 from .sidecars import Bases
 from .test_full_rank import TOL_F32, TOL_FLASH, deviation
 from .test_segments import error
@@ -24,35 +24,73 @@ COARSE = ((64, "q8_0"), (64, "q2_0"))
 
 
 def params(
-    bases: Bases, types: Sequence[tuple[int, str]], stages: dict[int, Sequence[tuple[int, str]]], **kind: bool
+    bases: Bases, types: Sequence[tuple[int, str]], stages: dict[int, Sequence[tuple[int, str]] | str], **kind: bool
 ) -> _native.ScopeParams:
-    """Cache parameters whose stages have `types` for a number of slots."""
-    early = tuple(Stage(n_slot, bases.params(types=tuple(t)).segments) for n_slot, t in stages.items())
+    """Cache parameters whose stages have `types`, or are plain with a type, for a number of slots."""
+    early = tuple(
+        Stage(n_slot, type=t) if isinstance(t, str) else Stage(n_slot, bases.params(types=tuple(t)).segments)
+        for n_slot, t in stages.items()
+    )
     return replace(bases.params(types=tuple(types), **kind), stages=early)
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("how", ["static", "online", "cold"])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize(("name", "frame"), [("llama", 32), ("qwen2", 64), ("gpt2", 256)])
 def test_equals_plain_cache(
-    name: str, frame: int, online: bool, tiny: Callable[[str], Tiny], tokens: list[int]
+    name: str, frame: int, plain: bool, how: str, tiny: Callable[[str], Tiny], tokens: list[int]
 ) -> None:
-    """The full-rank invariant, through two changes of stage with one query, a few and many."""
+    """The full-rank invariant, through two changes of stage with a few queries and many."""
     one = tiny(name)
     bases = one.bases(2, frame)
     full = ((len(bases.basis["k"][0]), "f32"),)
+    stages = {256: "f32" if plain else full, 512: full}
     for n_batch in (8, 64):
         found = []
         for kind in (
             {"flash_attn": False},
             {"exact": False},
-            {"xkv": params(bases, full, {256: full, 512: full}, online=online)},
+            {"xkv": params(bases, full, stages, online=how != "static", calibrated=how != "cold")},
         ):
             with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
                 found.append(ctx.feed(tokens[:900], n_batch))
                 if "xkv" in kind:
-                    assert (_native.online_info(ctx.ptr, 0).n_update >= 2) == online
+                    info = _native.online_info(ctx.ptr, 0)
+                    assert (info.n_check >= 2) == (how != "static")
+                    assert (info.n_update >= 2) == (how == "cold")
         plain, flash, xkv = found
         assert deviation(xkv, plain) <= TOL_FLASH * deviation(flash, plain) + TOL_F32
+
+
+@pytest.mark.parametrize(("n_batch", "fused"), [(1, True), (1, False), (4, False), (64, True)])
+def test_plain_stage_is_a_q8_0_cache(n_batch: int, fused: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """With every path of attention: as far from f32 as a q8_0 cache is, and then from its tokens to low rank."""
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    given = params(bases, ((128, "q8_0"),), {512: "q8_0"}, online=True, fused=fused)
+    found = []
+    for kind in ({"flash_attn": False}, {"window": GGML_Q8_0}, {"xkv": given}):
+        with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
+            rows = [ctx.feed(tokens[:300], 100), ctx.feed(tokens[300:364], n_batch)]
+            if "xkv" in kind:
+                assert _native.seq_tokens(ctx.ptr, 0)[1] > 200
+                assert _native.online_info(ctx.ptr, 0).n_check == 0
+            rows.append(ctx.feed(tokens[364:800], 100)[-50:])
+            found.append(rows)
+    plain, q8_0, xkv = found
+    assert error(xkv[1], plain[1]) <= 1.5 * error(q8_0[1], plain[1])
+    assert error(xkv[2], plain[2]) <= 3 * error(q8_0[2], plain[2])
+
+
+def test_restores_from_a_plain_stage(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Removing the last tokens brings the chunk that is cut back to the window."""
+    one = tiny("llama")
+    given = params(one.bases(4, 64), FULL, {512: "f32"})
+    with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
+        first = ctx.feed(tokens[:400], 8)
+        assert ctx.seq_rm(0, 130)
+        again = ctx.feed(tokens[130:400], 8)
+    np.testing.assert_allclose(again, first[130:], atol=TOL_F32)
 
 
 def test_fewer_tokens_are_more_exact(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
