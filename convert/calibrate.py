@@ -137,6 +137,13 @@ def _not_finite(groups: LayerGroups, group: int, sums: Mapping[Kind, Sums]) -> s
     return f"layers {groups.name(group)}: the captured sums are not finite; the model computes NaN or infinity"
 
 
+def _scales(capture: Capture, groups: LayerGroups, settings: Settings) -> list[npt.NDArray[np.float32]]:
+    """What K of each layer is multiplied with."""
+    if not settings.scale_keys:
+        return [np.ones(n, dtype=np.float32) for n in groups.embd["k"]]
+    return key_scales([capture.queries(layer, n) for layer, n in enumerate(groups.embd["k"])])
+
+
 def collect(
     engine: Engine,
     groups: LayerGroups,
@@ -181,9 +188,7 @@ def collect(
             digest.update(np.asarray(text, dtype="<i4").tobytes())
             last.append(tuple(text))
             del last[:-N_LAST]
-        energy = [capture.queries(layer, n) for layer, n in enumerate(groups.embd["k"])]
-        bad = [layer for layer, e in enumerate(energy) if not np.isfinite(e).all()]
-        scales = key_scales(energy if not bad else [np.ones_like(e) for e in energy])
+        scales = _scales(capture, groups, settings)
         for g in range(len(groups.first)):
             for kind in KINDS:
                 sums = capture.read(g, kind)
@@ -191,7 +196,5 @@ def collect(
                     raise CalibrationError(_not_finite(groups, g, {other: capture.read(g, other) for other in KINDS}))
                 n_tokens = sums.n_tokens
                 use(g, kind, sums.scaled(groups.of_layers(scales, g)) if kind == "k" else sums)
-        if bad:
-            raise CalibrationError(f"queries of layer {bad[0]} are not finite; use another file of this model")
     engine.close_context()
     return Collected(n_tokens, n_len, digest.hexdigest(), tuple(scales), tuple(last))

@@ -30,9 +30,9 @@ def key_scales(energy: Sequence[F64]) -> list[npt.NDArray[np.float32]]:
     Returns
     -------
     list of ndarray of float32
-        Above 0; their mean square over all layers is about 1. Ones where all queries are 0.
+        Above 0; their mean square over all layers is about 1. Ones where queries are 0 or not finite.
     """
     mean = float(np.mean(np.concatenate(energy)))
-    if mean <= 0:
+    if not mean > 0 or not np.isfinite(mean):  # what is not finite shows in K and V, by layer
         return [np.ones(len(e), dtype=np.float32) for e in energy]
     return [np.sqrt(np.maximum(e / mean, LEAST)).astype(np.float32) for e in energy]

@@ -17,16 +17,20 @@ from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
 LAST = 1.5
 """Tokens of the full store over those of the stage before, at whose end the last bases are computed: the later the
-better they fit, but what was stored until then is rounded once more."""
+better they fit, but what was stored until then is rounded once more. Also the least of the stage after the plain one
+over that."""
 
 GROWTH = 3.0
-"""Tokens of any other stage over those of the one before."""
+"""Tokens of any other stage over those of the one before, but for the plain one, which is as long as it can be."""
 
 FEWEST = 512
 """Tokens of the first stage, at least."""
 
 NEGLIGIBLE = 0.01
-"""A stage that loses less than this share of what the full store loses has no stage before it."""
+"""A stage that loses less than this share of what the full store loses has none before it but the plain one."""
+
+PLAIN = "q8_0"
+"""What K and V are stored in while they are kept as they are."""
 
 TENSOR_PAD = 128
 """Bytes that a tensor can take beyond its own, so that the next one is aligned."""
@@ -38,7 +42,7 @@ class Stage:
 
     n_slot: int
     segments: tuple[Segment, ...] = ()
-    type: str = "q8_0"
+    type: str = PLAIN
 
     def distortion(self, stats: Statistics) -> float:
         """Predicted, see `plan.distortion`."""
@@ -105,9 +109,8 @@ def _plain_stage(shape: ModelShape, n_bytes: int) -> Stage | None:
     embd = shape.embd_k + shape.embd_v
     if any(n % QUANT_BLOCK for n in embd):
         return None
-    type_name = "q8_0" if shape.quantizable else "f16"
     units = sum(n * n for n in set(embd)) * TYPES["f32"].bytes
     budget = n_bytes - units - TENSOR_PAD * 2 * len(embd)
-    n_slot = int(budget / (shape.numbers * TYPES[type_name].bytes))
+    n_slot = int(budget / (shape.numbers * TYPES[PLAIN].bytes))
     n_slot -= n_slot % SLOT_PAD
-    return Stage(n_slot, type=type_name) if n_slot >= FEWEST else None
+    return Stage(n_slot, type=PLAIN) if n_slot >= FEWEST else None

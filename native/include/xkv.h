@@ -129,7 +129,8 @@ int xkv_online(const struct llama_context * ctx, int32_t seq_id, struct xkv_onli
 const char * xkv_context_refusal(struct llama_context * ctx);
 
 // Calibration: Gram matrices of chunk-frame K and of V, per group of layers, taken from a plain f16 or f32 cache.
-// Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out.
+// Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out. The capture takes
+// the context's eval callback until it is freed, which has to happen before the context is.
 int  xkv_capture_new(struct llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group,
                      uint32_t frame, uint32_t n_sink, struct xkv_capture ** capture);
 void xkv_capture_free(struct xkv_capture * capture);

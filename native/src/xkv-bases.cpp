@@ -8,6 +8,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <set>
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
     return bases_of(stream).tensors[kd][il][is];
@@ -57,15 +58,18 @@ xkv_store::basis_set xkv_store::make_units(const std::vector<group> & groups, co
 }
 
 void xkv_store::fill_units(const layout & l) const {
+    std::set<ggml_tensor *> units;
     for (const auto & per_layer : l.bases.tensors) {
         for (uint32_t il = 0; il < layers.size(); ++il) {
-            ggml_tensor *      t = per_layer[il][il - l.groups[layers[il].ig].first];
-            std::vector<float> data(ggml_nelements(t), 0.0f);
-            for (int64_t i = 0; i < t->ne[0]; ++i) {
-                data[i*t->ne[0] + i] = 1.0f;
-            }
-            ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            units.insert(per_layer[il][il - l.groups[layers[il].ig].first]);
         }
+    }
+    for (ggml_tensor * t : units) {
+        std::vector<float> data(ggml_nelements(t), 0.0f);
+        for (int64_t i = 0; i < t->ne[0]; ++i) {
+            data[i*t->ne[0] + i] = 1.0f;
+        }
+        ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
     }
 }
 
@@ -103,12 +107,7 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     const uint32_t dim = gr.dim[kd];
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
-    if (now.plain) {
-        for (uint32_t i = 0; i < dim; ++i) {
-            rows[(size_t) i*dim + i] = 1.0f;
-        }
-        return rows;
-    }
+    GGML_ASSERT(!now.plain);
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment &     seg    = gr.segments[kd][is];

@@ -51,20 +51,24 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<uint32_t> first_, std:
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         layers.push_back({ std::vector<double>(hparams.n_embd_k_gqa(il), 0.0), 0 });
     }
-    watch(this);
+    before           = ctx->get_cparams().cb_eval;
+    before_user_data = ctx->get_cparams().cb_eval_user_data;
+    watch(on_node, this);
 }
 
 xkv_capture::~xkv_capture() {
     if (ctx->get_cparams().cb_eval_user_data == this) { // not another capture's
-        watch(nullptr);
+        watch(before, before_user_data);
     }
 }
 
-void xkv_capture::watch(xkv_capture * self) const {
+void xkv_capture::watch(ggml_backend_sched_eval_callback callback, void * user_data) const {
     llama_synchronize(ctx);
-    auto & cparams = const_cast<llama_cparams &>(ctx->get_cparams()); // which a context reads anew for every batch
-    cparams.cb_eval           = self ? on_node : nullptr;
-    cparams.cb_eval_user_data = self;
+    // the context passes it on with every new graph; one that it uses again is computed with what the scheduler has
+    auto & cparams = const_cast<llama_cparams &>(ctx->get_cparams());
+    cparams.cb_eval           = callback;
+    cparams.cb_eval_user_data = user_data;
+    ggml_backend_sched_set_eval_callback(ctx->get_sched(), callback, user_data);
 }
 
 bool xkv_capture::on_node(ggml_tensor * t, bool ask, void * self) {

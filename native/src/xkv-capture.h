@@ -51,8 +51,12 @@ private:
     };
     std::vector<queries> layers;
 
+    // the context's own callback, which this one takes the place of
+    ggml_backend_sched_eval_callback before           = nullptr;
+    void *                           before_user_data = nullptr;
+
     // the context calls it for every node: queries are inputs of flash attention
-    void        watch(xkv_capture * self) const;
+    void        watch(ggml_backend_sched_eval_callback callback, void * user_data) const;
     static bool on_node(ggml_tensor * t, bool ask, void * self);
     void        add_queries(const ggml_tensor * q, queries & to) const;
 

@@ -76,7 +76,13 @@ void llama_kv_cache_xkv::flush_seq(llama_seq_id seq_id) {
     find_chunks(stream, jobs);
 
     if (online) {
-        online->observe(lctx, stream, jobs);
+        try {
+            online->observe(lctx, stream, jobs);
+        } catch (const std::exception & err) {
+            broken = true; // bases and coefficients may not belong together any more
+            refuse("an update of the bases of sequence %d: %s; clear the cache", seq_id, err.what());
+            throw;
+        }
     }
     flusher->compress(lctx, stream, jobs);
 
@@ -131,10 +137,10 @@ void llama_kv_cache_xkv::find_chunks(uint32_t stream, std::vector<xkv_flush_job>
 
 void llama_kv_cache_xkv::enter_stage(uint32_t stream, uint32_t stage, const std::vector<uint32_t> & used, const std::vector<xkv_flush_job> & jobs) {
     const auto next = store->begin(stage);
-    xkv_graph  graph;
     if (online) {
         online->enter_stage(lctx, stream, jobs, next);
     } else {
+        xkv_graph graph;
         for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
             for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
                 const auto turn = store->plain() ? sidecar->basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
@@ -143,15 +149,11 @@ void llama_kv_cache_xkv::enter_stage(uint32_t stream, uint32_t stage, const std:
         }
     }
     store->commit(next);
-    if (online) {
-        online->expect();
-    }
 }
 
 void llama_kv_cache_xkv::restart(uint32_t stage) {
     store->restart(stage);
     if (online) {
-        online->expect();
         for (uint32_t s = 0; s < chunks.size(); ++s) {
             online->reset(s);
         }

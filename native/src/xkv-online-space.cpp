@@ -7,9 +7,6 @@
 #include "xkv-error.h"
 #include "xkv-lapack.h"
 
-#include "llama-context.h"
-#include "llama-cparams.h"
-
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -47,7 +44,7 @@ std::vector<float> xkv_online_bases::rows_of(uint32_t stream, const problem & pr
     const auto & store = *cache.store;
     const auto & gr    = store.groups()[pr.ig];
 
-    auto res = store.plain() && n_row < gr.dim[pr.kd] ? cache.sidecar->basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
+    auto res = store.plain() ? cache.sidecar->basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
     res.resize((size_t) n_row*gr.dim[pr.kd], 0.0f);
     return res;
 }
@@ -63,43 +60,75 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
         sp.n_old = dim <= xkv_n_kept(rank) ? dim : cold ? 0 : xkv_n_kept(rank);
     }
     sp.n    = sp.n_old;
-    sp.rows = rows_of(stream, pr, sp.n_old);
     sp.unit = store.plain() && sp.n == dim;
+    if (sp.unit) {
+        return;
+    }
+    sp.rows = rows_of(stream, pr, sp.n_old);
 
     // the main directions of what it misses in the tokens
-    uint32_t n_token = 0;
+    uint32_t n_token = store.plain() ? n_stored(stream) : 0;
     for (const auto & job : jobs) {
         n_token += job.cells.size();
     }
     const uint32_t n_new = std::min({ dim - std::min(dim, sp.n_old), n_token, cold ? rank : XKV_ONLINE_NEW });
-    if (n_new == 0) {
-        return;
+    if (n_new > 0) {
+        const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
+        sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
+        sp.n += n_new;
     }
-    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
-    ggml_context * ctx = graph.ctx();
+}
+
+std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                            uint32_t n_new, const space & sp) {
+    const auto &   store = *cache.store;
+    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
 
     std::mt19937                    rng(pr.ig);
     std::normal_distribution<float> normal;
-    std::vector<float>              omega((size_t) n_token*n_new);
+    std::vector<float>              omega((size_t) dim*n_new);
     std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
 
-    ggml_tensor * z = input_tokens(stream, jobs, pr); // [dim, n_token]
-    if (sp.n_old > 0) {
-        ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
-        ggml_tensor * a = ggml_mul_mat(ctx, b, z);                              // [n_old, n_token]
-        z = ggml_sub(ctx, z, ggml_mul_mat(ctx, xkv_transposed(ctx, b), a));
-    }
-    ggml_tensor * zt = xkv_transposed(ctx, z);                                  // [n_token, dim]
-    ggml_tensor * y  = graph.input(n_token, n_new, std::move(omega));
-    y = ggml_mul_mat(ctx, zt, y);                                               // [dim, n_new]
-    y = ggml_mul_mat(ctx, z,  y);                                               // [n_token, n_new], a power iteration
-    y = ggml_mul_mat(ctx, zt, y);
-    graph.output(y);
-    graph.run();
+    // the second moments of tokens z [dim, n] outside the old rows, times random directions
+    std::vector<float> res(omega.size(), 0.0f);
+    const auto add = [&](ggml_tensor * z) {
+        ggml_context * ctx = graph.ctx();
+        if (sp.n_old > 0) {
+            ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
+            z = ggml_sub(ctx, z, ggml_mul_mat(ctx, xkv_transposed(ctx, b), ggml_mul_mat(ctx, b, z)));
+        }
+        ggml_tensor * y = ggml_mul_mat(ctx, z, graph.input(dim, n_new, omega)); // [n, n_new]
+        y = ggml_mul_mat(ctx, xkv_transposed(ctx, z), y);                       // [dim, n_new]
+        graph.output(y);
+        graph.run();
+        const auto part = graph.read(y);
+        std::transform(part.begin(), part.end(), res.begin(), res.begin(), std::plus<float>());
+    };
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
+    add(input_tokens(stream, jobs, pr));
 
-    const auto rows = graph.read(y);
-    sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
-    sp.n += n_new;
+    // stored tokens have nothing outside the old rows, unless they are exact
+    const auto   chunks  = store.plain() ? stored_chunks(stream) : std::vector<uint32_t>();
+    const size_t n_block = XKV_CARRY_BLOCK/store.n_chunk;
+    for (size_t i = 0; i < chunks.size(); i += n_block) {
+        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+        graph.begin(lctx, 64);
+        const int64_t n = coef.size()/dim;
+        add(graph.input(dim, n, std::move(coef)));
+    }
+    return res;
+}
+
+std::vector<float> xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
+    const auto & store = *cache.store;
+
+    std::vector<float> res;
+    for (size_t j = first; j < first + n; ++j) {
+        auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
+        part.resize((size_t) cache.get_chunks(stream)[chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);
+        res.insert(res.end(), part.begin(), part.end());
+    }
+    return res;
 }
 
 void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
@@ -108,13 +137,9 @@ void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const st
     const uint32_t dim    = gr.dim[pr.kd];
     const auto     chunks = stored_chunks(stream);
 
-    uint32_t n_token  = 0;
-    uint32_t n_stored = 0;
+    uint32_t n_token = 0;
     for (const auto & job : jobs) {
         n_token += job.cells.size();
-    }
-    for (uint32_t ic : chunks) {
-        n_stored += cache.get_chunks(stream)[ic].n;
     }
 
     graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
@@ -126,7 +151,7 @@ void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const st
     // at hand stand for them.
     std::vector<float> scale(sp.n, 1.0f);
     if (!store.plain()) {
-        const uint32_t n_since = n_stored - std::min(n_stored, states[stream].n_update[pr.kd][pr.ig]);
+        const uint32_t n_since = n_stored(stream) - std::min(n_stored(stream), states[stream].n_update[pr.kd][pr.ig]);
         std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_since + n_token)/n_token));
     }
     ggml_tensor * x = ggml_mul(ctx, into(input_tokens(stream, jobs, pr)), graph.input(sp.n, 1, std::move(scale)));
@@ -178,14 +203,7 @@ void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const p
     };
     std::vector<float> sum((size_t) n_sum*n_sum, 0.0f); // of a a^T; of a plain store, in the space already
     for (size_t i = 0; i < chunks.size(); i += n_block) {
-        const size_t n_now = std::min(n_block, chunks.size() - i);
-
-        std::vector<float> coef;
-        for (size_t j = i; j < i + n_now; ++j) {
-            auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
-            part.resize((size_t) cache.get_chunks(stream)[chunks[j]].n*rank);
-            coef.insert(coef.end(), part.begin(), part.end());
-        }
+        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
         graph.begin(lctx, 64);
         ggml_context * ctx = graph.ctx();
 
@@ -218,7 +236,7 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
     const auto & store    = *cache.store;
     const auto   kept_now = kept(store.groups(), pr);
     const auto   kept_new = kept(next.groups,    pr);
-    if (store.plain()) {
+    if (store.plain() || !cache.sidecar->calibrated()) {
         return true;
     }
 
@@ -230,11 +248,7 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
         // what keeps its place and type is not rounded again
         lost += i < sp.n_old && kept_now[i] == kept_new[i] ? sp.variance[i]*(1.0f - kept_now[i]) : 0.0;
     }
-    uint32_t n_stored = 0;
-    for (uint32_t ic : stored_chunks(stream)) {
-        n_stored += cache.get_chunks(stream)[ic].n;
-    }
-    return gain*store.stage_slots(next.stage) > lost*n_stored;
+    return gain*store.stage_slots(next.stage) > lost*n_stored(stream);
 }
 
 void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
@@ -282,10 +296,10 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
 }
 
 void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next) {
-    auto &         store = *cache.store;
-    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
-    const uint32_t n_old = store.groups()[pr.ig].rank[pr.kd];
-    const uint32_t rank  = rank_of(pr, next);
+    auto &         store    = *cache.store;
+    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t rank_old = store.groups()[pr.ig].rank[pr.kd];
+    const uint32_t rank     = rank_of(pr, next);
 
     auto rows = sp.combos; // the new basis [rank, dim]
     if (!sp.unit) {
@@ -296,14 +310,14 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
         graph.run();
         rows = graph.read(r);
     }
-    std::vector<float> turn; // old coefficients to new ones [rank, n_old]
+    std::vector<float> turn; // old coefficients to new ones [rank, rank_old]
     if (store.plain()) {
         turn = rows;
     } else if (sp.n_old > 0) {
         graph.begin(lctx, 64);
         ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
         ggml_tensor * t = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(sp.n_old, sp.n, sp.meet)), x);
-        t = ggml_pad(graph.ctx(), t, n_old - sp.n_old, 0, 0, 0);
+        t = ggml_pad(graph.ctx(), t, rank_old - sp.n_old, 0, 0, 0);
         graph.output(t);
         graph.run();
         turn = graph.read(t);

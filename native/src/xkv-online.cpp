@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <numeric>
 
-// An update pays when the error is this much above the calibrated one, as a share of that and of the variance; below,
-// re-coding costs as much as it gains.
+// An update in place pays when the error is this much above the calibrated one, as a share of that and of the variance; below,
+// re-coding costs as much as it gains. At a stage's end everything is coded anew anyway, and pays() weighs the rest.
 static const float XKV_ONLINE_EXCESS     = 0.05f;
 static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
 
@@ -31,16 +31,8 @@ xkv_online_bases::xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush &
             problems.push_back({ kd, ig });
         }
     }
-    expect();
     for (uint32_t s = 0; s < states.size(); ++s) {
         reset(s);
-    }
-}
-
-void xkv_online_bases::expect() {
-    expected.clear();
-    for (const auto & pr : problems) {
-        expected.push_back(expect(cache.store->groups(), pr));
     }
 }
 
@@ -57,10 +49,6 @@ float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, con
     return total > 0.0 ? lost/total : 0.0;
 }
 
-bool xkv_online_bases::exceeds(float residual, float expected) {
-    return residual > expected + std::max(XKV_ONLINE_EXCESS*expected, XKV_ONLINE_EXCESS_MIN);
-}
-
 std::vector<float> xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
     std::vector<float> res;
     for (const auto & seg : groups[pr.ig].segments[pr.kd]) {
@@ -72,14 +60,16 @@ std::vector<float> xkv_online_bases::kept(const std::vector<xkv_store::group> & 
 void xkv_online_bases::reset(uint32_t stream) {
     auto & st = states[stream];
     st = {};
-    st.info.expected = xkv_mean(expected);
     // few tokens say little beside the calibration, and an early update costs as much as a later one
     st.n_next        = cache.sidecar->calibrated() ? cache.config.n_prior/2 : 0;
+    std::vector<float> wanted;
     for (const auto & pr : problems) {
         const auto & gr = cache.store->groups()[pr.ig];
+        wanted.push_back(expect(cache.store->groups(), pr));
         st.n_update[pr.kd].push_back(0);
         st.n_dir   [pr.kd].push_back(cache.sidecar->calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
     }
+    st.info.expected = xkv_mean(wanted);
 }
 
 std::vector<uint32_t> xkv_online_bases::stored_chunks(uint32_t stream) const {
@@ -93,11 +83,16 @@ std::vector<uint32_t> xkv_online_bases::stored_chunks(uint32_t stream) const {
     return res;
 }
 
-uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const {
+uint32_t xkv_online_bases::n_stored(uint32_t stream) const {
     uint32_t n = 0;
     for (uint32_t ic : stored_chunks(stream)) {
         n += cache.get_chunks(stream)[ic].n;
     }
+    return n;
+}
+
+uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const {
+    uint32_t n = n_stored(stream);
     for (const auto & job : jobs) {
         n += job.cells.size();
     }
@@ -138,12 +133,12 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
         wanted  .push_back(expect(groups, pr));
         residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
         // tokens of a plain store have not been rounded to anything yet, so that new bases cost them nothing
-        if (cold || cache.store->plain() || exceeds(residual.back(), wanted.back())) {
+        const float excess = next ? 0.0f : std::max(XKV_ONLINE_EXCESS*wanted.back(), XKV_ONLINE_EXCESS_MIN);
+        if (cold || cache.store->plain() || residual.back() > wanted.back() + excess) {
             due.push_back(pr);
         }
     }
     st.info.n_check++;
-    st.info.n_update += !due.empty();
     st.info.residual = xkv_mean(residual);
     st.info.expected = xkv_mean(wanted);
     return due;
@@ -158,7 +153,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     if (4*n < st.n_next) {
         st.n_next = 2*n; // tokens were removed
     }
-    // a stage with a next one keeps nearly all, and the bases are computed anew at its end
+    // a stage with a next one checks at its end
     if (n < st.n_next || cache.store->plain() || (!cold && cache.store->stage() + 1 < cache.store->n_stage())) {
         return;
     }
@@ -223,6 +218,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
         n_bytes = std::max(n_bytes, space_bytes(rank_of(pr, next)));
     }
     const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
+    uint32_t     n_applied = 0;
     for (size_t first = 0; first < due.size(); first += n_most) {
         const size_t n = std::min(n_most, due.size() - first);
 
@@ -246,10 +242,12 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             }
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 apply(lctx, stream, pr, spaces[i], next);
+                n_applied++;
                 states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
             } else if (next) {
                 carry_over(lctx, stream, pr, *next);
             }
         }
     }
+    states[stream].info.n_update += n_applied > 0;
 }

@@ -12,10 +12,11 @@ class llama_kv_cache_xkv;
 
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
-// Bases that follow the prompt. At the end of a stage of the store they are computed anew from the calibrated covariance,
-// the stored coefficients and the tokens that are about to leave the window; stored coefficients are projected onto the
-// new bases. In the last stage that happens when the number of a stream's stored tokens has doubled, and the bases lose
-// more on the tokens about to leave than calibration made expect; without calibration in any stage, and always.
+// Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
+// the window, onto which stored coefficients are projected. They are computed at the end of the store's plain stage, whose
+// tokens are exact still. At the end of each other stage, and in the last one when the number of a stream's stored tokens has
+// doubled, that happens where the bases lose more on the tokens about to leave than calibration made expect, and at a
+// stage's end only if it takes away more than rounding once more costs; without calibration always.
 //
 // The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it
 // (Rayleigh-Ritz): products with many rows run on the backend, the small eigenproblems in LAPACK.
@@ -28,9 +29,6 @@ public:
 
     // the bases and stored coefficients of the store's next stage; throws xkv_error
     void enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next);
-
-    // error of the calibrated bases in the present stage
-    void expect();
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
@@ -64,9 +62,9 @@ private:
     struct space {
         uint32_t           n_old = 0;
         uint32_t           n     = 0;
-        bool               unit  = false; // rows are all numbers of a plain store
+        bool               unit  = false; // all numbers of a plain store, without rows
         std::vector<float> rows;   // [n, dim] orthonormal
-        std::vector<float> meet;   // [n, n_old] rows times old directions; of a plain store, these are its numbers
+        std::vector<float> meet;   // [n, n_old] rows times old directions; not of a plain store
         std::vector<float> cov;    // [n, n] the expected covariance of future tokens
         std::vector<float> combos; // [rank, n] the new basis in terms of rows; unused ones are zero
 
@@ -81,8 +79,8 @@ private:
 
     std::vector<state>   states;   // per stream
     std::vector<problem> problems; // all kinds and groups
-    std::vector<float>   expected; // per problem: error of the calibrated bases on the calibration data
 
+    // share of the variance that the calibrated bases lose on the calibration data
     float expect(const std::vector<xkv_store::group> & groups, const problem & pr) const;
 
     // share of the tokens' variance that is lost when directions have the types of groups
@@ -91,8 +89,6 @@ private:
 
     // whose bases lose more than expected in the next stage, or in the present one
     std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout * next);
-
-    static bool exceeds(float residual, float expected);
 
     void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
                 const xkv_store::layout * next);
@@ -104,6 +100,13 @@ private:
     void build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
                     space & sp);
     bool orthonormalize(const problem & pr, space & sp) const;
+
+    // directions that span what the tokens have outside the old rows (randomized range finder) [n_new, dim]
+    std::vector<float> sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
+                              const space & sp);
+
+    // of the tokens in n chunks [tokens, rank]
+    std::vector<float> stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
     void build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
     // adds the covariance of the tokens in the store
     void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
@@ -120,10 +123,12 @@ private:
     // writes bases and coefficients to the next stage, or to the present one
     void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next);
 
-    // the directions in use; of a plain store the calibrated ones, or all its numbers
+    // the directions in use; of a plain store the calibrated ones
     std::vector<float> rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
 
     uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
+
+    uint32_t n_stored(uint32_t stream) const;
 
     // tokens stored and about to be
     uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;

@@ -2,7 +2,6 @@
 
 #include "xkv-codec.h"
 #include "xkv-error.h"
-#include "xkv-parallel.h"
 #include "xkv-store.h"
 
 #include "llama-impl.h"

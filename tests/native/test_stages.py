@@ -58,8 +58,8 @@ def test_equals_plain_cache(
                     info = _native.online_info(ctx.ptr, 0)
                     assert (info.n_check >= 2) == (how != "static")
                     assert (info.n_update >= 2) == (how == "cold")
-        plain, flash, xkv = found
-        assert deviation(xkv, plain) <= TOL_FLASH * deviation(flash, plain) + TOL_F32
+        expected, flash, xkv = found
+        assert deviation(xkv, expected) <= TOL_FLASH * deviation(flash, expected) + TOL_F32
 
 
 @pytest.mark.parametrize(("n_batch", "fused"), [(1, True), (1, False), (4, False), (64, True)])
@@ -80,6 +80,23 @@ def test_plain_stage_is_a_q8_0_cache(n_batch: int, fused: bool, tiny: Callable[[
     plain, q8_0, xkv = found
     assert error(xkv[1], plain[1]) <= 1.5 * error(q8_0[1], plain[1])
     assert error(xkv[2], plain[2]) <= 3 * error(q8_0[2], plain[2])
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_large_groups(calibrated: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Groups of more numbers than a space of bases may have: what the tokens span is found, of stored ones too."""
+    one = tiny("llama-heads-of-288")
+    bases = one.bases(4, 32)
+    assert len(bases.basis["k"][0]) == 4 * 288
+    given = params(bases, ((512, "f32"),), {512: "f32"}, online=True, calibrated=calibrated, n_prior=0)
+    found = []
+    for kind in ({"flash_attn": False}, {"xkv": given}):
+        with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
+            found.append(ctx.feed(tokens[:640], 8))
+            if "xkv" in kind:
+                assert _native.online_info(ctx.ptr, 0).n_update == 1
+    plain, xkv = found
+    assert error(xkv[-60:], plain[-60:]) <= 0.02
 
 
 def test_restores_from_a_plain_stage(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,7 @@ def _llama(_: GGUFWriter) -> tuple[Shapes, Shapes]:
     return NORMS | ATTENTION | GATED_FFN, {}
 
 
-def _llama_heads_of_20(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
-    n = HEAD_SIZES["llama-heads-of-20"]
+def _llama_heads_of(n: int, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
     writer.add_key_length(n)
     writer.add_value_length(n)
     writer.add_rope_dimension_count(n)
@@ -106,12 +106,13 @@ def _gpt2(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
 
 
 # where it is not N_EMBD_HEAD
-HEAD_SIZES = {"llama-heads-of-20": 20}
+HEAD_SIZES = {"llama-heads-of-20": 20, "llama-heads-of-288": 288}
 
 # name: architecture, shapes of one layer and of the model, KV heads
 MODELS: dict[str, tuple[str, Callable[[GGUFWriter], tuple[Shapes, Shapes]], int]] = {
     "llama": ("llama", _llama, N_HEAD_KV),
-    "llama-heads-of-20": ("llama", _llama_heads_of_20, N_HEAD_KV),
+    "llama-heads-of-20": ("llama", partial(_llama_heads_of, 20), N_HEAD_KV),
+    "llama-heads-of-288": ("llama", partial(_llama_heads_of, 288), N_HEAD_KV),
     "llama-sinks": ("llama", _llama, N_HEAD_KV),
     "llama3-factors": ("llama", _llama3_factors, N_HEAD_KV),
     "llama-yarn": ("llama", _yarn, N_HEAD_KV),
