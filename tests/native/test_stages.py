@@ -57,7 +57,7 @@ def test_equals_plain_cache(
                 if "xkv" in kind:
                     info = _native.online_info(ctx.ptr, 0)
                     assert (info.n_check >= 2) == (how != "static")
-                    assert (info.n_update >= 2) == (how == "cold")
+                    assert info.n_update >= {"static": 0, "online": int(plain), "cold": 2}[how]
         expected, flash, xkv = found
         assert deviation(xkv, expected) <= TOL_FLASH * deviation(flash, expected) + TOL_F32
 
@@ -88,15 +88,20 @@ def test_large_groups(calibrated: bool, tiny: Callable[[str], Tiny], tokens: lis
     one = tiny("llama-heads-of-288")
     bases = one.bases(4, 32)
     assert len(bases.basis["k"][0]) == 4 * 288
-    given = params(bases, ((512, "f32"),), {512: "f32"}, online=True, calibrated=calibrated, n_prior=0)
+    types, stages = ((512, "f32"),), {512: "f32"}
     found = []
-    for kind in ({"flash_attn": False}, {"xkv": given}):
+    for kind in (
+        {"flash_attn": False},
+        {"xkv": params(bases, types, stages)},
+        {"xkv": params(bases, types, stages, online=True, calibrated=calibrated, n_prior=0)},
+    ):
         with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
-            found.append(ctx.feed(tokens[:640], 8))
+            found.append(ctx.feed(tokens[:800], 8)[-200:])
             if "xkv" in kind:
-                assert _native.online_info(ctx.ptr, 0).n_update == 1
-    plain, xkv = found
-    assert error(xkv[-60:], plain[-60:]) <= 0.02
+                assert _native.online_info(ctx.ptr, 0).n_update == (kind["xkv"].online)
+    plain, random, adapted = found
+    # random scales of K, which only a sidecar has, are no good ones
+    assert error(adapted, plain) <= (0.85 if calibrated else 0.6) * error(random, plain)
 
 
 def test_restores_from_a_plain_stage(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
