@@ -245,7 +245,7 @@ def test_coefficient_types_change_the_size(open_llama: Open) -> None:
 
 
 def test_it_works_without_calibration(demo_model: Path) -> None:
-    options = {"calibrate": False, "n_window": 64}
+    options = {"calibrate": False, "n_window": 64, "stages": False}
     llm = Llama(demo_model, xkv=options, n_ctx=1024, n_ubatch=64, n_threads=2, verbose=False)
     try:
         assert "seven" in greedy(llm).lower()
