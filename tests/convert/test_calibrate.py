@@ -316,3 +316,15 @@ def test_predicted_sizes_are_the_native_ones(
     for name, n_bytes in plan.parts.items():
         # buffers are padded
         assert n_bytes <= found[name] <= n_bytes + 4096, name
+
+
+def test_keys_are_scaled_on_request(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    plain, scaled = (
+        read_sidecar(run(tiny_model, tmp_path / str(on), data=(text_file,), scale_keys=on).path) for on in (False, True)
+    )
+    assert (plain.scale(0) == 1).all()
+    scale = np.array(scaled.scale(0))
+    assert scale.std() > 0.05
+    np.testing.assert_array_equal(scale[0::2], scale[1::2])
+    np.testing.assert_allclose(scaled.mean(0, "k"), plain.mean(0, "k") * scale, rtol=1e-4, atol=1e-5)
+    assert scaled.info.settings["scale_keys"]
