@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from xkv_gguf.convert.coef_types import QUANT_BLOCK, TYPES
+from xkv_gguf.convert.coef_types import TYPES
 from xkv_gguf.convert.plan import Prices, Segment, Statistics, distortion, plan_segments
 from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
@@ -105,12 +105,10 @@ def plan_stages(
 
 
 def _plain_stage(shape: ModelShape, n_bytes: int) -> Stage | None:
-    """K and V as they are, and a unit matrix for each size of a layer in place of bases; None where nothing fits."""
-    embd = shape.embd_k + shape.embd_v
-    if any(n % QUANT_BLOCK for n in embd):
+    """K and V as they are; None where nothing fits, or a head is not whole blocks."""
+    if not shape.quantizable:
         return None
-    units = sum(n * n for n in set(embd)) * TYPES["f32"].bytes
-    budget = n_bytes - units - TENSOR_PAD * 2 * len(embd)
+    budget = n_bytes - TENSOR_PAD * 2 * len(shape.embd_k)
     n_slot = int(budget / (shape.numbers * TYPES[PLAIN].bytes))
     n_slot -= n_slot % SLOT_PAD
     return Stage(n_slot, type=PLAIN) if n_slot >= FEWEST else None

@@ -58,9 +58,26 @@ static float xkv_max(const float * x, int64_t n, float max) {
     return max;
 }
 
-// sums of directions 4*i0 .. 4*i1 - 1 over n slots from s0 on
-static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w, ggml_tensor * dst, int64_t s, int64_t s0, int64_t n,
-                             int64_t i0, int64_t i1) {
+// those of the weighted queries that belong to a KV head
+static int xkv_queries_of(const xkv_weights & w, int64_t n_head, int64_t n_gqa, int64_t head, int64_t * query) {
+    int n = 0;
+    for (int64_t j = 0; j < w.count; ++j) {
+        if ((w.first + j)%n_head/n_gqa == head) {
+            query[n++] = j;
+        }
+    }
+    return n;
+}
+
+// sums of directions 4*i0 .. 4*i1 - 1 over n slots from s0 on; of a plain store, those of a head for its queries
+static void xkv_gather_slots(const xkv_cpu_layer & l, const xkv_cpu_segment * seg, const xkv_weights & w, ggml_tensor * dst, int64_t s, int64_t s0,
+                             int64_t n, int64_t i0, int64_t i1) {
+    const int64_t n_set = l.plain ? l.n_head_kv : 1;
+
+    int64_t query[XKV_CPU_N_QUERY];
+    int64_t head    = -1;
+    int     n_query = 0;
+
     float  buf    [4*XKV_CPU_STRIDE];
     int8_t codes  [4*XKV_CPU_STRIDE];
     float  scales [4*XKV_CPU_STRIDE/32];
@@ -69,6 +86,11 @@ static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w,
     for (int64_t i = i0; i < i1; ++i) {
         while (seg->first + seg->rank <= 4*i) {
             seg++;
+        }
+        const int64_t base = l.plain ? 4*i/l.rank[1]*l.rank[1] : 0;
+        if (head != base/l.rank[1]) {
+            head    = base/l.rank[1];
+            n_query = xkv_queries_of(w, l.n_head, l.n_head/n_set, head, query);
         }
         const bool i8 = xkv_cpu_is_i8(seg->coef.type);
         for (int64_t r = 0; r < 4; ++r) {
@@ -80,12 +102,14 @@ static void xkv_gather_slots(const xkv_cpu_segment * seg, const xkv_weights & w,
                 xkv_cpu_to_f32(seg->coef.type, row, buf + to, n);
             }
         }
-        const auto to = [&](int64_t j) { return (float *) ((char *) dst->data + (w.first + j)*dst->nb[1] + s*dst->nb[2]) + 4*i; };
+        const auto to = [&](int64_t k) { return (float *) ((char *) dst->data + (w.first + query[k])*dst->nb[1] + s*dst->nb[2]) + 4*i - base; };
         if (i8) {
             const xkv_i8 x = { codes, scales, seg->coef.type == GGML_TYPE_Q8_0 ? nullptr : offsets };
-            xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, w.count, [&](int64_t j) { return xkv_i8{ w.codes[j], w.scales[j], w.sums[j] }; }, to);
+            xkv_add_dots(n, 4, x, XKV_CPU_STRIDE, n_query, [&](int64_t k) {
+                return xkv_i8{ w.codes[query[k]], w.scales[query[k]], w.sums[query[k]] };
+            }, to);
         } else {
-            xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, w.count, [&](int64_t j) { return w.f32[j]; }, to);
+            xkv_add_dots(n, 4, (const float *) buf, XKV_CPU_STRIDE, n_query, [&](int64_t k) { return w.f32[query[k]]; }, to);
         }
     }
 }
@@ -96,14 +120,8 @@ static void xkv_gather_window(const ggml_tensor * v, const xkv_weights & w, ggml
     const int64_t n_gqa     = n_head/v->ne[1];
     const int64_t n_channel = std::min<int64_t>(32, v->ne[0] - c0);
 
-    // those of the KV head
-    int64_t query[XKV_CPU_N_QUERY];
-    int     n_query = 0;
-    for (int64_t j = 0; j < w.count; ++j) {
-        if ((w.first + j)%n_head/n_gqa == head) {
-            query[n_query++] = j;
-        }
-    }
+    int64_t   query[XKV_CPU_N_QUERY];
+    const int n_query = xkv_queries_of(w, n_head, n_gqa, head, query);
     if (n_query == 0) {
         return;
     }
@@ -173,8 +191,9 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
         for (int64_t f = 0; f < l.n_frame; ++f) {
             n_used += fill[f] > 0 ? l.n_chunk : 0;
         }
+        const int64_t  n_set  = l.plain ? l.n_head_kv : 1;
         const int64_t  n_cost = n_kv*32*2*(n_query/v->ne[1] + 6);
-        const xkv_work work   = { { rank/4, v->ne[1]*n_tile }, { 4*n_used*(n_query + 4), n_cost } };
+        const xkv_work work   = { { n_set*rank/4, v->ne[1]*n_tile }, { 4*n_used*(n_query/n_set + 4), n_cost } };
 
         int64_t begin[2];
         int64_t end[2];
@@ -192,7 +211,10 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
             const auto each_part = [&](auto && f) {
                 for (int64_t j = 0; j < w.count; ++j) {
                     float * row = (float *) ((char *) dst->data + (w.first + j)*dst->nb[1] + s*dst->nb[2]);
-                    f(j, row + 4*begin[0], 4*(end[0] - begin[0]));
+                    const int64_t base  = (w.first + j)%l.n_head/(l.n_head/n_set)*rank;
+                    const int64_t first = std::max(4*begin[0], base);
+                    const int64_t last  = std::min(4*end  [0], base + rank);
+                    f(j, row + first - base, std::max<int64_t>(0, last - first));
                     for (int64_t i = begin[1]; i < end[1]; ++i) {
                         if ((w.first + j)%l.n_head/(l.n_head/l.n_head_kv) == i/n_tile) {
                             const int64_t c0 = i%n_tile*32;
@@ -220,7 +242,7 @@ void xkv_cpu_gather(ggml_tensor * dst, int ith, int nth, void * userdata) {
                     }
                 }
                 if (!window) {
-                    xkv_gather_slots(segments, w, dst, s, s0, n, begin[0], end[0]);
+                    xkv_gather_slots(l, segments, w, dst, s, s0, n, begin[0], end[0]);
                     return;
                 }
                 for (int64_t i = begin[1]; i < end[1]; ++i) {
@@ -262,8 +284,11 @@ void xkv_cpu_output(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
             for (int64_t i = 0; i < n_gqa*n_tps; ++i) {
                 memcpy(d_row(i), o_row(i) + rank + c, n_row*sizeof(float));
+                for (int64_t k = 0; l.plain && k < n_row; ++k) {
+                    d_row(i)[k] += o_row(i)[c + k];
+                }
             }
-            for (int64_t d = 0, n; d < rank; d += n) {
+            for (int64_t d = 0, n; d < rank && !l.plain; d += n) {
                 n = xkv_block_ranks(segments, l.n_segment[1], d, [](const xkv_cpu_segment &) { return true; });
                 xkv_each_part(segments, l.n_segment[1], d, n, [&](const xkv_cpu_segment & seg, int64_t off, int64_t n_part, int64_t at) {
                     for (int64_t r = 0; r < 4; ++r) {

@@ -14,6 +14,15 @@ struct xkv_coef_row {
     xkv_coef_row(void * data, int64_t rank) :
         f32((float *) data), codes((int8_t *) (f32 + rank)), scales(f32 + rank + rank/4), sums(scales + rank/32),
         mean(sums + rank/32) {}
+
+    // numbers d .. d + n - 1, as bytes or as f32
+    void set(const float * x, int64_t d, int64_t n, bool i8) const {
+        if (i8) {
+            xkv_cpu_round_i8(x, codes + d, scales + d/32, sums + d/32, n);
+        } else {
+            memcpy(f32 + d, x, n*sizeof(float));
+        }
+    }
 };
 
 // dst [n_embd_head][32]: directions d0 .. d0 + 31 of the basis for one head, transposed
@@ -91,7 +100,7 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
         }
 
         // queries of a KV head are consecutive within a token
-        const int64_t n_tile = rank/32;
+        const int64_t n_tile = l.plain ? 0 : rank/32;
         const int64_t u0     = n_tile*l.n_head_kv*ith/nth;
         const int64_t u1     = n_tile*l.n_head_kv*(ith + 1)/nth;
         for (int64_t u = u0; u < u1; ++u) {
@@ -116,12 +125,7 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
                 memset(tile, 0, sizeof(tile));
                 xkv_mul_32(m, n_embd_head, a, basis, c);
                 for (int r = 0; r < m; ++r) {
-                    const xkv_coef_row row(to[r], rank);
-                    if (i8) {
-                        xkv_cpu_round_i8(tile[r], row.codes + d, row.scales + d/32, row.sums + d/32, 32);
-                    } else {
-                        memcpy(row.f32 + d, tile[r], sizeof(tile[r]));
-                    }
+                    xkv_coef_row(to[r], rank).set(tile[r], d, 32, i8);
                 }
                 m = 0;
             };
@@ -154,6 +158,9 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
                     sum += x[k]*mean[k];
                 }
                 *c_row(s, f, i).mean = sum;
+                if (l.plain) {
+                    c_row(s, f, i).set(x, 0, rank, xkv_cpu_is_i8(l.segments[0]->coef.type));
+                }
             }
         }
     }
@@ -162,9 +169,10 @@ void xkv_cpu_project(ggml_tensor * dst, int ith, int nth, void * userdata) {
 // queries that are scored at once
 #define XKV_CPU_N_SCORE 32
 
-// scores of tokens 4*i0 .. 4*i1 - 1 of a chunk for queries q0 .. q0 + n_q - 1
+// scores of tokens 4*i0 .. 4*i1 - 1 of a chunk for n_q queries
+template <typename Q>
 static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * segments, const ggml_tensor * q_coef, ggml_tensor * dst,
-                            int64_t s, int64_t f, int64_t i0, int64_t i1, int64_t q0, int64_t n_q) {
+                            int64_t s, int64_t f, int64_t i0, int64_t i1, int64_t n_q, Q && query) {
     const int64_t n_head = dst->ne[2];
     const int64_t rank   = l.rank[0];
 
@@ -184,7 +192,7 @@ static void xkv_score_chunk(const xkv_cpu_layer & l, const xkv_cpu_segment * seg
     xkv_coef_row q_rows[XKV_CPU_N_SCORE];
     float *      d_rows[XKV_CPU_N_SCORE];
     for (int64_t j = 0; j < n_q; ++j) {
-        const int64_t i = q0 + j;
+        const int64_t i = query(j);
         q_rows[j] = xkv_coef_row((char *) q_coef->data + i*q_coef->nb[1] + f*q_coef->nb[2] + s*q_coef->nb[3], rank);
         d_rows[j] = (float *) ((char *) dst->data + i%n_head*dst->nb[2] + i/n_head*dst->nb[1] + s*dst->nb[3]) + f*l.n_chunk;
         std::fill_n(d_rows[j] + 4*i0, 4*(i1 - i0), *q_rows[j].mean);
@@ -267,7 +275,9 @@ void xkv_cpu_scores(ggml_tensor * dst, int ith, int nth, void * userdata) {
         for (int64_t f = 0; f < l.n_frame; ++f) {
             n_item += (fill[f] + 3)/4;
         }
-        const xkv_work work = { { n_item, (k->ne[2] + 3)/4 }, { l.rank[0]*(n_query + 4), k->ne[0]*(2*n_query + 4*k->ne[1]) } };
+        const int64_t  n_set = l.plain ? l.n_head_kv : 1; // of queries that meet the same numbers
+        const int64_t  n_gqa = l.n_head/n_set;
+        const xkv_work work  = { { n_item, (k->ne[2] + 3)/4 }, { l.rank[0]*(n_query + 4*n_set), k->ne[0]*(2*n_query + 4*k->ne[1]) } };
 
         int64_t begin[2];
         int64_t end[2];
@@ -278,9 +288,17 @@ void xkv_cpu_scores(ggml_tensor * dst, int ith, int nth, void * userdata) {
             const int64_t n  = (fill[f] + 3)/4;
             const int64_t i0 = std::max(begin[0] - first, (int64_t) 0);
             const int64_t i1 = std::min(end[0]   - first, n);
-            for (int64_t q0 = 0; i0 < i1 && q0 < n_query; q0 += XKV_CPU_N_SCORE) {
-                const int64_t n_q = std::min<int64_t>(XKV_CPU_N_SCORE, n_query - q0);
-                xkv_score_chunk(l, l.segments[0] + s*l.n_segment[0], q_coef, dst, s, f, i0, i1, q0, n_q);
+            for (int64_t h = 0; i0 < i1 && h < n_set; ++h) {
+                const auto * segments = l.segments[0] + s*l.n_segment[0];
+                auto         head     = *segments;
+                head.rank       = l.rank[0];
+                head.coef.data += ggml_row_size(head.coef.type, h*l.rank[0]);
+                for (int64_t q0 = 0; q0 < n_query/n_set; q0 += XKV_CPU_N_SCORE) {
+                    const int64_t n_q = std::min<int64_t>(XKV_CPU_N_SCORE, n_query/n_set - q0);
+                    xkv_score_chunk(l, l.plain ? &head : segments, q_coef, dst, s, f, i0, i1, n_q, [&](int64_t j) {
+                        return (q0 + j)/n_gqa*l.n_head + h*n_gqa + (q0 + j)%n_gqa;
+                    });
+                }
             }
             // masked, but the mask is added
             for (int64_t i = 0; f%nth == ith && i < n_query; ++i) {

@@ -31,11 +31,14 @@ struct xkv_cpu_segment {
 // What the ops of one layer read beside their arguments, their userdata. A query is a token's head, queries are
 // ordered by token, then by head.
 struct xkv_cpu_layer {
+    // K and V as they are, in one segment: a query meets the numbers of its KV head, without a basis
+    bool plain;
+
     int64_t n_head;
     int64_t n_head_kv;
     int64_t n_chunk;
     int64_t n_frame; // chunks per stream
-    int64_t rank     [2];
+    int64_t rank     [2]; // of all segments; of a head when plain
     int64_t n_segment[2];
 
     const struct xkv_cpu_segment * segments[2]; // [n_segment] of each stream
@@ -50,7 +53,7 @@ struct xkv_cpu_layer {
 #define XKV_CPU_N_COEF(rank) ((rank) + (rank)/4 + (rank)/32 + (rank)/32 + 8)
 
 // args: q in the frame of every chunk [n_embd_head, n_query, n_frame*n_stream]
-// dst:  [XKV_CPU_N_COEF(rank), n_query, n_frame, n_stream] q through the basis of K, and times the mean
+// dst:  [XKV_CPU_N_COEF(rank), n_query, n_frame, n_stream] q through the basis of K (or as it is), and times the mean
 void xkv_cpu_project(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 
 // args: q [n_embd_head, n_head, n_tps, n_stream], window's K [n_embd_head, n_head_kv, n_kv, n_stream],

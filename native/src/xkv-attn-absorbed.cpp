@@ -32,7 +32,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     q = ggml_reshape_3d(ctx, q, n_embd_head, n_head*n_tps, n_frame*n_stream);
     q = xkv_rotate(ctx, xkv.model, xkv.cparams, il, q, origin);
 
-    // through the basis: rows that share a KV head together
+    // rows that share a KV head together
     const int64_t n_row = n_tps*n_frame*n_stream;
     q = ggml_reshape_4d(ctx, q, n_embd_head, n_gqa, n_head_kv, n_row);
     q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 1, 3, 2)); // [n_embd_head, n_gqa, n_row, n_head_kv]
@@ -49,15 +49,17 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     ggml_tensor * mean   = ggml_reshape_3d(ctx, l.mean_k, n_embd_head, 1, n_head_kv);
     ggml_tensor * q_mean = by_query(ggml_mul_mat(ctx, mean, q));
 
-    // to the coefficients of the chunk
     ggml_tensor * s = nullptr; // [n_chunk, n_head*n_tps, n_frame, n_stream]
-    for (size_t is = 0; is < gr.segments[xkv_store::kind::K].size(); ++is) {
+    if (xkv.store->plain()) { // of one stream
+        ggml_tensor * x = xkv.store->plain_segment(xkv_store::kind::K, il).coef;
+        x = ggml_view_4d(ctx, x, n_embd_head, n_chunk, n_frame, n_head_kv, x->nb[1], n_chunk*x->nb[1], ggml_row_size(x->type, n_embd_head), 0);
+        s = by_query(ggml_mul_mat(ctx, x, ggml_reshape_4d(ctx, q, n_embd_head, n_gqa*n_tps, n_frame, n_head_kv)));
+    }
+    // through the basis to the coefficients of the chunk
+    for (size_t is = 0; is < xkv.store->n_basis(xkv_store::kind::K, il); ++is) {
         const auto & seg = gr.segments[xkv_store::kind::K][is];
 
         ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
-        if (!basis) {
-            continue;
-        }
         basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
 
         ggml_tensor * coef = seg.coef;
@@ -81,7 +83,8 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
 // output [n_embd_head, n_tps, n_head, span] of the stored tokens of a span; p [n_slot, n_tps, n_head, span]
 static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
-    const auto &   gr  = inp->mctx->xkv->store->groups()[inp->mctx->xkv->store->layers[il].ig];
+    const auto &   store = *inp->mctx->xkv->store;
+    const auto &   gr    = store.groups()[store.layers[il].ig];
 
     const int64_t n_slot      = p->ne[0];
     const int64_t n_tps       = p->ne[1];
@@ -90,16 +93,19 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_embd_head = gctx.hparams.n_embd_head_v(il);
 
-    p = ggml_view_4d(ctx, p, n_slot, n_tps*n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
-
     ggml_tensor * o = nullptr; // [n_embd_head, n_tps*n_gqa, n_head_kv, n_stream]
-    for (size_t is = 0; is < gr.segments[xkv_store::kind::V].size(); ++is) {
+    if (store.plain()) { // of one stream
+        ggml_tensor * x = store.plain_segment(xkv_store::kind::V, il).coef;
+        x = ggml_view_3d(ctx, x, n_slot, n_embd_head, n_head_kv, x->nb[1], n_embd_head*x->nb[1], 0);
+        p = ggml_view_3d(ctx, p, n_slot, n_tps*n_head/n_head_kv, n_head_kv, p->nb[1], n_tps*n_head/n_head_kv*p->nb[1], 0);
+        o = ggml_mul_mat(ctx, x, p);
+    } else {
+        p = ggml_view_4d(ctx, p, n_slot, n_tps*n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
+    }
+    for (size_t is = 0; is < store.n_basis(xkv_store::kind::V, il); ++is) {
         const auto & seg = gr.segments[xkv_store::kind::V][is];
 
         ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
-        if (!basis) {
-            continue;
-        }
         ggml_tensor * coef = seg.coef;
         coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
                             (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);

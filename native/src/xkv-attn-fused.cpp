@@ -58,6 +58,7 @@ static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head,
     auto res = std::make_shared<xkv_fused_layer>();
     auto & l = res->layer;
 
+    l.plain     = store.plain() && inp->n_slot > 0;
     l.n_head    = n_head;
     l.n_head_kv = n_head_kv;
     l.n_chunk   = store.n_chunk;
@@ -68,19 +69,20 @@ static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head,
     l.fill = inp->fill.data();
 
     for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+        const auto add = [&](const xkv_store::segment & seg, uint32_t s, xkv_cpu_rows basis) {
+            const ggml_tensor * coef = seg.coef;
+            res->segments[kd].push_back({ l.rank[kd], seg.rank, { (const char *) coef->data + s*coef->nb[2], coef->type, coef->nb[1] }, basis });
+            l.rank[kd] += seg.rank;
+        };
         for (uint32_t s = stream_0; s < stream_0 + n_stream; ++s) {
             l.rank[kd] = 0;
-            for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-                const auto &        seg   = gr.segments[kd][is];
-                const ggml_tensor * coef  = seg.coef;
+            if (store.plain()) {
+                add(store.plain_segment(kd, il), s, {});
+                l.rank[kd] /= n_head_kv;
+            }
+            for (size_t is = 0; is < store.n_basis(kd, il); ++is) {
                 const ggml_tensor * basis = store.basis(kd, il, is, s);
-
-                if (!basis) {
-                    continue;
-                }
-                res->segments[kd].push_back({ l.rank[kd], seg.rank, { (const char *) coef->data + s*coef->nb[2], coef->type, coef->nb[1] },
-                                              { (const char *) basis->data, basis->type, basis->nb[1] } });
-                l.rank[kd] += seg.rank;
+                add(gr.segments[kd][is], s, { (const char *) basis->data, basis->type, basis->nb[1] });
             }
         }
         // without stored tokens there is nothing to go through

@@ -165,19 +165,19 @@ static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_i
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_stream    = inp->mctx->get_n_stream();
 
-    const auto & segments = xkv.store->groups()[l.ig].segments[kd];
+    const auto from_basis = [&](xkv_span span) {
+        const auto & segments = xkv.store->groups()[l.ig].segments[kd];
 
-    ggml_tensor * x = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
         ggml_tensor * res = nullptr; // [n_embd, n_slot, 1, span]
         for (size_t is = 0; is < segments.size(); ++is) {
-            if (ggml_tensor * basis = xkv_basis(inp->mctx, kd, il, is, span)) {
-                ggml_tensor * t = xkv_view_span(ctx, xkv_coef(ctx, inp, kd, segments[is].coef), span);
-                t   = xkv.store->plain() ? t : xkv_from_coef(ctx, kd, basis, t);
-                res = res ? ggml_add(ctx, res, t) : t;
-            }
+            ggml_tensor * t = xkv_view_span(ctx, xkv_coef(ctx, inp, kd, segments[is].coef), span);
+            t   = xkv_from_coef(ctx, kd, xkv_basis(inp->mctx, kd, il, is, span), t);
+            res = res ? ggml_add(ctx, res, t) : t;
         }
         return res;
-    });
+    };
+    ggml_tensor * x = xkv.store->plain() ? xkv_coef(ctx, inp, kd, xkv.store->plain_segment(kd, il).coef) :
+                                           xkv_concat_spans(ctx, inp->mctx, 3, from_basis);
     if (kd == xkv_store::kind::K) {
         x = ggml_add(ctx, x, l.mean_k);
         x = ggml_reshape_3d(ctx, x, n_embd_head, n_head_kv, inp->n_slot*n_stream);

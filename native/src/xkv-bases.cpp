@@ -8,10 +8,19 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <set>
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
     return bases_of(stream).tensors[kd][il][is];
+}
+
+size_t xkv_store::n_basis(kind kd, uint32_t il) const {
+    return plain() ? 0 : now.groups[layers[il].ig].segments[kd].size();
+}
+
+const xkv_store::segment & xkv_store::plain_segment(kind kd, uint32_t il) const {
+    GGML_ASSERT(plain());
+    const group & gr = now.groups[layers[il].ig];
+    return gr.segments[kd][il - gr.first];
 }
 
 bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
@@ -34,43 +43,6 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
         }
     }
     return res;
-}
-
-xkv_store::basis_set xkv_store::make_units(const std::vector<group> & groups, const ctx_of_t & ctx_of) const {
-    std::map<std::pair<ggml_context *, uint32_t>, ggml_tensor *> units; // layers of one device and size share one
-
-    basis_set res;
-    for (auto kd : { kind::K, kind::V }) {
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            const auto & gr   = groups[layers[il].ig];
-            auto &       unit = units[{ ctx_of(gr.first), gr.segments[kd][il - gr.first].rank }];
-            if (!unit) {
-                const uint32_t n = gr.segments[kd][il - gr.first].rank;
-                unit = ggml_new_tensor_2d(ctx_of(gr.first), XKV_TYPE_UNIT, n, n);
-                ggml_format_name(unit, "xkv_unit_%u", n);
-            }
-            std::vector<ggml_tensor *> list(gr.count, nullptr);
-            list[il - gr.first] = unit;
-            res.tensors[kd].push_back(std::move(list));
-        }
-    }
-    return res;
-}
-
-void xkv_store::fill_units(const layout & l) const {
-    std::set<ggml_tensor *> units;
-    for (const auto & per_layer : l.bases.tensors) {
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            units.insert(per_layer[il][il - l.groups[layers[il].ig].first]);
-        }
-    }
-    for (ggml_tensor * t : units) {
-        std::vector<float> data(ggml_nelements(t), 0.0f);
-        for (int64_t i = 0; i < t->ne[0]; ++i) {
-            data[i*t->ne[0] + i] = 1.0f;
-        }
-        ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
-    }
 }
 
 // where the number of direction r of a segment for number i of a layer stands in its basis
@@ -107,7 +79,7 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     const uint32_t dim = gr.dim[kd];
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
-    GGML_ASSERT(!now.plain);
+    GGML_ASSERT(!plain());
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment &     seg    = gr.segments[kd][is];
@@ -174,11 +146,7 @@ void xkv_store::reset_bases(uint32_t stream) {
 }
 
 void xkv_store::fill_bases(const layout & l) const {
-    if (l.plain) {
-        fill_units(l);
-        return;
-    }
-    for (size_t ig = 0; ig < l.groups.size(); ++ig) {
+    for (size_t ig = 0; ig < l.groups.size() && !stages[l.stage].plain(); ++ig) {
         const group & gr = l.groups[ig];
         for (auto kd : { kind::K, kind::V }) {
             write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, gr.rank[kd]));

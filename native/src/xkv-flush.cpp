@@ -152,16 +152,13 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
             coef = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-                ggml_tensor * x = nullptr; // [n_embd, n]
-                for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-                    const auto &  seg   = gr.segments[kd][is];
-                    ggml_tensor * basis = store.basis(kd, il, is, stream);
-                    if (!basis) {
-                        continue;
-                    }
-                    ggml_tensor * x_seg = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
-                    x_seg = store.plain() ? x_seg : xkv_from_coef(ctx, kd, basis, x_seg);
-                    x     = x ? ggml_add(ctx, x, x_seg) : x_seg;
+                const auto part = [&](const xkv_store::segment & seg) {
+                    return ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
+                };
+                ggml_tensor * x = store.plain() ? part(store.plain_segment(kd, il)) : nullptr; // [n_embd, n]
+                for (size_t is = 0; is < store.n_basis(kd, il); ++is) {
+                    ggml_tensor * x_seg = xkv_from_coef(ctx, kd, store.basis(kd, il, is, stream), part(gr.segments[kd][is]));
+                    x = x ? ggml_add(ctx, x, x_seg) : x_seg;
                 }
                 if (kd == xkv_store::kind::K) {
                     x = ggml_add(ctx, x, store.layers[il].mean_k);

@@ -155,14 +155,14 @@ static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::gr
     }
 }
 
-// layers of a plain stage are segments
-static void xkv_check_plain(const xkv_sidecar & sidecar) {
-    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
-        for (size_t il = 0; il < sidecar.n_embd[kd].size(); ++il) {
-            if (sidecar.n_embd[kd][il] % 32 != 0) {
-                xkv_throw(XKV_STATUS_UNSUPPORTED, "stage 0 has no segments, but layer %zu has %u numbers of %c, expected a multiple of 32; leave it out",
-                          il, sidecar.n_embd[kd][il], kd == xkv_sidecar::K ? 'K' : 'V');
-            }
+// in a plain stage, a head's numbers are whole blocks
+static void xkv_check_plain(const llama_hparams & hparams) {
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const uint32_t n_k = hparams.n_embd_head_k(il);
+        const uint32_t n_v = hparams.n_embd_head_v(il);
+        if (n_k % 32 != 0 || n_v % 32 != 0) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "stage 0 has no segments, but the heads of layer %u have %u numbers of K and %u of V, expected multiples of 32; leave it out",
+                      il, n_k, n_v);
         }
     }
 }
@@ -230,7 +230,7 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
     xkv_check_scales(model, sidecar);
     for (const auto & stage : config.stages) {
         if (stage.plain()) {
-            xkv_check_plain(sidecar);
+            xkv_check_plain(hparams);
         } else {
             xkv_check_ranks(hparams, sidecar, stage);
         }

@@ -25,11 +25,13 @@ static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const ch
 }
 
 xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
-    layout res = { stage, stages[stage].plain(), {}, {}, {}, {} };
+    const bool plain = stages[stage].plain();
 
-    size_t n_tensor = 4*layers.size(); // of a plain stage
+    layout res = { stage, {}, {}, {}, {} };
+
+    size_t n_tensor = plain ? 2*layers.size() : 0;
     for (auto kd : { kind::K, kind::V }) {
-        for (size_t ig = 0; ig < sidecar.groups.size() && !res.plain; ++ig) {
+        for (size_t ig = 0; ig < sidecar.groups.size() && !plain; ++ig) {
             n_tensor += (1 + sidecar.groups[ig].count)*stages[stage].segments[kd][ig].size();
         }
     }
@@ -55,10 +57,10 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
             gr.rank[kd] += rank;
         };
         for (auto kd : { kind::K, kind::V }) {
-            for (uint32_t il = gr.first; res.plain && il < gr.first + gr.count; ++il) {
-                add(kd, stages[stage].type, XKV_TYPE_UNIT, sidecar.n_embd[kd][il]);
+            for (uint32_t il = gr.first; plain && il < gr.first + gr.count; ++il) {
+                add(kd, stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il]);
             }
-            for (size_t i = 0; !res.plain && i < stages[stage].segments[kd][ig].size(); ++i) {
+            for (size_t i = 0; !plain && i < stages[stage].segments[kd][ig].size(); ++i) {
                 const auto & seg = stages[stage].segments[kd][ig][i];
                 // rows of K, and of the bases of V, are whole blocks
                 const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
@@ -67,7 +69,7 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
         }
         res.groups.push_back(gr);
     }
-    res.bases = res.plain ? make_units(res.groups, ctx_of) : make_bases(res.groups, ctx_of);
+    res.bases = plain ? basis_set() : make_bases(res.groups, ctx_of);
     return res;
 }
 

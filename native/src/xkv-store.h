@@ -15,9 +15,6 @@
 
 struct llama_model;
 
-// type of the unit matrices that take the place of bases in a plain stage
-static const ggml_type XKV_TYPE_UNIT = GGML_TYPE_F32;
-
 // tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
 static const uint32_t XKV_SLOT_PAD = 256;
 
@@ -61,8 +58,8 @@ struct xkv_config {
 //   V: one row per direction, so that a quantization block is one direction over the tokens of one chunk
 //
 // Coefficients and bases share one buffer per device, which a stage of the store divides: while few tokens are stored, each
-// has more directions and bits. The first stage can be plain: K (in the frames of chunks) and V as they are. It has the same
-// form, one segment per layer whose directions are the layer's numbers, so that a layer has no basis in the segments of others.
+// has more directions and bits. The first stage can be plain: K (in the frames of chunks) and V as they are, in one segment per
+// layer whose directions are the layer's numbers, without bases.
 class xkv_store {
 public:
     using kind = xkv_sidecar::kind;
@@ -103,7 +100,6 @@ public:
     // tensors of one stage
     struct layout {
         uint32_t           stage;
-        bool               plain;
         std::vector<group> groups;
         basis_set          bases;
 
@@ -122,7 +118,7 @@ public:
     uint32_t stage_slots(uint32_t i) const { return stages[i].n_slot; }
 
     // of the present stage
-    bool     plain()      const { return now.plain; }
+    bool     plain()      const { return stages[now.stage].plain(); }
     uint32_t n_slot_now() const { return stages[now.stage].n_slot; }
 
     // an empty store in another stage, with the calibrated bases
@@ -133,9 +129,14 @@ public:
     layout begin(uint32_t stage) const;
     void   commit(const layout & next);
 
-    // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; nullptr when the layer has no part in
-    // the segment
+    // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; there are none in a plain store
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
+
+    // segments of a layer that have a basis; 0 in a plain store
+    size_t n_basis(kind kd, uint32_t il) const;
+
+    // of a plain store: K or V of a layer
+    const segment & plain_segment(kind kd, uint32_t il) const;
 
     // true when none of the streams has bases of its own
     bool shares_bases(uint32_t s0, uint32_t n) const;
@@ -216,7 +217,6 @@ private:
     // tensors without memory
     layout    make_layout(uint32_t stage) const;
     basis_set make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
-    basis_set make_units(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
 
     // zeroes the arena and puts a layout without memory there
     void place(layout && fresh);
@@ -225,7 +225,6 @@ private:
 
     void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const;
     void fill_bases(const layout & l) const;
-    void fill_units(const layout & l) const;
     void copy_bases(const basis_set & src, const basis_set & dst) const;
     void fill_means();
 };
