@@ -15,13 +15,10 @@ from xkv_gguf.convert.coef_types import TYPES
 from xkv_gguf.convert.plan import Prices, Segment, Statistics, distortion, plan_segments
 from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
-LAST = 1.5
-"""Tokens of the full store over those of the stage before, at whose end the last bases are computed: the later the
-better they fit, but what was stored until then is rounded once more. Also the least of the stage after the plain one
-over that."""
-
-GROWTH = 3.0
-"""Tokens of any other stage over those of the one before, but for the plain one, which is as long as it can be."""
+GROWTH = 2.0
+"""Tokens of a stage over those of the one before, but for the plain one, which is as long as it can be while the next one
+has so many times its tokens. The later a stage ends the better the next one's bases fit, but what was stored until then
+is rounded once more."""
 
 FEWEST = 512
 """Tokens of the first stage, at least."""
@@ -88,9 +85,9 @@ def plan_stages(
     budget = n_bytes - TENSOR_PAD * n_tensor
     lost = full = distortion(stats, segments)
     plain = _plain_stage(shape, n_bytes)
-    fewest = max(FEWEST, LAST * plain.n_slot if plain else 0)
+    fewest = max(FEWEST, GROWTH * plain.n_slot if plain else 0)
     found: list[Stage] = []
-    size = int(n_slot / LAST)
+    size = int(n_slot / GROWTH)
     while size >= fewest and lost > NEGLIGIBLE * full:
         size -= size % SLOT_PAD
         fresh = plan_segments(stats, types, max_segments, Prices(size, bases), budget)
