@@ -16,9 +16,9 @@ from xkv_gguf.convert.plan import Prices, Segment, Statistics, distortion, plan_
 from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
 GROWTH = 2.0
-"""Tokens of a stage over those of the one before, but for the plain one, which is as long as it can be while the next one
-has so many times its tokens. The later a stage ends the better the next one's bases fit, but what was stored until then
-is rounded once more."""
+"""Tokens of a stage over those of the one before, but for the plain one, which is as long as it can be while the next
+one has so many times its tokens. The later a stage ends the better the next one's bases fit, but what was stored until
+then is rounded once more."""
 
 FEWEST = 512
 """Tokens of the first stage, at least."""
