@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.plan import KINDS, Kind
-from xkv_gguf.convert.queries import key_scales
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.text import cut_texts, read_texts
@@ -51,26 +49,18 @@ class LayerGroups:
 
         return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
 
-    def of_layers(self, values: Sequence[npt.NDArray[np.float32]], group: int) -> npt.NDArray[np.float32]:
-        """Values of all layers, those of a group's beside each other."""
-        return np.concatenate(values[self.first[group] : self.first[group] + self.count[group]])
-
     def name(self, group: int) -> str:
         """Layers of a group for people: "0-4"."""
         return f"{self.first[group]}-{self.first[group] + self.count[group] - 1}"
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What was run: tokens in the sums, longest sequence in tokens, the hash of the text, and its last sequences.
-
-    `scales` is what K of each layer is multiplied with, see `queries`.
-    """
+class TextInfo:
+    """What was run: tokens in the sums, longest sequence in tokens, the hash of the text, and its last sequences."""
 
     n_tokens: int
     n_len: int
     sha256: str
-    scales: tuple[npt.NDArray[np.float32], ...]
     last: tuple[tuple[int, ...], ...] = ()
 
 
@@ -137,13 +127,6 @@ def _not_finite(groups: LayerGroups, group: int, sums: Mapping[Kind, Sums]) -> s
     return f"layers {groups.name(group)}: the captured sums are not finite; the model computes NaN or infinity"
 
 
-def _scales(capture: Capture, groups: LayerGroups, settings: Settings) -> list[npt.NDArray[np.float32]]:
-    """What K of each layer is multiplied with."""
-    if not settings.scale_keys:
-        return [np.ones(n, dtype=np.float32) for n in groups.embd["k"]]
-    return key_scales([capture.queries(layer, n) for layer, n in enumerate(groups.embd["k"])])
-
-
 def collect(
     engine: Engine,
     groups: LayerGroups,
@@ -151,7 +134,7 @@ def collect(
     texts: list[list[int]] | None,
     progress: Progress,
     use: Callable[[int, Kind, Sums], object],
-) -> Collected:
+) -> TextInfo:
     """Run the calibration text and hand over the sums over it, one kind of one group at a time.
 
     Parameters
@@ -164,11 +147,11 @@ def collect(
     progress : callable
         Gets the number of tokens after each batch.
     use : callable
-        Gets group, kind and sums when all text has been run, those of K scaled.
+        Gets group, kind and sums when all text has been run.
 
     Returns
     -------
-    Collected
+    TextInfo
 
     Raises
     ------
@@ -188,13 +171,12 @@ def collect(
             digest.update(np.asarray(text, dtype="<i4").tobytes())
             last.append(tuple(text))
             del last[:-N_LAST]
-        scales = _scales(capture, groups, settings)
         for g in range(len(groups.first)):
             for kind in KINDS:
                 sums = capture.read(g, kind)
                 if not is_finite(sums):
                     raise CalibrationError(_not_finite(groups, g, {other: capture.read(g, other) for other in KINDS}))
                 n_tokens = sums.n_tokens
-                use(g, kind, sums.scaled(groups.of_layers(scales, g)) if kind == "k" else sums)
+                use(g, kind, sums)
     engine.close_context()
-    return Collected(n_tokens, n_len, digest.hexdigest(), tuple(scales), tuple(last))
+    return TextInfo(n_tokens, n_len, digest.hexdigest(), tuple(last))

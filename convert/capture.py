@@ -25,11 +25,6 @@ class Sums:
     total: F64
     n_tokens: int
 
-    def scaled(self, scale: npt.NDArray[np.floating]) -> Sums:
-        """The sums of x times a scale, shape (D,)."""
-        wide = scale.astype(np.float64)
-        return Sums(self.gram * np.outer(wide, wide), self.total * wide, self.n_tokens)
-
 
 def model_layers(engine: Engine) -> tuple[list[int], list[int]]:
     """K and V numbers per token of every layer.
@@ -108,15 +103,3 @@ class Capture:
         )
         _native.check_status(status)
         return Sums(gram, total, int(n_tokens[0]))
-
-    def queries(self, layer: int, n_embd_k: int) -> F64:
-        """Mean square of the queries so far that met each number of a layer's K, shape (n_embd_k,).
-
-        Both numbers that RoPE turns together have their mean.
-        """
-        energy = np.empty(n_embd_k)
-        status = self._api.lib.xkv_capture_read_queries(
-            self._capture, layer, self._api.ffi.cast("double *", energy.ctypes.data)
-        )
-        _native.check_status(status)
-        return energy

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from xkv_gguf.convert import sensitivity
 from xkv_gguf.convert.cache_plan import Wishes
-from xkv_gguf.convert.calibrate import Collected, LayerGroups, collect, file_sequences, self_shape
+from xkv_gguf.convert.calibrate import LayerGroups, TextInfo, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.find import cached_sidecar, find_sidecar
@@ -114,8 +114,6 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         arrays: dict[str, Array] = {}
         for (size, g, kind), basis in bases.items():
             if size == chosen.size:
-                if kind == "k":
-                    arrays[tensor_name(g, kind, "scale")] = chosen.groups.of_layers(text.scales, g)
                 arrays[tensor_name(g, kind, "basis")] = basis.basis
                 arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
                 arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
@@ -146,7 +144,7 @@ def _weigh(
     info: SidecarInfo,
     arrays: dict[str, Array],
     shape: ModelShape,
-    text: Collected,
+    text: TextInfo,
     show_progress: bool,
 ) -> SidecarInfo:
     """Add measured weights; the same information where the text is too short or the model too small for it."""

@@ -58,8 +58,6 @@ class Settings:
     basis_type : str
         f16, or f32 for tests of exactness.
     threads : int
-    scale_keys : bool
-        Whether K is scaled by its queries, see `queries`.
 
     Raises
     ------
@@ -77,7 +75,6 @@ class Settings:
     seed: int = 0
     basis_type: str = "f16"
     threads: int = field(default_factory=default_threads)
-    scale_keys: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.group_size, int) and self.group_size < 1:
@@ -105,7 +102,6 @@ class Settings:
             "frame": self.frame,
             "group_size": self.group_size if self.group_size is not None else min(GROUP_SIZE, n_layer),
             "n_sink": self.n_sink,
-            "scale_keys": self.scale_keys,
             "seed": self.seed,
             "tokens": self.tokens,
         }

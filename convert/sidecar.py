@@ -24,7 +24,6 @@ from xkv_gguf.convert.sidecar_info import (
     Group,
     SidecarInfo,
     check_info,
-    parts,
     tensor_name,
 )
 from xkv_gguf.errors import SidecarError, SidecarMismatchError, SidecarVersionError
@@ -65,10 +64,6 @@ class Sidecar:
     def basis(self, group: int, kind: Kind) -> Array:
         """All directions of a group, f16 or f32, shape (D, D): row i is the i-th direction."""
         return self._array(group, kind, "basis")
-
-    def scale(self, group: int) -> Array:
-        """What K is multiplied with before its mean is subtracted, f32, shape (D,)."""
-        return self._array(group, "k", "scale")
 
     def mean(self, group: int, kind: Kind) -> Array:
         """Mean that is subtracted, f32, shape (D,)."""
@@ -245,12 +240,9 @@ def _check_tensors(path: Path, header: GgufHeader, info: SidecarInfo) -> None:
     expected: dict[str, tuple[tuple[int, ...], tuple[GGMLQuantizationType, ...]]] = {}
     for g in range(len(info.groups)):
         for kind, dim in (("k", info.dim(g, "k")), ("v", info.dim(g, "v"))):
-            for part in parts(kind):
-                basis = part == "basis"
-                expected[tensor_name(g, kind, part)] = (
-                    (dim, dim) if basis else (dim,),
-                    floats if basis else floats[1:],
-                )
+            expected[tensor_name(g, kind, "basis")] = ((dim, dim), floats)
+            expected[tensor_name(g, kind, "mean")] = ((dim,), floats[1:])
+            expected[tensor_name(g, kind, "spectrum")] = ((dim,), floats[1:])
     unknown = sorted(set(header.tensors) - set(expected))
     if unknown:
         raise ValueError(f"has the unknown tensor {unknown[0]}")
@@ -269,8 +261,6 @@ def _check_tensors(path: Path, header: GgufHeader, info: SidecarInfo) -> None:
                 raise ValueError(f"tensor {name} holds values that are not finite")
             if name.endswith("spectrum") and ((values < 0).any() or (np.diff(values) > 0).any()):
                 raise ValueError(f"tensor {name} does not descend to 0")
-            if name.endswith("scale") and (values <= 0).any():
-                raise ValueError(f"tensor {name} holds values that are not above 0")
 
 
 def read_sidecar(path: str | Path) -> Sidecar:

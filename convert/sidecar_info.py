@@ -12,7 +12,7 @@ import numpy as np
 from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
 from xkv_gguf.convert.plan import Kind
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 2
 ARCHITECTURE = "xkv"
 FILE_TYPE = "xkv-sidecar"
 SUFFIX = ".xkv.gguf"
@@ -106,13 +106,8 @@ class SidecarInfo:
 
 
 def tensor_name(group: int, kind: str, part: str) -> str:
-    """Name of an array in the file; `part` is one of `parts(kind)`."""
+    """Name of an array in the file; `part` is "basis", "mean" or "spectrum"."""
     return f"group.{group}.{kind}.{part}"
-
-
-def parts(kind: str) -> tuple[str, ...]:
-    """Arrays of one kind of a group, in the order of the file."""
-    return ("scale", "basis", "mean", "spectrum") if kind == "k" else ("basis", "mean", "spectrum")
 
 
 def sidecar_beside(model: str | Path) -> Path:

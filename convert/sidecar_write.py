@@ -21,7 +21,6 @@ from xkv_gguf.convert.sidecar_info import (
     FORMAT_VERSION,
     SidecarInfo,
     check_info,
-    parts,
     tensor_name,
 )
 from xkv_gguf.errors import OptionError, SidecarError
@@ -90,7 +89,12 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
     """
     path = Path(path)
     check_info(info)
-    names = [tensor_name(g, kind, part) for g in range(len(info.groups)) for kind in KINDS for part in parts(kind)]
+    names = [
+        tensor_name(g, kind, part)
+        for g in range(len(info.groups))
+        for kind in KINDS
+        for part in ("basis", "mean", "spectrum")
+    ]
     if set(names) != set(arrays):
         raise ValueError(f"arrays {sorted(set(names) ^ set(arrays))} are missing or unknown")
     writer = GGUFWriter(None, ARCHITECTURE)

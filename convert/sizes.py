@@ -96,8 +96,8 @@ def window_bytes(shape: ModelShape, layout: CacheLayout) -> int:
 
 
 def mean_bytes(shape: ModelShape) -> int:
-    """Bytes of means and scales: f32; of K and V, of V as it is added to the output of each layer, and scales of K."""
-    return 4 * (shape.numbers + sum(shape.embd_out) + sum(shape.embd_k))
+    """Bytes of the means: f32, of K and V, and of V as it is added to the output of each layer."""
+    return 4 * (shape.numbers + sum(shape.embd_out))
 
 
 def predict_parts(

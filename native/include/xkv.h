@@ -129,8 +129,7 @@ int xkv_online(const struct llama_context * ctx, int32_t seq_id, struct xkv_onli
 const char * xkv_context_refusal(struct llama_context * ctx);
 
 // Calibration: Gram matrices of chunk-frame K and of V, per group of layers, taken from a plain f16 or f32 cache.
-// Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out. The capture takes
-// the context's eval callback until it is freed, which has to happen before the context is.
+// Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out.
 int  xkv_capture_new(struct llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group,
                      uint32_t frame, uint32_t n_sink, struct xkv_capture ** capture);
 void xkv_capture_free(struct xkv_capture * capture);
@@ -142,10 +141,6 @@ int xkv_capture_add(struct xkv_capture * capture, int32_t seq_id);
 // gram [D*D] row-major sum of x x^T, sum [D] sum of x, n_tokens: tokens added
 int xkv_capture_read(const struct xkv_capture * capture, uint32_t group, int32_t kind,
                      double * gram, double * sum, uint64_t * n_tokens);
-
-// energy [n_embd_k]: mean square of the queries that met each number of a layer's K since the capture began, the same for both
-// numbers that RoPE turns together
-int xkv_capture_read_queries(const struct xkv_capture * capture, uint32_t layer, double * energy);
 
 // CFFI-END
 

@@ -171,11 +171,3 @@ int xkv_capture_read(const xkv_capture * capture, uint32_t group, int32_t kind, 
         capture->read(group, kind, gram, sum, n_tokens);
     });
 }
-
-int xkv_capture_read_queries(const xkv_capture * capture, uint32_t layer, double * energy) {
-    return xkv_guard([&] {
-        xkv_require(capture, "capture");
-        xkv_require(energy,  "energy");
-        capture->read_queries(layer, energy);
-    });
-}

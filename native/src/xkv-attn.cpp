@@ -208,20 +208,6 @@ static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_g
 // hooks
 //
 
-ggml_tensor * xkv_scale_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * k_cur, int il) {
-    ggml_tensor * scale = mctx->xkv->store->layers[il].scale_k;
-    return ggml_mul(ctx, k_cur, ggml_reshape_2d(ctx, scale, k_cur->ne[0], k_cur->ne[1]));
-}
-
-// q [n_embd_head, n_head, n_tokens] by the scale of the KV head that it meets
-static ggml_tensor * xkv_unscale_q(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * q, int64_t n_head_kv, int il) {
-    ggml_tensor * scale = ggml_reshape_3d(ctx, mctx->xkv->store->layers[il].scale_k, q->ne[0], 1, n_head_kv);
-
-    ggml_tensor * res = ggml_is_contiguous(q) ? q : ggml_cont(ctx, q);
-    res = ggml_div(ctx, ggml_reshape_4d(ctx, res, q->ne[0], q->ne[1]/n_head_kv, n_head_kv, q->ne[2]), scale);
-    return ggml_reshape_3d(ctx, res, q->ne[0], q->ne[1], q->ne[2]);
-}
-
 ggml_tensor * xkv_center_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il) {
     ggml_tensor * mean = mctx->xkv->store->layers[il].mean_v;
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
@@ -246,8 +232,6 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         ggml_tensor * mask = inp_kv->get_kq_mask();
         inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
     }
-
-    q = xkv_unscale_q(gctx.ctx0, mctx, q, k->ne[1], il);
 
     auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(mctx, il) ? xkv_attn_fused : xkv_attn_absorbed;
 

@@ -160,9 +160,8 @@ void xkv_store::fill_means() {
     for (size_t ig = 0; ig < now.groups.size(); ++ig) {
         const group & gr = now.groups[ig];
 
-        const auto scale_k = sidecar.scale(ig);
-        const auto mean_k  = sidecar.mean(ig, kind::K);
-        const auto mean_v  = sidecar.mean(ig, kind::V);
+        const auto mean_k = sidecar.mean(ig, kind::K);
+        const auto mean_v = sidecar.mean(ig, kind::V);
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
             const layer &  l          = layers[il];
             const float *  v          = mean_v.data() + l.off[kind::V];
@@ -173,7 +172,6 @@ void xkv_store::fill_means() {
                 const float * head = v + (size_t) (h/hparams.n_gqa(il))*n_head_dim;
                 mean_o.insert(mean_o.end(), head, head + n_head_dim);
             }
-            ggml_backend_tensor_set(l.scale_k, scale_k.data() + l.off[kind::K], 0, ggml_nbytes(l.scale_k));
             ggml_backend_tensor_set(l.mean_k, mean_k.data() + l.off[kind::K], 0, ggml_nbytes(l.mean_k));
             ggml_backend_tensor_set(l.mean_v, v,                              0, ggml_nbytes(l.mean_v));
             ggml_backend_tensor_set(l.mean_o, mean_o.data(),                  0, ggml_nbytes(l.mean_o));

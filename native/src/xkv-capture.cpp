@@ -5,12 +5,10 @@
 #include "xkv-support.h"
 
 #include "llama-context.h"
-#include "llama-cparams.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <typeinfo>
 
 // tokens per graph
@@ -47,75 +45,6 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<uint32_t> first_, std:
         for (int kd = 0; kd < 2; ++kd) {
             groups[kd].push_back({ dim[kd], std::vector<float>((size_t) dim[kd]*dim[kd], 0.0f), std::vector<double>(dim[kd], 0.0) });
         }
-    }
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        layers.push_back({ std::vector<double>(hparams.n_embd_k_gqa(il), 0.0), 0 });
-    }
-    before           = ctx->get_cparams().cb_eval;
-    before_user_data = ctx->get_cparams().cb_eval_user_data;
-    watch(on_node, this);
-}
-
-xkv_capture::~xkv_capture() {
-    if (ctx->get_cparams().cb_eval_user_data == this) { // not another capture's
-        watch(before, before_user_data);
-    }
-}
-
-void xkv_capture::watch(ggml_backend_sched_eval_callback callback, void * user_data) const {
-    llama_synchronize(ctx);
-    // the context passes it on with every new graph; one that it uses again is computed with what the scheduler has
-    auto & cparams = const_cast<llama_cparams &>(ctx->get_cparams());
-    cparams.cb_eval           = callback;
-    cparams.cb_eval_user_data = user_data;
-    ggml_backend_sched_set_eval_callback(ctx->get_sched(), callback, user_data);
-}
-
-bool xkv_capture::on_node(ggml_tensor * t, bool ask, void * self) {
-    const bool wanted = t->op == GGML_OP_FLASH_ATTN_EXT;
-    int        il     = -1;
-    if (wanted && !ask) {
-        for (const ggml_tensor * k = t->src[1]; k && sscanf(k->name, "cache_k_l%d", &il) != 1;) {
-            k = k->view_src ? k->view_src : k->src[0];
-        }
-        auto * capture = (xkv_capture *) self;
-        if (il >= 0 && (size_t) il < capture->layers.size()) {
-            capture->add_queries(t->src[0], capture->layers[il]);
-        }
-    }
-    return wanted || !ask; // after a node: go on
-}
-
-// q [n_embd_head, n_tokens, n_head, n_stream], a view of the layer's queries
-void xkv_capture::add_queries(const ggml_tensor * q, queries & to) const {
-    const ggml_tensor * base = q->view_src ? q->view_src : q;
-
-    std::vector<uint8_t> data(ggml_nbytes(base));
-    ggml_backend_tensor_get(base, data.data(), 0, data.size());
-
-    const int64_t n_head_kv = to.energy.size()/q->ne[0];
-    for (int64_t h = 0; h < q->ne[2]; ++h) {
-        double * energy = to.energy.data() + h*n_head_kv/q->ne[2]*q->ne[0];
-        for (int64_t i = 0; i < q->ne[1]*q->ne[3]; ++i) {
-            const float * x = (const float *) (data.data() + q->view_offs + i%q->ne[1]*q->nb[1] + h*q->nb[2] + i/q->ne[1]*q->nb[3]);
-            for (int64_t d = 0; d < q->ne[0]; ++d) {
-                energy[d] += x[d]*x[d];
-            }
-        }
-    }
-    to.n += q->ne[1]*q->ne[2]*q->ne[3]/n_head_kv;
-}
-
-void xkv_capture::read_queries(uint32_t il, double * energy) const {
-    if (il >= layers.size()) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "layer %u, expected below %zu", il, layers.size());
-    }
-    if (layers[il].n == 0) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "no queries of layer %u were seen; calibration needs a context with flash attention", il);
-    }
-    std::transform(layers[il].energy.begin(), layers[il].energy.end(), energy, [&](double e) { return e/layers[il].n; });
-    for (const auto & [i, j] : xkv_rope_pairs(ctx->get_model(), il)) {
-        energy[i] = energy[j] = 0.5*(energy[i] + energy[j]);
     }
 }
 

@@ -21,12 +21,6 @@ struct xkv_capture {
     // throws xkv_error
     void read(uint32_t group, int kind, double * gram, double * sum, uint64_t * n_tokens) const;
 
-    // [n_embd_k] mean square of the queries that meet each number of a layer's K, the same for both numbers that RoPE turns
-    // together; throws xkv_error
-    void read_queries(uint32_t il, double * energy) const;
-
-    ~xkv_capture();
-
 private:
     struct sums {
         uint32_t            dim;
@@ -44,21 +38,6 @@ private:
     xkv_graph         graph;
     std::vector<sums> groups[2]; // K, V
     uint64_t          n_tokens = 0;
-
-    struct queries {
-        std::vector<double> energy; // sums over queries [n_embd_k]
-        uint64_t            n = 0;
-    };
-    std::vector<queries> layers;
-
-    // the context's own callback, which this one takes the place of
-    ggml_backend_sched_eval_callback before           = nullptr;
-    void *                           before_user_data = nullptr;
-
-    // the context calls it for every node: queries are inputs of flash attention
-    void        watch(ggml_backend_sched_eval_callback callback, void * user_data) const;
-    static bool on_node(ggml_tensor * t, bool ask, void * self);
-    void        add_queries(const ggml_tensor * q, queries & to) const;
 
     void add_block(uint32_t stream, const std::vector<int64_t> & cells, const std::vector<int64_t> & origin);
 

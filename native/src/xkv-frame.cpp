@@ -23,20 +23,3 @@ ggml_tensor * xkv_rotate(ggml_context * ctx, const llama_model & model, const ll
     return ggml_rope_ext(ctx, x, pos, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type, cparams.n_ctx_orig_yarn,
                          freq_base, freq_scale, cparams.yarn_ext_factor, 1.0f/mscale, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
 }
-
-std::vector<std::pair<uint32_t, uint32_t>> xkv_rope_pairs(const llama_model & model, uint32_t il) {
-    const auto & hparams = model.hparams;
-
-    std::vector<std::pair<uint32_t, uint32_t>> res;
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
-        return res;
-    }
-    const uint32_t n_rot = hparams.n_rot(il);
-    const bool     neox  = hparams.rope_type & GGML_ROPE_TYPE_NEOX;
-    for (uint32_t first = 0; first < hparams.n_embd_k_gqa(il); first += hparams.n_embd_head_k(il)) {
-        for (uint32_t i = 0; i < n_rot/2; ++i) {
-            res.emplace_back(first + (neox ? i : 2*i), first + (neox ? i + n_rot/2 : 2*i + 1));
-        }
-    }
-    return res;
-}

@@ -1,8 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
-#include <vector>
 
 struct ggml_context;
 struct ggml_tensor;
@@ -15,6 +13,3 @@ struct llama_model;
 // Returns x itself for layers without RoPE.
 ggml_tensor * xkv_rotate(ggml_context * ctx, const llama_model & model, const llama_cparams & cparams, uint32_t il, ggml_tensor * x,
                          ggml_tensor * pos);
-
-// numbers of a layer's K that RoPE turns together
-std::vector<std::pair<uint32_t, uint32_t>> xkv_rope_pairs(const llama_model & model, uint32_t il);

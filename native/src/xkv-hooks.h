@@ -24,10 +24,6 @@ llama_memory_i * xkv_check_memory(llama_memory_i * mem);
 // graph nodes that an xkv cache needs beyond the model's own
 uint32_t xkv_graph_max_nodes(const llama_memory_i * mem);
 
-// k_cur [n_embd_head_k, n_head_kv, n_tokens] times the layer's scale, which queries are divided by: in what the cache holds,
-// errors of all numbers weigh the same
-ggml_tensor * xkv_scale_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * k_cur, int il);
-
 // v_cur [n_embd_head_v, n_head_kv, n_tokens] minus the layer's mean: the cache holds centred V
 ggml_tensor * xkv_center_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il);
 

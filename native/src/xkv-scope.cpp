@@ -3,7 +3,6 @@
 #include "xkv-cache.h"
 #include "xkv-codec.h"
 #include "xkv-error.h"
-#include "xkv-frame.h"
 #include "xkv-hooks.h"
 #include "xkv-scope.h"
 #include "xkv-support.h"
@@ -185,24 +184,6 @@ static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & s
     }
 }
 
-// queries and keys are turned by RoPE after and before they are scaled
-static void xkv_check_scales(const llama_model & model, const xkv_sidecar & sidecar) {
-    for (size_t g = 0; g < sidecar.groups.size(); ++g) {
-        const auto scale = sidecar.scale(g);
-
-        uint32_t off = 0;
-        for (uint32_t il = sidecar.groups[g].first; il < sidecar.groups[g].first + sidecar.groups[g].count; ++il) {
-            for (const auto & [i, j] : xkv_rope_pairs(model, il)) {
-                if (scale[off + i] != scale[off + j]) {
-                    xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: scales %u and %u of K of layer %u are %g and %g, but RoPE turns these numbers together; expected the same",
-                              sidecar.path.c_str(), i, j, il, scale[off + i], scale[off + j]);
-                }
-            }
-            off += sidecar.n_embd[0][il];
-        }
-    }
-}
-
 static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, const xkv_config & config) {
     const std::string reason = xkv_unsupported_reason(model);
     if (!reason.empty()) {
@@ -227,7 +208,6 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
                       sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
         }
     }
-    xkv_check_scales(model, sidecar);
     for (const auto & stage : config.stages) {
         if (stage.plain()) {
             xkv_check_plain(hparams);

@@ -7,12 +7,11 @@
 #include "gguf.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 
-static const uint32_t XKV_FORMAT_VERSION = 3;
+static const uint32_t XKV_FORMAT_VERSION = 2;
 
 static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
     const int64_t id = gguf_find_key(ctx, key);
@@ -137,7 +136,6 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         return t;
     };
     for (size_t g = 0; g < groups.size(); ++g) {
-        scales.push_back(find(g, K, "scale", groups[g].dim[K], false));
         for (int kd = K; kd <= V; ++kd) {
             const uint64_t dim = groups[g].dim[kd];
             bases  [kd].push_back(find(g, kd, "basis",    dim*dim, true));
@@ -170,17 +168,6 @@ std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row) const
         res = read(bases[kd][g], std::min<uint64_t>(n_row, dim)*dim);
     }
     res.resize(n_row*dim, 0.0f);
-    return res;
-}
-
-std::vector<float> xkv_sidecar::scale(uint32_t g) const {
-    auto res = calibrated() ? read(scales[g], groups[g].dim[K]) : std::vector<float>(groups[g].dim[K], 1.0f);
-    for (size_t i = 0; i < res.size(); ++i) {
-        if (!std::isfinite(res[i]) || res[i] <= 0.0f) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: scale %zu of K of group %u is %g, expected a number above 0; run xkv-gguf convert again", path.c_str(), i,
-                      g, res[i]);
-        }
-    }
     return res;
 }
 

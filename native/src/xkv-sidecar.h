@@ -34,10 +34,6 @@ public:
     // the first n_row directions, each dim numbers, [n_row*dim]; zeros beyond dim; throws xkv_error
     std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row) const;
 
-    // [dim] what K is multiplied with before it is stored, the same for both numbers that RoPE turns together; bases, means and
-    // spectra of K are of the products; throws xkv_error
-    std::vector<float> scale(uint32_t g) const;
-
     // [dim]; throws xkv_error
     std::vector<float> mean(uint32_t g, kind kd) const;
 
@@ -59,7 +55,6 @@ private:
     std::vector<tensor> bases[2]; // per group
     std::vector<tensor> means[2];
     std::vector<tensor> spectra[2];
-    std::vector<tensor> scales; // of K
 
     std::shared_ptr<FILE> file;
 

@@ -61,7 +61,7 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 
         uint32_t off[2] = { 0, 0 };
         for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-            layers[il] = { (uint32_t) ig, { off[0], off[1] }, nullptr, nullptr, nullptr, nullptr };
+            layers[il] = { (uint32_t) ig, { off[0], off[1] }, nullptr, nullptr, nullptr };
             off[0] += hparams.n_embd_k_gqa(il);
             off[1] += hparams.n_embd_v_gqa(il);
         }
@@ -69,11 +69,10 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 
     make_arena();
 
-    means = make_pool(PART_MEANS, 4*layers.size(), [&](const ctx_of_t & ctx_of) {
+    means = make_pool(PART_MEANS, 3*layers.size(), [&](const ctx_of_t & ctx_of) {
         for (const auto & gr : groups()) {
             for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
                 auto * ctx = ctx_of(gr.first);
-                layers[il].scale_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(il));
                 layers[il].mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(il));
                 layers[il].mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(il));
                 layers[il].mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(il)*hparams.n_head(il));

@@ -86,7 +86,6 @@ public:
         uint32_t ig;
         uint32_t off[2]; // the layer's first number among its group's
 
-        ggml_tensor * scale_k; // [n_embd_k] f32: the cache holds K times this, and queries are divided by it
         ggml_tensor * mean_k; // [n_embd_k] f32
         ggml_tensor * mean_v; // [n_embd_v] f32
         ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output

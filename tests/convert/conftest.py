@@ -22,7 +22,7 @@ from xkv_gguf.convert.sidecar_write import write_sidecar
 from .tiny import weights, write_tiny
 
 Arrays = dict[str, npt.NDArray[Any]]
-GOLDEN = Path(__file__).parent / "data" / "golden-v3.sidecar"
+GOLDEN = Path(__file__).parent / "data" / "golden-v2.sidecar"
 
 
 def small_info(**changes: Any) -> SidecarInfo:
@@ -54,8 +54,6 @@ def small_arrays(info: SidecarInfo) -> Arrays:
             dim = info.dim(g, kind)
             basis = np.eye(dim, dtype=np.float16)[::-1].copy()
             basis[1::2] *= -1
-            if kind == "k":
-                arrays[tensor_name(g, kind, "scale")] = np.exp2(np.arange(dim, dtype=np.float32) // 2 % 3 - 1)
             arrays[tensor_name(g, kind, "basis")] = basis
             arrays[tensor_name(g, kind, "mean")] = np.arange(dim, dtype=np.float32) / 8
             arrays[tensor_name(g, kind, "spectrum")] = np.exp2(-np.arange(dim, dtype=np.float32) / 4)

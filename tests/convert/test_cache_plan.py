@@ -104,7 +104,7 @@ def test_sizes_by_hand() -> None:
     assert predict_parts(tiny, [0], [2], segments, layout) == {
         "K coefficients": (34 + 18) * 1024,
         "V coefficients": 22 * 1024,
-        "bases and means": 2 * (64 * 32 + 32 * 32) + 64 * 34 + 4 * (96 + 96 + 64),
+        "bases and means": 2 * (64 * 32 + 32 * 32) + 64 * 34 + 4 * (96 + 96),
         "sinks and window": 96 * 34 // 32 * 224,
     }
 
@@ -250,7 +250,7 @@ def test_full_rank_is_exact() -> None:
     found = plan_cache(statistics(), shape(), wishes)
     assert [s.rank for s in found.segments] == [4 * EMBD] * 6
     assert found.distortion == 0
-    assert found.parts["bases and means"] == 4 * (6 * (4 * EMBD) ** 2 + N_LAYER * (3 * EMBD + N_HEAD * 64))
+    assert found.parts["bases and means"] == 4 * (6 * (4 * EMBD) ** 2 + N_LAYER * (2 * EMBD + N_HEAD * 64))
     with pytest.raises(OptionError, match=r"types q8_0\+q5_0.*: exactly one expected where a rank is given"):
         plan_cache(statistics(), shape(), Wishes(1024, rank=64))
 

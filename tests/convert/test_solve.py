@@ -3,8 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xkv_gguf.convert.capture import Sums
-from xkv_gguf.convert.queries import LEAST, key_scales
 from xkv_gguf.convert.solve import F64, Basis, fix_signs, residual_energy, solve_gram
 from xkv_gguf.errors import CalibrationError
 
@@ -81,18 +79,3 @@ def test_residual_energy_on_its_own_data_is_the_spectrum_tail() -> None:
     found = solve(x)
     got = residual_energy(x.T @ x, x.sum(0), len(x), found.basis, found.mean, 10)
     assert got == pytest.approx(found.spectrum[10:].sum() / found.spectrum.sum())
-
-
-def test_key_scales() -> None:
-    """The root of each number's energy, by the mean of all; never 0."""
-    found = key_scales([np.array([4.0, 0.0]), np.array([1.0, 3.0])])
-    np.testing.assert_allclose(np.concatenate(found) ** 2, [2.0, LEAST, 0.5, 1.5], rtol=1e-6)
-    assert (key_scales([np.zeros(3)])[0] == 1).all()
-
-
-def test_sums_of_scaled_numbers() -> None:
-    rng = np.random.default_rng(0)
-    x, scale = rng.normal(size=(50, 6)), rng.uniform(0.5, 2, 6)
-    found = Sums(x.T @ x, x.sum(0), 50).scaled(scale)
-    np.testing.assert_allclose(found.gram, (x * scale).T @ (x * scale))
-    np.testing.assert_allclose(found.total, (x * scale).sum(0))

@@ -76,22 +76,10 @@ def write_tiny(path: Path, tensors: dict[str, Array]) -> None:
     writer.close()
 
 
-def _first_input(tensors: dict[str, Array], tokens: list[int]) -> Array:
-    x = tensors["token_embd"][tokens].astype(np.float64)
-    result: Array = x / np.sqrt((x**2).mean(1, keepdims=True) + EPS) * tensors["blk.0.attn_norm"]
-    return result
-
-
-def first_queries(tensors: dict[str, Array], tokens: list[int]) -> Array:
-    """Mean square of the queries that meet each number of K of layer 0, with the mean of what RoPE turns together."""
-    q = (_first_input(tensors, tokens) @ tensors["blk.0.attn_q"].T).reshape(len(tokens), N_HEAD_KV, -1, HEAD // 2, 2)
-    energy: Array = (q**2).mean((0, 2, 4)).repeat(2)
-    return energy
-
-
 def first_layer(tensors: dict[str, Array], tokens: list[int], offsets: Array) -> tuple[Array, Array]:
     """K and V of layer 0 in float64: K rotated by `offsets` instead of by the tokens' positions."""
-    x = _first_input(tensors, tokens)
+    x = tensors["token_embd"][tokens].astype(np.float64)
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + EPS) * tensors["blk.0.attn_norm"]
     k = (x @ tensors["blk.0.attn_k"].T).reshape(len(tokens), N_HEAD_KV, HEAD // 2, 2)
     v = x @ tensors["blk.0.attn_v"].T
     angle = offsets[:, None] * ROPE_BASE ** (-np.arange(HEAD // 2) / (HEAD // 2))

@@ -43,7 +43,6 @@ class Reference:
         self.n_cell = 0 if bases is None else -(-(N_SINK + N_WINDOW + bases.frame + n_ubatch) // 32) * 32
         self.k: list[F64] = [np.zeros((0, 1, N_EMBD_HEAD))] * N_LAYER
         self.v: list[F64] = [np.zeros((0, 1, N_EMBD_HEAD))] * N_LAYER
-        self.energy = np.zeros((N_LAYER, N_EMBD_HEAD))  # mean square of queries in the last micro-batch
         self.n_stored = 0  # tokens after the sinks that are projections
 
     def n_tokens(self) -> int:
@@ -67,7 +66,6 @@ class Reference:
     def _attention(self, h: F64, pos: F64, il: int) -> F64:
         w, n = self.w, len(h)
         q = rotate((h @ w[f"blk.{il}.attn_q.weight"].T).reshape(n, N_HEAD, -1), pos)
-        self.energy[il] = (q**2).mean((0, 1)).reshape(-1, 2).mean(1).repeat(2)
         k = rotate((h @ w[f"blk.{il}.attn_k.weight"].T).reshape(n, 1, -1), pos)
         v = (h @ w[f"blk.{il}.attn_v.weight"].T).reshape(n, 1, -1)
         self.k[il] = np.concatenate([self.k[il], k])
@@ -93,16 +91,12 @@ class Reference:
         origin = np.full(self.bases.frame, first)
         for g, (il0, count) in enumerate(zip(self.bases.first, self.bases.count, strict=True)):
             layers = range(il0, il0 + count)
-            k = (
-                np.concatenate([rotate(self.k[il][chunk], -origin)[:, 0] for il in layers], axis=1)
-                * self.bases.scale[g]
-            )
+            k = np.concatenate([rotate(self.k[il][chunk], -origin)[:, 0] for il in layers], axis=1)
             v = np.concatenate([self.v[il][chunk][:, 0] for il in layers], axis=1)
-            k_new, v_new = self._project(k, "k", g) / self.bases.scale[g], self._project(v, "v", g)
             for i, il in enumerate(layers):
                 part = slice(i * N_EMBD_HEAD, (i + 1) * N_EMBD_HEAD)
-                self.k[il][chunk] = rotate(k_new[:, None, part], origin)
-                self.v[il][chunk] = v_new[:, None, part]
+                self.k[il][chunk] = rotate(self._project(k, "k", g)[:, None, part], origin)
+                self.v[il][chunk] = self._project(v, "v", g)[:, None, part]
 
     def _project(self, x: F64, kind: str, g: int) -> F64:
         assert self.bases is not None

@@ -14,12 +14,11 @@ from xkv_gguf.convert.sidecar_write import write_sidecar
 
 N_SINK = 4
 N_WINDOW = 40
-PERIOD = 4
 
 
 @dataclass(frozen=True)
 class Bases:
-    """A sidecar on disk and what is in it, by group: `basis[kind][g]` [D, D], `mean[kind][g]`, `scale[g]` [D]."""
+    """A sidecar on disk and what is in it, by group: `basis[kind][g]` [D, D] f32, `mean[kind][g]` [D] f32."""
 
     path: Path
     frame: int
@@ -27,7 +26,6 @@ class Bases:
     count: tuple[int, ...]
     basis: dict[str, list[np.ndarray]]
     mean: dict[str, list[np.ndarray]]
-    scale: list[np.ndarray]
 
     def params(
         self,
@@ -75,12 +73,8 @@ def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: 
     basis: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     mean: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     arrays: dict[str, np.ndarray] = {}
-    scale = []
     for g, c in enumerate(count):
         dim = c * n_embd
-        # RoPE turns neighbours together, or numbers that are half a head apart
-        scale.append(np.tile(np.repeat(rng.uniform(0.5, 2.0, PERIOD // 2), 2), dim // PERIOD).astype(np.float32))
-        arrays[tensor_name(g, "k", "scale")] = scale[g]
         for kind in "kv":
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
             mean[kind].append(rng.normal(0, 0.5, dim).astype(np.float32))
@@ -100,4 +94,4 @@ def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: 
         calibration=Calibration("self", 1, 0, 1, "0" * 64),
     )
     write_sidecar(path, info, arrays)
-    return Bases(path, frame, first, count, basis, mean, scale)
+    return Bases(path, frame, first, count, basis, mean)

@@ -47,11 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"type of the bases in the file: {', '.join(BASIS_TYPES)} (default: %(default)s)",
     )
-    plan.add_argument(
-        "--scale-keys",
-        action="store_true",
-        help="scale keys by the size of their queries; docs/quality.md says what that gains and loses",
-    )
     add_knob_arguments(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
     text = parser.add_argument_group("calibration text")
     text.add_argument(
@@ -98,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.tokens,
         seed=args.seed,
         basis_type=args.basis_type,
-        scale_keys=args.scale_keys,
         **({} if args.threads is None else {"threads": args.threads}),
     )
     model = Path(args.model) if args.model is not None else demo_model()
