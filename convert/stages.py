@@ -2,8 +2,8 @@
 
 A store that is allocated for n_ctx tokens is empty at first. In each of a few stages, the same bytes are divided among
 fewer tokens, which get more directions and more bits; a full stage is coded anew for the next one. The first stage is
-plain: while K and V fit as they are, in 8 bits, they are kept so. Short contexts lose nothing there, cost what a q8_0
-cache does, and the first bases of the prompt are computed from tokens that are exact.
+plain: while K and V fit as they are, in 8 bits, they are kept so. Short contexts lose and cost what they do with a q8_0
+cache, and the first bases of the prompt are computed from tokens that were rounded to 8 bits only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from xkv_gguf.convert.plan import Prices, Segment, Statistics, distortion, plan_
 from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
 GROWTH = 2.0
-"""Tokens of a stage over those of the one before, but for the plain one, which is as long as it can be while the next
-one has so many times its tokens. The later a stage ends the better the next one's bases fit, but what was stored until
-then is rounded once more."""
+"""Tokens of a stage, and of the full store, over those of the stage before, at least. The plain stage is as long as it
+fits. The later a stage ends the better the next one's bases fit, but what was stored until then is rounded once more."""
 
 FEWEST = 512
 """Tokens of the first stage, at least."""

@@ -1,4 +1,4 @@
-// Output of stored tokens and window: softmax, weights times the coefficients of V and the cells, then through the basis.
+// Output of stored tokens and window: softmax, weights times the coefficients of V and the cells, then through the basis (unless plain).
 
 #include "xkv-cpu-kernels.h"
 
@@ -91,6 +91,9 @@ static void xkv_gather_slots(const xkv_cpu_layer & l, const xkv_cpu_segment * se
         if (head != base/l.rank[1]) {
             head    = base/l.rank[1];
             n_query = xkv_queries_of(w, l.n_head, l.n_head/n_set, head, query);
+        }
+        if (n_query == 0) {
+            continue;
         }
         const bool i8 = xkv_cpu_is_i8(seg->coef.type);
         for (int64_t r = 0; r < 4; ++r) {

@@ -1,4 +1,4 @@
-// Scores of stored tokens and window: queries through the basis of K, then times coefficients and cells.
+// Scores of stored tokens and window: queries through the basis of K (unless plain), then times coefficients and cells.
 
 #include "xkv-cpu-kernels.h"
 

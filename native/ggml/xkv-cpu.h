@@ -25,7 +25,7 @@ struct xkv_cpu_segment {
     int64_t rank;
 
     struct xkv_cpu_rows coef;  // K: slots of rank numbers, V: directions of n_slot numbers
-    struct xkv_cpu_rows basis; // K: directions of n_embd_k numbers, V: channels of rank numbers
+    struct xkv_cpu_rows basis; // K: directions of n_embd_k numbers, V: channels of rank numbers; none when plain
 };
 
 // What the ops of one layer read beside their arguments, their userdata. A query is a token's head, queries are

@@ -54,19 +54,20 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
         ggml_tensor * x = xkv.store->plain_segment(xkv_store::kind::K, il).coef;
         x = ggml_view_4d(ctx, x, n_embd_head, n_chunk, n_frame, n_head_kv, x->nb[1], n_chunk*x->nb[1], ggml_row_size(x->type, n_embd_head), 0);
         s = by_query(ggml_mul_mat(ctx, x, ggml_reshape_4d(ctx, q, n_embd_head, n_gqa*n_tps, n_frame, n_head_kv)));
-    }
-    // through the basis to the coefficients of the chunk
-    for (size_t is = 0; is < xkv.store->n_basis(xkv_store::kind::K, il); ++is) {
-        const auto & seg = gr.segments[xkv_store::kind::K][is];
+    } else {
+        // through the basis to the coefficients of the chunk
+        for (size_t is = 0; is < gr.segments[xkv_store::kind::K].size(); ++is) {
+            const auto & seg = gr.segments[xkv_store::kind::K][is];
 
-        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
-        basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
+            ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
+            basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
 
-        ggml_tensor * coef = seg.coef;
-        coef = ggml_view_4d(ctx, coef, seg.rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
-                            (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
-        ggml_tensor * t = ggml_mul_mat(ctx, coef, by_query(ggml_mul_mat(ctx, basis, q)));
-        s = s ? ggml_add(ctx, s, t) : t;
+            ggml_tensor * coef = seg.coef;
+            coef = ggml_view_4d(ctx, coef, seg.rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
+                                (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
+            ggml_tensor * t = ggml_mul_mat(ctx, coef, by_query(ggml_mul_mat(ctx, basis, q)));
+            s = s ? ggml_add(ctx, s, t) : t;
+        }
     }
 
     // the sum lays the scores out by slot
@@ -101,21 +102,21 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
         o = ggml_mul_mat(ctx, x, p);
     } else {
         p = ggml_view_4d(ctx, p, n_slot, n_tps*n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
-    }
-    for (size_t is = 0; is < store.n_basis(xkv_store::kind::V, il); ++is) {
-        const auto & seg = gr.segments[xkv_store::kind::V][is];
+        for (size_t is = 0; is < gr.segments[xkv_store::kind::V].size(); ++is) {
+            const auto & seg = gr.segments[xkv_store::kind::V][is];
 
-        ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
-        ggml_tensor * coef = seg.coef;
-        coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
-                            (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
-        ggml_tensor * t = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
-        t = ggml_reshape_4d(ctx, t, seg.rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
+            ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
+            ggml_tensor * coef = seg.coef;
+            coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
+                                (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
+            ggml_tensor * t = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
+            t = ggml_reshape_4d(ctx, t, seg.rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
 
-        basis = ggml_view_3d(ctx, basis, seg.rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
+            basis = ggml_view_3d(ctx, basis, seg.rank, n_embd_head, n_head_kv, basis->nb[1], n_embd_head*basis->nb[1], 0);
 
-        t = ggml_mul_mat(ctx, basis, t);
-        o = o ? ggml_add(ctx, o, t) : t;
+            t = ggml_mul_mat(ctx, basis, t);
+            o = o ? ggml_add(ctx, o, t) : t;
+        }
     }
     return ggml_reshape_4d(ctx, o, n_embd_head, n_tps, n_head, n_stream);
 }

@@ -79,8 +79,9 @@ static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head,
             if (store.plain()) {
                 add(store.plain_segment(kd, il), s, {});
                 l.rank[kd] /= n_head_kv;
+                continue;
             }
-            for (size_t is = 0; is < store.n_basis(kd, il); ++is) {
+            for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
                 const ggml_tensor * basis = store.basis(kd, il, is, s);
                 add(gr.segments[kd][is], s, { (const char *) basis->data, basis->type, basis->nb[1] });
             }

@@ -10,11 +10,8 @@
 #include <algorithm>
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
+    GGML_ASSERT(!plain());
     return bases_of(stream).tensors[kd][il][is];
-}
-
-size_t xkv_store::n_basis(kind kd, uint32_t il) const {
-    return plain() ? 0 : now.groups[layers[il].ig].segments[kd].size();
 }
 
 const xkv_store::segment & xkv_store::plain_segment(kind kd, uint32_t il) const {
@@ -79,7 +76,6 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     const uint32_t dim = gr.dim[kd];
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
-    GGML_ASSERT(!plain());
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment &     seg    = gr.segments[kd][is];
@@ -146,7 +142,10 @@ void xkv_store::reset_bases(uint32_t stream) {
 }
 
 void xkv_store::fill_bases(const layout & l) const {
-    for (size_t ig = 0; ig < l.groups.size() && !stages[l.stage].plain(); ++ig) {
+    if (stages[l.stage].plain()) {
+        return;
+    }
+    for (size_t ig = 0; ig < l.groups.size(); ++ig) {
         const group & gr = l.groups[ig];
         for (auto kd : { kind::K, kind::V }) {
             write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, gr.rank[kd]));

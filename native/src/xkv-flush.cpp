@@ -107,8 +107,12 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
 
         ggml_tensor * coef[2] = { nullptr, nullptr }; // [rank, n]
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-            coef[kd] = store.plain() ? build_group(graph, kd, ig, stream, inp_cells, inp_origin) : nullptr;
-            for (uint32_t il = gr.first; !store.plain() && il < gr.first + gr.count; ++il) {
+            if (store.plain()) {
+                coef[kd] = build_group(graph, kd, ig, stream, inp_cells, inp_origin);
+                graph.output(coef[kd]);
+                continue;
+            }
+            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
                 ggml_tensor * x     = build_layer(ctx, kd, il, stream, inp_cells, inp_origin);
                 ggml_tensor * x_all = nullptr;
                 for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
@@ -155,10 +159,14 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
                 const auto part = [&](const xkv_store::segment & seg) {
                     return ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
                 };
-                ggml_tensor * x = store.plain() ? part(store.plain_segment(kd, il)) : nullptr; // [n_embd, n]
-                for (size_t is = 0; is < store.n_basis(kd, il); ++is) {
-                    ggml_tensor * x_seg = xkv_from_coef(ctx, kd, store.basis(kd, il, is, stream), part(gr.segments[kd][is]));
-                    x = x ? ggml_add(ctx, x, x_seg) : x_seg;
+                ggml_tensor * x = nullptr; // [n_embd, n]
+                if (store.plain()) {
+                    x = part(store.plain_segment(kd, il));
+                } else {
+                    for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
+                        ggml_tensor * x_seg = xkv_from_coef(ctx, kd, store.basis(kd, il, is, stream), part(gr.segments[kd][is]));
+                        x = x ? ggml_add(ctx, x, x_seg) : x_seg;
+                    }
                 }
                 if (kd == xkv_store::kind::K) {
                     x = ggml_add(ctx, x, store.layers[il].mean_k);

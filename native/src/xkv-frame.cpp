@@ -20,6 +20,9 @@ ggml_tensor * xkv_rotate(ggml_context * ctx, const llama_model & model, const ll
     // ggml multiplies by this factor when ext_factor is set
     const float mscale = cparams.yarn_ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/freq_scale) : 1.0f;
 
-    return ggml_rope_ext(ctx, x, pos, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type, cparams.n_ctx_orig_yarn,
-                         freq_base, freq_scale, cparams.yarn_ext_factor, 1.0f/mscale, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    x = ggml_rope_ext(ctx, x, pos, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type, cparams.n_ctx_orig_yarn,
+                      freq_base, freq_scale, cparams.yarn_ext_factor, 1.0f/mscale, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+
+    // heads that were made from a latent vector end with what is turned
+    return hparams.n_lora_kv > 0 ? ggml_rope_set_offset(x, hparams.n_embd_head_k(il) - hparams.n_rot(il)) : x;
 }

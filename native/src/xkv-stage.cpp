@@ -31,7 +31,7 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
 
     size_t n_tensor = plain ? 2*layers.size() : 0;
     for (auto kd : { kind::K, kind::V }) {
-        for (size_t ig = 0; ig < sidecar.groups.size() && !plain; ++ig) {
+        for (size_t ig = 0; ig < stages[stage].segments[kd].size(); ++ig) {
             n_tensor += (1 + sidecar.groups[ig].count)*stages[stage].segments[kd][ig].size();
         }
     }
@@ -57,11 +57,13 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
             gr.rank[kd] += rank;
         };
         for (auto kd : { kind::K, kind::V }) {
-            for (uint32_t il = gr.first; plain && il < gr.first + gr.count; ++il) {
-                add(kd, stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il]);
+            if (plain) {
+                for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+                    add(kd, stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il]);
+                }
+                continue;
             }
-            for (size_t i = 0; !plain && i < stages[stage].segments[kd][ig].size(); ++i) {
-                const auto & seg = stages[stage].segments[kd][ig][i];
+            for (const auto & seg : stages[stage].segments[kd][ig]) {
                 // rows of K, and of the bases of V, are whole blocks
                 const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
                 add(kd, seg.type, seg.type_basis, GGML_PAD(seg.rank, block));

@@ -66,7 +66,7 @@ public:
 
     struct segment {
         ggml_type type;
-        ggml_type type_basis;
+        ggml_type type_basis; // GGML_TYPE_COUNT in a plain store
         uint32_t  first; // direction
         uint32_t  rank;  // padded to whole blocks; directions beyond the plan are zero
 
@@ -130,9 +130,6 @@ public:
 
     // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; there are none in a plain store
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
-
-    // segments of a layer that have a basis; 0 in a plain store
-    size_t n_basis(kind kd, uint32_t il) const;
 
     // of a plain store: K or V of a layer
     const segment & plain_segment(kind kd, uint32_t il) const;
