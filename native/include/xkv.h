@@ -49,7 +49,7 @@ struct xkv_segment {
 // A division of the same bytes for at most n_slot tokens: they get more directions and bits than those of a full store.
 struct xkv_stage {
     uint32_t                   n_slot; // a multiple of 256
-    const struct xkv_segment * segments; // NULL, for the first stage only: K and V as they are, without bases
+    const struct xkv_segment * segments; // NULL, for the first stage only: K and V as they are, in heads of multiples of 32
     uint32_t                   n_segment;
     int32_t                    type; // ggml_type of K and V without segments: F32, F16, Q8_0
 };

@@ -14,8 +14,8 @@ static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
 // Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
 // the window, onto which stored coefficients are projected. They are computed at the end of the store's plain stage, whose
-// tokens are exact still. At the end of each other stage, and in the last one when the number of a stream's stored tokens has
-// doubled, that happens where the bases lose more on the tokens about to leave than calibration made expect, and at a
+// tokens were rounded to its type only. At the end of each other stage, and in the last one when the number of a stream's
+// stored tokens has doubled, that happens where the bases lose more on the tokens about to leave than calibration made expect, and at a
 // stage's end only if it takes away more than rounding once more costs; without calibration always.
 //
 // The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it
