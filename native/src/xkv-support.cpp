@@ -37,6 +37,9 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     if (hparams.n_layer_nextn > 0) {
         return because("has multi-token-prediction layers");
     }
+    if (model.arch == LLM_ARCH_PLM) { // its graph passes V in two dimensions, which aborts
+        return "architecture plm does not run with flash attention in llama.cpp, and an xkv cache needs it; use kv_mode f16 with flash_attn False";
+    }
     if (model.arch == LLM_ARCH_GROK) {
         return because("caps its attention scores in its own way");
     }

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from xkv_gguf.convert.cache_plan import Wishes, plan_cache
 from xkv_gguf.convert.coef_types import TYPES
+from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.sizes import SLOT_PAD, predict_parts
+from xkv_gguf.convert.stages import GROWTH
 
 from .test_cache_plan import plan, shape, statistics
 
@@ -35,6 +38,9 @@ def test_they_take_no_more_than_the_full_store(kind: str, value: Any, n_ctx: int
         assert coef + parts["bases and means"] <= full
     sizes = [stage.n_slot for stage in found.stages] + [found.layout.n_slot]
     assert all(a < b for a, b in pairwise(sizes))
+    # the plain stage is as long as it fits, which may be nearly as long as the full store
+    grown = sizes[1:] if len(sizes) == 2 and not found.stages[0].segments else sizes
+    assert all(b >= GROWTH * a for a, b in pairwise(grown))
     assert all(a <= b for a, b in pairwise([*losses, found.distortion]))
 
 
@@ -42,3 +48,10 @@ def test_they_take_no_more_than_the_full_store(kind: str, value: Any, n_ctx: int
 def test_none(wishes: dict[str, Any]) -> None:
     """On request, where ranks are given, and where the store is small."""
     assert plan("coef_ratio", 10, **wishes).stages == ()
+
+
+@pytest.mark.parametrize("head", [32, 48])
+def test_a_plain_stage_needs_heads_of_whole_blocks(head: int) -> None:
+    found = plan_cache(statistics(embd=96), shape(head=head, embd=96), Wishes(8192, Knob("coef_ratio", "12")))
+    assert found.stages
+    assert [not stage.segments for stage in found.stages] == [i == 0 and head == 32 for i in range(len(found.stages))]

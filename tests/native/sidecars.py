@@ -65,8 +65,10 @@ class Bases:
         )
 
 
-def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: int, seed: int = 0) -> Bases:
-    """Write a sidecar for a model whose K and V both have `n_embd` numbers per token and layer."""
+def write_random(
+    path: Path, n_layer: int, n_embd: tuple[int, int], group_size: int, frame: int, seed: int = 0
+) -> Bases:
+    """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer."""
     rng = np.random.default_rng(seed)
     first = tuple(range(0, n_layer, group_size))
     count = tuple(min(group_size, n_layer - f) for f in first)
@@ -74,8 +76,8 @@ def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: 
     mean: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     arrays: dict[str, np.ndarray] = {}
     for g, c in enumerate(count):
-        dim = c * n_embd
-        for kind in "kv":
+        for kind, embd in zip(KINDS, n_embd, strict=True):
+            dim = c * embd
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
             mean[kind].append(rng.normal(0, 0.5, dim).astype(np.float32))
             arrays[tensor_name(g, kind, "basis")] = basis[kind][g]
@@ -85,8 +87,8 @@ def write_random(path: Path, n_layer: int, n_embd: int, group_size: int, frame: 
         fingerprint="0" * 64,
         architecture="test",
         name="test",
-        embd_k=(n_embd,) * n_layer,
-        embd_v=(n_embd,) * n_layer,
+        embd_k=(n_embd[0],) * n_layer,
+        embd_v=(n_embd[1],) * n_layer,
         group_size=group_size,
         frame=frame,
         n_sink=N_SINK,

@@ -85,7 +85,7 @@ def run(ctx: Context, prompt: list[int], greedy: list[int] | None) -> dict[str, 
 def test_equals_plain_cache(model: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     n_prompt = request.config.getoption("--full-rank-tokens")
     prompt = tokenize(model, n_prompt)
-    params = write_random(tmp_path / "s.xkv.gguf", N_LAYER, N_EMBD_KV, 5, 64).params()
+    params = write_random(tmp_path / "s.xkv.gguf", N_LAYER, (N_EMBD_KV, N_EMBD_KV), 5, 64).params()
     shape = {"n_ctx": -(-(n_prompt + 512) // 256) * 256, "n_ubatch": 512, "n_threads": 2}
     with open_context(model, flash_attn=False, **shape) as ctx:
         exact = run(ctx, prompt, None)

@@ -13,7 +13,7 @@ from xkv_gguf.convert.stages import Stage
 from xkv_gguf.errors import OptionError
 
 from .conftest import Tiny
-from .harness import GGML_Q8_0, lib, open_context
+from .harness import lib, open_context
 from .sidecars import Bases
 from .test_full_rank import TOL_F32, TOL_FLASH, deviation
 from .test_segments import error
@@ -62,26 +62,6 @@ def test_equals_plain_cache(
         assert deviation(xkv, expected) <= TOL_FLASH * deviation(flash, expected) + TOL_F32
 
 
-@pytest.mark.parametrize(("n_batch", "fused"), [(1, True), (1, False), (4, False), (64, True)])
-def test_plain_stage_is_a_q8_0_cache(n_batch: int, fused: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    """With every path of attention: as far from f32 as a q8_0 cache is, and then from its tokens to low rank."""
-    one = tiny("llama")
-    bases = one.bases(4, 64)
-    given = params(bases, ((128, "q8_0"),), {512: "q8_0"}, online=True, fused=fused)
-    found = []
-    for kind in ({"flash_attn": False}, {"window": GGML_Q8_0}, {"xkv": given}):
-        with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
-            rows = [ctx.feed(tokens[:300], 100), ctx.feed(tokens[300:364], n_batch)]
-            if "xkv" in kind:
-                assert _native.seq_tokens(ctx.ptr, 0)[1] > 200
-                assert _native.online_info(ctx.ptr, 0).n_check == 0
-            rows.append(ctx.feed(tokens[364:800], 100)[-50:])
-            found.append(rows)
-    plain, q8_0, xkv = found
-    assert error(xkv[1], plain[1]) <= 1.5 * error(q8_0[1], plain[1])
-    assert error(xkv[2], plain[2]) <= 3 * error(q8_0[2], plain[2])
-
-
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_large_groups(calibrated: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """Groups of more numbers than a space of bases may have: what the tokens span is found, of stored ones too."""
@@ -102,17 +82,6 @@ def test_large_groups(calibrated: bool, tiny: Callable[[str], Tiny], tokens: lis
     plain, random, adapted = found
     # the random directions of a sidecar leave room for few others
     assert error(adapted, plain) <= (0.85 if calibrated else 0.6) * error(random, plain)
-
-
-def test_restores_from_a_plain_stage(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    """Removing the last tokens brings the chunk that is cut back to the window."""
-    one = tiny("llama")
-    given = params(one.bases(4, 64), FULL, {512: "f32"})
-    with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
-        first = ctx.feed(tokens[:400], 8)
-        assert ctx.seq_rm(0, 130)
-        again = ctx.feed(tokens[130:400], 8)
-    np.testing.assert_allclose(again, first[130:], atol=TOL_F32)
 
 
 def test_fewer_tokens_are_more_exact(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,24 @@ N_FF = 64
 N_VOCAB = 61
 N_LAYER = 4
 N_CTX = 1024
+N_ROT = 32
+"""Of "minicpm3" and "plm": the numbers at the end of a key's head that RoPE turns."""
+N_LORA = 48
+"""Of "minicpm3" and "plm": the latent vectors that heads are made from."""
 SINK_TOKEN = 7
 """Of "llama-sinks": its value is zero in the first layer, as attention sinks have it."""
 
+LARGE = ("attn_q.", "attn_q_b.", "attn_k.")
+"""Parts of names: queries and keys large enough that attention is far from uniform."""
+
 Shapes = dict[str, tuple[int, ...]]
 
-ATTENTION: Shapes = {
-    "attn_q.weight": (N_HEAD * N_EMBD_HEAD, N_EMBD),
-    "attn_k.weight": (N_HEAD_KV * N_EMBD_HEAD, N_EMBD),
-    "attn_v.weight": (N_HEAD_KV * N_EMBD_HEAD, N_EMBD),
-    "attn_output.weight": (N_EMBD, N_HEAD * N_EMBD_HEAD),
-}
 GATED_FFN: Shapes = {
     "ffn_gate.weight": (N_FF, N_EMBD),
     "ffn_up.weight": (N_FF, N_EMBD),
     "ffn_down.weight": (N_EMBD, N_FF),
 }
+UNGATED_FFN: Shapes = {"ffn_up.weight": (N_FF, N_EMBD), "ffn_down.weight": (N_EMBD, N_FF)}
 NORMS: Shapes = {"attn_norm.weight": (N_EMBD,), "ffn_norm.weight": (N_EMBD,)}
 QKV_BIAS: Shapes = {
     "attn_q.bias": (N_HEAD * N_EMBD_HEAD,),
@@ -56,91 +58,152 @@ GPT2: Shapes = {
 }
 
 
-def _llama(_: GGUFWriter) -> tuple[Shapes, Shapes]:
-    return NORMS | ATTENTION | GATED_FFN, {}
+@dataclass(frozen=True)
+class Model:
+    """A kind of model: what is written beside the metadata that all have, and its heads.
+
+    Attributes
+    ----------
+    arch : str
+    build : callable
+        Adds metadata; returns the shapes of one layer and of the model.
+    n_head, n_head_kv : int
+    head_k, head_v : int
+        Numbers of a head.
+    has_output : bool
+        Whether the logits have weights of their own.
+    """
+
+    arch: str
+    build: Callable[[Model, GGUFWriter], tuple[Shapes, Shapes]]
+    n_head: int = N_HEAD
+    n_head_kv: int = N_HEAD_KV
+    head_k: int = N_EMBD_HEAD
+    head_v: int = N_EMBD_HEAD
+    has_output: bool = True
+
+    @property
+    def embd_k(self) -> int:
+        """Numbers of K per token and layer."""
+        return self.n_head_kv * self.head_k
+
+    @property
+    def embd_v(self) -> int:
+        """Numbers of V per token and layer."""
+        return self.n_head_kv * self.head_v
+
+    @property
+    def attention(self) -> Shapes:
+        """Shapes of plain projections."""
+        return {
+            "attn_q.weight": (self.n_head * self.head_k, N_EMBD),
+            "attn_k.weight": (self.embd_k, N_EMBD),
+            "attn_v.weight": (self.embd_v, N_EMBD),
+            "attn_output.weight": (N_EMBD, self.n_head * self.head_v),
+        }
 
 
-def _llama_heads_of(n: int, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
-    writer.add_key_length(n)
-    writer.add_value_length(n)
-    writer.add_rope_dimension_count(n)
-    attention: Shapes = {
-        "attn_q.weight": (N_HEAD * n, N_EMBD),
-        "attn_k.weight": (N_HEAD_KV * n, N_EMBD),
-        "attn_v.weight": (N_HEAD_KV * n, N_EMBD),
-        "attn_output.weight": (N_EMBD, N_HEAD * n),
-    }
-    return NORMS | attention | GATED_FFN, {}
+def _llama(model: Model, _: GGUFWriter) -> tuple[Shapes, Shapes]:
+    return NORMS | model.attention | GATED_FFN, {}
 
 
-def _llama3_factors(_: GGUFWriter) -> tuple[Shapes, Shapes]:
-    return NORMS | ATTENTION | GATED_FFN, {"rope_freqs.weight": (N_EMBD_HEAD // 2,)}
+def _llama3_factors(model: Model, _: GGUFWriter) -> tuple[Shapes, Shapes]:
+    return NORMS | model.attention | GATED_FFN, {"rope_freqs.weight": (N_EMBD_HEAD // 2,)}
 
 
-def _yarn(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+def _yarn(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(4.0)
     writer.add_rope_scaling_orig_ctx_len(N_CTX // 4)
-    return NORMS | ATTENTION | GATED_FFN, {}
+    return NORMS | model.attention | GATED_FFN, {}
 
 
-def _qwen2(_: GGUFWriter) -> tuple[Shapes, Shapes]:
-    return NORMS | ATTENTION | QKV_BIAS | GATED_FFN, {}
+def _qwen2(model: Model, _: GGUFWriter) -> tuple[Shapes, Shapes]:
+    return NORMS | model.attention | QKV_BIAS | GATED_FFN, {}
 
 
-def _qwen3(_: GGUFWriter) -> tuple[Shapes, Shapes]:
-    return NORMS | ATTENTION | QK_NORM | GATED_FFN, {}
+def _qwen3(model: Model, _: GGUFWriter) -> tuple[Shapes, Shapes]:
+    return NORMS | model.attention | QK_NORM | GATED_FFN, {}
 
 
-def _stablelm(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+def _stablelm(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
     writer.add_layer_norm_eps(1e-5)
     writer.add_rope_dimension_count(N_EMBD_HEAD // 2)
     writer.add_parallel_residual(False)
     bias = {"attn_norm.bias": (N_EMBD,), "ffn_norm.bias": (N_EMBD,)}
-    return NORMS | bias | ATTENTION | GATED_FFN, {"output_norm.bias": (N_EMBD,)}
+    return NORMS | bias | model.attention | GATED_FFN, {"output_norm.bias": (N_EMBD,)}
 
 
-def _gpt2(writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+def _gpt2(_: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
     writer.add_layer_norm_eps(1e-5)
     return GPT2, {"position_embd.weight": (N_CTX, N_EMBD), "output_norm.bias": (N_EMBD,)}
 
 
-# where it is not N_EMBD_HEAD
-HEAD_SIZES = {"llama-heads-of-20": 20, "llama-heads-of-288": 288}
+def _latent(model: Model, writer: GGUFWriter) -> Shapes:
+    """Projections of keys and values that are made from one latent vector, and of the output."""
+    writer.add_rope_dimension_count(N_ROT)
+    writer.add_kv_lora_rank(N_LORA)
+    return {
+        "attn_kv_a_mqa.weight": (N_LORA + N_ROT, N_EMBD),
+        "attn_kv_a_norm.weight": (N_LORA,),
+        "attn_kv_b.weight": (model.n_head * (model.head_k - N_ROT + model.head_v), N_LORA),
+        "attn_output.weight": (N_EMBD, model.n_head * model.head_v),
+    }
 
-# name: architecture, shapes of one layer and of the model, KV heads
-MODELS: dict[str, tuple[str, Callable[[GGUFWriter], tuple[Shapes, Shapes]], int]] = {
-    "llama": ("llama", _llama, N_HEAD_KV),
-    "llama-heads-of-20": ("llama", partial(_llama_heads_of, 20), N_HEAD_KV),
-    "llama-heads-of-288": ("llama", partial(_llama_heads_of, 288), N_HEAD_KV),
-    "llama-sinks": ("llama", _llama, N_HEAD_KV),
-    "llama3-factors": ("llama", _llama3_factors, N_HEAD_KV),
-    "llama-yarn": ("llama", _yarn, N_HEAD_KV),
-    "qwen2": ("qwen2", _qwen2, N_HEAD_KV),
-    "qwen3": ("qwen3", _qwen3, N_HEAD_KV),
-    "stablelm": ("stablelm", _stablelm, N_HEAD_KV),
-    "gpt2": ("gpt2", _gpt2, N_HEAD),
+
+def _minicpm3(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+    writer.add_q_lora_rank(N_LORA)
+    queries: Shapes = {
+        "attn_q_a.weight": (N_LORA, N_EMBD),
+        "attn_q_a_norm.weight": (N_LORA,),
+        "attn_q_b.weight": (model.n_head * model.head_k, N_LORA),
+    }
+    return NORMS | queries | _latent(model, writer) | GATED_FFN, {}
+
+
+def _plm(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+    queries: Shapes = {"attn_q.weight": (model.n_head * model.head_k, N_EMBD)}
+    return NORMS | queries | _latent(model, writer) | UNGATED_FFN, {}
+
+
+MODELS = {
+    "llama": Model("llama", _llama),
+    "llama-gqa": Model("llama", _llama, n_head=10, n_head_kv=2),
+    "llama-heads-of-20": Model("llama", _llama, head_k=20, head_v=20),
+    "llama-heads-of-288": Model("llama", _llama, head_k=288, head_v=288),
+    "llama-sinks": Model("llama", _llama),
+    "llama3-factors": Model("llama", _llama3_factors),
+    "llama-yarn": Model("llama", _yarn),
+    "qwen2": Model("qwen2", _qwen2),
+    "qwen3": Model("qwen3", _qwen3),
+    "stablelm": Model("stablelm", _stablelm),
+    "gpt2": Model("gpt2", _gpt2, n_head_kv=N_HEAD),
+    "minicpm3": Model("minicpm3", _minicpm3, n_head_kv=N_HEAD, head_k=32 + N_ROT),
 }
+# models that an xkv cache refuses
+REFUSED = {"plm": Model("plm", _plm, n_head_kv=N_HEAD, head_k=32 + N_ROT, has_output=False)}
 
 
 def write_model(name: str, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     """Write the model called `name`; returns its tensors by name, arrays of f32."""
-    arch, build, n_head_kv = MODELS[name]
-    writer = GGUFWriter(path, arch)
+    kind = (MODELS | REFUSED)[name]
+    writer = GGUFWriter(path, kind.arch)
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(N_LAYER)
     writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(N_HEAD)
-    writer.add_head_count_kv(n_head_kv)
+    writer.add_head_count(kind.n_head)
+    writer.add_head_count_kv(kind.n_head_kv)
+    writer.add_key_length(kind.head_k)
+    writer.add_value_length(kind.head_v)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(N_VOCAB)
     writer.add_tokenizer_model("none")
-    layer, model = build(writer)
+    layer, model = kind.build(kind, writer)
     shapes: Shapes = {
         "token_embd.weight": (N_VOCAB, N_EMBD),
         "output_norm.weight": (N_EMBD,),
-        "output.weight": (N_VOCAB, N_EMBD),
+        **({"output.weight": (N_VOCAB, N_EMBD)} if kind.has_output else {}),
         **model,
         **{f"blk.{il}.{key}": shape for il in range(N_LAYER) for key, shape in layer.items()},
     }
@@ -152,8 +215,7 @@ def write_model(name: str, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
         elif key.endswith("norm.weight"):
             value = rng.uniform(0.5, 1.5, shape)
         else:
-            # queries and keys large enough that attention is far from uniform
-            value = rng.normal(0, 0.3 if ("attn_q." in key or "attn_k." in key) else 0.15, shape)
+            value = rng.normal(0, 0.3 if any(part in key for part in LARGE) else 0.15, shape)
         if name == "llama-sinks" and key == "blk.0.attn_v.weight":
             x = tensors["token_embd.weight"][SINK_TOKEN] * tensors["blk.0.attn_norm.weight"]
             value -= np.outer(value @ x, x) / (x @ x)

@@ -1,0 +1,61 @@
+"""Calibration's sums of keys in chunk frames: RoPE turns the numbers that the model turns, and leaves the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from xkv_gguf import _native
+from xkv_gguf.convert.capture import Capture
+from xkv_gguf.errors import UnsupportedError
+
+from .conftest import Tiny
+from .harness import open_context
+from .tiny_models import MODELS, N_LAYER, N_ROT
+
+N_SINK = 4
+
+
+def grams(name: str, frame: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> np.ndarray:
+    """Sums of products of a layer's keys [layer, KV head, number of a head, KV head, number of a head]."""
+    kind = MODELS[name]
+    dims = {"k": [kind.embd_k] * N_LAYER, "v": [kind.embd_v] * N_LAYER}
+    with open_context(tiny(name).model, flash_attn=False) as ctx:
+        ctx.feed(tokens[:400], 64)
+        engine = SimpleNamespace(context_pointer=ctx.ptr)
+        with Capture(engine, range(N_LAYER), [1] * N_LAYER, dims, frame, N_SINK) as capture:
+            capture.add(0)
+            sums = [capture.read(il, "k") for il in range(N_LAYER)]
+    assert {one.n_tokens for one in sums} == {400 - N_SINK}
+    return np.stack([one.gram.reshape(kind.n_head_kv, kind.head_k, kind.n_head_kv, kind.head_k) for one in sums])
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"),
+    [
+        ("llama-gqa", slice(0, 32)),
+        ("stablelm", slice(0, 16)),
+        ("minicpm3", slice(64 - N_ROT, 64)),
+        ("gpt2", slice(0, 0)),
+    ],
+)
+def test_frames_turn_what_the_model_turns(
+    name: str, turned: slice, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """The length of chunks changes the sums of all numbers that are turned, and of no others."""
+    short, long = (grams(name, frame, tiny, tokens) for frame in (32, 64))
+    same = np.ones(MODELS[name].head_k, bool)
+    same[turned] = False
+    np.testing.assert_array_equal(short[:, :, same][..., same], long[:, :, same][..., same])
+    change = np.abs(short - long).max(axis=(0, 1, 3))  # [number, number] of a head
+    # low frequencies turn little between two frames
+    assert (change[~same].max(axis=1) > 1e-4 * np.abs(short).max()).all()
+
+
+def test_a_model_without_flash_attention_is_refused(tiny: Callable[[str], Tiny]) -> None:
+    """Before a context aborts: PLM turns the end of its heads as well, but its values have too few dimensions."""
+    with pytest.raises(UnsupportedError, match="architecture plm does not run with flash attention"):
+        _native.check_model(tiny("plm").model)
