@@ -17,7 +17,7 @@ from xkv_gguf.convert.sizes import SLOT_PAD, ModelShape
 
 GROWTH = 2.0
 """Tokens of a stage, and of the full store, over those of the stage before, at least. The plain stage is as long as it
-fits. The later a stage ends the better the next one's bases fit, but what was stored until then is rounded once more."""
+fits. The later a stage ends the better the next one's bases fit, but what was stored before is rounded once more."""
 
 FEWEST = 512
 """Tokens of the first stage, at least."""
