@@ -5,7 +5,6 @@ Three depths by default, all ten with --all-depths.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from xkv_gguf import Llama
 from xkv_gguf.convert.pipeline import ensure_sidecar
+from xkv_gguf.convert.settings import default_threads
 from xkv_gguf.haystack import Haystack, Needle, build_haystack, make_needle
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -25,7 +25,7 @@ TEXT_SEED = 21
 
 
 def open_model(path: Path, kv_mode: str) -> Llama:
-    threads = min(4, os.cpu_count() or 1)
+    threads = min(4, default_threads())
     return Llama(path, kv_mode=kv_mode, n_ctx=N_CTX, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
