@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from xkv_gguf.convert import sensitivity
 from xkv_gguf.convert.cache_plan import Wishes
-from xkv_gguf.convert.calibrate import LayerGroups, TextInfo, collect, file_sequences, self_shape
+from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.find import cached_sidecar, find_sidecar
@@ -24,15 +20,14 @@ from xkv_gguf.convert.model_shape import find_shape, known_shape
 from xkv_gguf.convert.plan import Kind, group_layers
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, sidecar_beside, tensor_name
+from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, sidecar_beside
 from xkv_gguf.convert.sidecar_write import check_writable, write_sidecar
 from xkv_gguf.convert.sizes import ModelShape
 from xkv_gguf.convert.solve import Basis, Solver
+from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
 from xkv_gguf.errors import SidecarError
 
 __all__ = ["Converted", "convert", "ensure_sidecar", "find_sidecar"]
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -99,69 +94,53 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
             Solver[tuple[int, int, Kind]](settings.threads, settings.basis_type, solve_bar.update) as solver,
         ):
 
-            def use(captured_group: int, kind: Kind, sums: Sums) -> None:
+            def submit(captured_group: int, kind: Kind, sums: Sums) -> None:
                 for candidate in candidates:
                     for g in (g for g, inside in enumerate(candidate.inside) if inside == captured_group):
                         part = candidate.cut(g, kind, sums)
                         what = f"{kind.upper()} of layers {candidate.groups.name(g)}"
                         solver.submit((candidate.size, g, kind), part.gram, part.total, part.n_tokens, what)
 
-            text = collect(engine, captured, settings, texts, run_bar.update, use)
+            held: dict[tuple[int, Kind], Sums] = {}
+
+            def hold(captured_group: int, kind: Kind, sums: Sums) -> None:
+                held[captured_group, kind] = sums
+
+            by_layer = settings.weigh == "layers"
+            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit)
+            info = SidecarInfo(
+                fingerprint=fingerprint,
+                architecture=header.scalar("general.architecture"),
+                name=str(header.scalar("general.name", "")),
+                embd_k=tuple(embd_k),
+                embd_v=tuple(embd_v),
+                group_size=1,
+                frame=settings.frame,
+                n_sink=settings.n_sink,
+                groups=(),
+                calibration=Calibration(
+                    "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
+                ),
+                settings=settings.record(len(embd_k)),
+                knob=settings.knob,
+                n_ctx=wishes.n_ctx,
+            )
+            layers = weigh_layers(engine, info, captured, held, shape, text, show_progress) if by_layer else None
+            if by_layer and layers is None:
+                notes.append("layers are not weighed: there is too little calibration text, or the model is too small")
+            for g, kind in list(held):
+                sums = held.pop((g, kind))
+                submit(g, kind, layers.scale(captured, g, kind, sums) if layers else sums)
             bases = solver.results()
 
         chosen, tried = _choose(candidates, bases, shape, wishes, settings.frame)
         notes += tried
-        arrays: dict[str, Array] = {}
-        for (size, g, kind), basis in bases.items():
-            if size == chosen.size:
-                arrays[tensor_name(g, kind, "basis")] = basis.basis
-                arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
-                arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
-        info = SidecarInfo(
-            fingerprint=fingerprint,
-            architecture=header.scalar("general.architecture"),
-            name=str(header.scalar("general.name", "")),
-            embd_k=tuple(embd_k),
-            embd_v=tuple(embd_v),
-            group_size=chosen.size,
-            frame=settings.frame,
-            n_sink=settings.n_sink,
-            groups=tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True)),
-            calibration=Calibration(
-                "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
-            ),
-            settings=settings.record(len(embd_k)),
-            knob=settings.knob,
-            n_ctx=wishes.n_ctx,
-        )
-        info = _weigh(engine, info, arrays, shape, text, show_progress)
+        arrays = basis_arrays({(g, kind): basis for (size, g, kind), basis in bases.items() if size == chosen.size})
+        groups = tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True))
+        info = replace(info, group_size=chosen.size, groups=groups)
+        info = layers.add_to(info) if layers else weigh_groups(engine, info, arrays, shape, text, show_progress)
     write_sidecar(out, info, arrays)
     return Converted(out, info, tuple(notes))
-
-
-def _weigh(
-    engine: Engine,
-    info: SidecarInfo,
-    arrays: dict[str, Array],
-    shape: ModelShape,
-    text: TextInfo,
-    show_progress: bool,
-) -> SidecarInfo:
-    """Add measured weights; the same information where the text is too short or the model too small for it."""
-    with tempfile.TemporaryDirectory(prefix="xkv-") as folder:
-        path = Path(folder) / "bases.xkv.gguf"
-        write_sidecar(path, info, arrays)
-        stats = read_sidecar(path).statistics()
-        if not sensitivity.measurable(text.last, stats):
-            return info
-        n_run = sensitivity.n_run(stats)
-        with tqdm(total=n_run, desc="weighing", unit="cache", disable=not show_progress) as bar:
-            found = sensitivity.measure(engine, path, stats, shape.quantizable, text.last, bar.update)
-    groups = tuple(
-        replace(group, weight_k=weight_k, weight_v=weight_v)
-        for group, weight_k, weight_v in zip(info.groups, found.weights["k"], found.weights["v"], strict=True)
-    )
-    return replace(info, groups=groups, kld_scale=found.kld_scale)
 
 
 def _choose(

@@ -24,6 +24,7 @@ AUTO_DIM = 4096
 FRAME = 64
 TOKENS = 24576
 BASIS_TYPES = ("f16", "f32")
+WEIGH = ("groups", "layers")
 
 
 def default_threads() -> int:
@@ -57,6 +58,8 @@ class Settings:
     seed : int
     basis_type : str
         f16, or f32 for tests of exactness.
+    weigh : str
+        What is weighed by what its loss costs: "groups", or "layers" one by one.
     threads : int
 
     Raises
@@ -74,6 +77,7 @@ class Settings:
     tokens: int = TOKENS
     seed: int = 0
     basis_type: str = "f16"
+    weigh: str = "groups"
     threads: int = field(default_factory=default_threads)
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ class Settings:
             raise OptionError(f"seed {self.seed}: 0 to {(1 << 63) - 1} expected")
         if self.basis_type not in BASIS_TYPES:
             raise OptionError(f"basis type {self.basis_type!r}: one of {', '.join(BASIS_TYPES)} expected")
+        if self.weigh not in WEIGH:
+            raise OptionError(f"weigh {self.weigh!r}: one of {', '.join(WEIGH)} expected")
         if self.threads < 1:
             raise OptionError(f"threads {self.threads}: at least 1 expected")
 
@@ -104,6 +110,7 @@ class Settings:
             "n_sink": self.n_sink,
             "seed": self.seed,
             "tokens": self.tokens,
+            "weigh": self.weigh,
         }
 
     def group_sizes(self, embd_k: Sequence[int], embd_v: Sequence[int]) -> list[int]:

@@ -198,6 +198,7 @@ class _Fields:
 def _parse_info(f: _Fields) -> SidecarInfo:
     n_layer = f.u32("xkv.layer_count")
     embd = {kind: tuple(f.array(f"xkv.embd_{kind}", n_layer)) for kind in KINDS}
+    scale = {kind: tuple(f.floats(f"xkv.scale_{kind}", n_layer)) for kind in KINDS}
     first = f.header.fields.get("xkv.group.first")
     n_group = len(first.value) if first is not None and isinstance(first.value, np.ndarray) else 0
     layers = [f.array(f"xkv.group.{name}", n_group) for name in ("first", "count")]
@@ -232,6 +233,8 @@ def _parse_info(f: _Fields) -> SidecarInfo:
         knob=Knob(f.string("xkv.plan.knob"), f.string("xkv.plan.value")),
         n_ctx=f.u32("xkv.plan.n_ctx"),
         kld_scale=f.f32("xkv.kld_scale"),
+        scale_k=scale["k"],
+        scale_v=scale["v"],
     )
 
 

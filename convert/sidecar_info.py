@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
-from xkv_gguf.convert.plan import Kind
+from xkv_gguf.convert.plan import KINDS, Kind
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ARCHITECTURE = "xkv"
 FILE_TYPE = "xkv-sidecar"
 SUFFIX = ".xkv.gguf"
@@ -77,6 +77,8 @@ class SidecarInfo:
         Context that the user had in mind, in tokens.
     kld_scale : float
         Mean divergence of the next-token distribution in nats per unit of distortion; 0 when unknown.
+    scale_k, scale_v : tuple of float
+        By layer: what K and V are multiplied by where they are stored. Empty is 1 everywhere.
     """
 
     fingerprint: str
@@ -93,11 +95,21 @@ class SidecarInfo:
     knob: Knob = DEFAULT_KNOB
     n_ctx: int = PLAN_CTX
     kld_scale: float = 0.0
+    scale_k: tuple[float, ...] = ()
+    scale_v: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("scale_k", "scale_v"):
+            object.__setattr__(self, name, getattr(self, name) or (1.0,) * self.n_layer)
 
     @property
     def n_layer(self) -> int:
         """Layers of the model."""
         return len(self.embd_k)
+
+    def scales(self, kind: Kind) -> tuple[float, ...]:
+        """By layer."""
+        return self.scale_k if kind == "k" else self.scale_v
 
     def dim(self, group: int, kind: Kind) -> int:
         """Numbers per token of one kind of a group: D."""
@@ -129,6 +141,13 @@ def check_info(info: SidecarInfo) -> None:
         raise ValueError("has no layers, or layers without K or V")
     if len(info.embd_k) != len(info.embd_v):
         raise ValueError(f"has {len(info.embd_k)} layers with K and {len(info.embd_v)} with V")
+    for kind in KINDS:
+        scales = info.scales(kind)
+        if len(scales) != info.n_layer:
+            raise ValueError(f"has {len(scales)} scales of {kind.upper()}, {info.n_layer} expected")
+        for layer, scale in enumerate(scales):
+            if not 0 < np.float32(scale) < np.inf:
+                raise ValueError(f"layer {layer} has {kind.upper()} scale {scale:g}, a finite number above 0 expected")
     if not 1 <= info.group_size <= info.n_layer:
         raise ValueError(f"has group size {info.group_size}, 1 to {info.n_layer} expected")
     if info.frame not in FRAMES:

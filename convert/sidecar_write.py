@@ -48,6 +48,8 @@ def _add_fields(writer: GGUFWriter, info: SidecarInfo) -> None:
     writer.add_uint32("xkv.layer_count", info.n_layer)
     array("xkv.embd_k", list(info.embd_k))
     array("xkv.embd_v", list(info.embd_v))
+    floats("xkv.scale_k", list(info.scales("k")))
+    floats("xkv.scale_v", list(info.scales("v")))
     writer.add_uint32("xkv.group_size", info.group_size)
     writer.add_uint32("xkv.frame", info.frame)
     writer.add_uint32("xkv.n_sink", info.n_sink)

@@ -156,6 +156,8 @@ def main() -> None:
     captured = capture(args.model, args.text, args.tokens, shape)
     base = float(header.fields["llama.rope.freq_base"].value)
     captured["k"] = [to_frames(k, shape.head_k, stats.frame, base) for k in captured["k"]]
+    for kind in KINDS:
+        captured[kind] = [s * x for s, x in zip(sidecar.info.scales(kind), captured[kind], strict=True)]
     parts = studies(sidecar, captured, args.n_prior)
     for name in args.ends:
         ends = [] if name in ("static", "prompt") else [int(end) for end in name.split(",")]

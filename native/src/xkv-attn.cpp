@@ -208,8 +208,21 @@ static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_g
 // hooks
 //
 
-ggml_tensor * xkv_center_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il) {
+static ggml_tensor * xkv_times(ggml_context * ctx, ggml_tensor * x, float scale) {
+    if (scale == 1.0f) {
+        return x;
+    }
+    x = ggml_is_contiguous(x) ? x : ggml_cont(ctx, x); // can be a view of Q, K and V in one
+    return ggml_scale(ctx, ggml_reshape(ctx, x, x), scale); // the strides of a single row can be any
+}
+
+ggml_tensor * xkv_prepare_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * k_cur, int il) {
+    return xkv_times(ctx, k_cur, mctx->xkv->sidecar->scale[xkv_sidecar::K][il]);
+}
+
+ggml_tensor * xkv_prepare_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il) {
     ggml_tensor * mean = mctx->xkv->store->layers[il].mean_v;
+    v_cur = xkv_times(ctx, v_cur, mctx->xkv->sidecar->scale[xkv_sidecar::V][il]);
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
 }
 
@@ -235,7 +248,10 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
 
     auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(mctx, il) ? xkv_attn_fused : xkv_attn_absorbed;
 
-    ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale, il);
+    const auto & scale = mctx->xkv->sidecar->scale;
+
+    ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale/scale[xkv_sidecar::K][il], il);
+    out = xkv_times(gctx.ctx0, out, 1.0f/scale[xkv_sidecar::V][il]);
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
     ggml_tensor * mean = mctx->xkv->store->layers[il].mean_o;

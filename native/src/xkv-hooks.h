@@ -24,8 +24,9 @@ llama_memory_i * xkv_check_memory(llama_memory_i * mem);
 // graph nodes that an xkv cache needs beyond the model's own
 uint32_t xkv_graph_max_nodes(const llama_memory_i * mem);
 
-// v_cur [n_embd_head_v, n_head_kv, n_tokens] minus the layer's mean: the cache holds centred V
-ggml_tensor * xkv_center_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il);
+// k_cur and v_cur [n_embd_head, n_head_kv, n_tokens] as the cache holds them: times the layer's scale, V minus its mean
+ggml_tensor * xkv_prepare_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * k_cur, int il);
+ggml_tensor * xkv_prepare_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il);
 
 // attention of one layer over store and window, in place of llm_graph_context::build_attn_mha
 // k, v: views of the window

@@ -7,11 +7,12 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 
-static const uint32_t XKV_FORMAT_VERSION = 2;
+static const uint32_t XKV_FORMAT_VERSION = 3;
 
 static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
     const int64_t id = gguf_find_key(ctx, key);
@@ -37,6 +38,22 @@ static std::vector<uint32_t> xkv_get_u32s(const xkv_sidecar & sc, const gguf_con
     }
     const uint32_t * data = (const uint32_t *) gguf_get_arr_data(ctx, id);
     return std::vector<uint32_t>(data, data + gguf_get_arr_n(ctx, id));
+}
+
+static std::vector<float> xkv_get_scales(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, size_t n_layer) {
+    const int64_t id = xkv_find_key(sc, ctx, key, GGUF_TYPE_ARRAY);
+    if (gguf_get_arr_type(ctx, id) != GGUF_TYPE_FLOAT32 || gguf_get_arr_n(ctx, id) != n_layer) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s holds %zu of %s, expected %zu of f32", sc.path.c_str(), key,
+                  (size_t) gguf_get_arr_n(ctx, id), gguf_type_name(gguf_get_arr_type(ctx, id)), n_layer);
+    }
+    const float * data = (const float *) gguf_get_arr_data(ctx, id);
+    for (size_t il = 0; il < n_layer; ++il) {
+        if (!(data[il] > 0.0f) || !std::isfinite(data[il])) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s is %g for layer %zu, expected a finite number above 0", sc.path.c_str(),
+                      key, data[il], il);
+        }
+    }
+    return std::vector<float>(data, data + n_layer);
 }
 
 // consecutive groups that cover the layers; fills their dimensions
@@ -68,6 +85,9 @@ xkv_sidecar::xkv_sidecar(std::vector<group> groups, uint32_t frame) : frame(fram
 void xkv_sidecar::set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v) {
     n_embd[K] = std::move(n_embd_k);
     n_embd[V] = std::move(n_embd_v);
+    for (int kd = K; kd <= V; ++kd) {
+        scale[kd].assign(n_embd[kd].size(), 1.0f);
+    }
     xkv_check_groups("groups without calibration", groups, n_embd);
 }
 
@@ -98,6 +118,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     frame     = xkv_get_u32(*this, ctx.get(), "xkv.frame");
     n_embd[K] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_k");
     n_embd[V] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_v");
+    scale [K] = xkv_get_scales(*this, ctx.get(), "xkv.scale_k", n_embd[K].size());
+    scale [V] = xkv_get_scales(*this, ctx.get(), "xkv.scale_v", n_embd[V].size());
 
     if (frame != 32 && frame != 64 && frame != 128 && frame != 256) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);

@@ -44,6 +44,7 @@ public:
 
     uint32_t              frame = 0; // chunk length in tokens
     std::vector<uint32_t> n_embd[2];  // per layer: numbers per token of K and V
+    std::vector<float>    scale[2];   // per layer: what K and V are multiplied by, so that errors weigh the same
     std::vector<group>    groups;
 
 private:

@@ -22,7 +22,7 @@ from xkv_gguf.convert.sidecar_write import write_sidecar
 from .tiny import weights, write_tiny
 
 Arrays = dict[str, npt.NDArray[Any]]
-GOLDEN = Path(__file__).parent / "data" / "golden-v2.sidecar"
+GOLDEN = Path(__file__).parent / "data" / "golden-v3.sidecar"
 
 
 def small_info(**changes: Any) -> SidecarInfo:
@@ -42,6 +42,8 @@ def small_info(**changes: Any) -> SidecarInfo:
         knob=Knob("ratio", "6.5"),
         n_ctx=4096,
         kld_scale=0.125,
+        scale_k=(1.0, 0.5, 2.0),
+        scale_v=(0.25, 1.0, 4.0),
     )
     return dataclasses.replace(info, **changes)
 

@@ -153,15 +153,15 @@ def test_appended_bytes(sidecar_file: Path) -> None:
 
 def test_newer_version(sidecar_file: Path, reseal: Reseal) -> None:
     data = sidecar_file.read_bytes()
-    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 3))
-    refused(sidecar_file, "format version 3, this xkv-gguf reads 2; update xkv-gguf", SidecarVersionError)
+    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 4))
+    refused(sidecar_file, "format version 4, this xkv-gguf reads 3; update xkv-gguf", SidecarVersionError)
 
 
-@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("version", [0, 1, 2])
 def test_older_version(sidecar_file: Path, reseal: Reseal, version: int) -> None:
     data = sidecar_file.read_bytes()
     reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), version))
-    match = f"format version {version}, which is older than 2, .*make it again with `xkv-gguf convert MODEL`"
+    match = f"format version {version}, which is older than 3, .*make it again with `xkv-gguf convert MODEL`"
     refused(sidecar_file, match, SidecarVersionError)
 
 
@@ -206,6 +206,13 @@ def test_impossible_weight(sidecar_file: Path, reseal: Reseal, value: float) -> 
     data = sidecar_file.read_bytes()
     reseal(sidecar_file, put(data, array_at(data, "xkv.group.weight_v"), value, "<f"))
     refused(sidecar_file, f"group 0 has V weight {value:g}, a finite number above 0 expected")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_scale(sidecar_file: Path, reseal: Reseal, value: float) -> None:
+    data = sidecar_file.read_bytes()
+    reseal(sidecar_file, put(data, array_at(data, "xkv.scale_k"), value, "<f"))
+    refused(sidecar_file, f"layer 0 has K scale {value:g}, a finite number above 0 expected")
 
 
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])

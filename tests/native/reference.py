@@ -91,12 +91,13 @@ class Reference:
         origin = np.full(self.bases.frame, first)
         for g, (il0, count) in enumerate(zip(self.bases.first, self.bases.count, strict=True)):
             layers = range(il0, il0 + count)
-            k = np.concatenate([rotate(self.k[il][chunk], -origin)[:, 0] for il in layers], axis=1)
-            v = np.concatenate([self.v[il][chunk][:, 0] for il in layers], axis=1)
+            scale_k, scale_v = self.bases.scale["k"], self.bases.scale["v"]
+            k = np.concatenate([scale_k[il] * rotate(self.k[il][chunk], -origin)[:, 0] for il in layers], axis=1)
+            v = np.concatenate([scale_v[il] * self.v[il][chunk][:, 0] for il in layers], axis=1)
             for i, il in enumerate(layers):
                 part = slice(i * N_EMBD_HEAD, (i + 1) * N_EMBD_HEAD)
-                self.k[il][chunk] = rotate(self._project(k, "k", g)[:, None, part], origin)
-                self.v[il][chunk] = self._project(v, "v", g)[:, None, part]
+                self.k[il][chunk] = rotate(self._project(k, "k", g)[:, None, part] / scale_k[il], origin)
+                self.v[il][chunk] = self._project(v, "v", g)[:, None, part] / scale_v[il]
 
     def _project(self, x: F64, kind: str, g: int) -> F64:
         assert self.bases is not None

@@ -18,7 +18,7 @@ N_WINDOW = 40
 
 @dataclass(frozen=True)
 class Bases:
-    """A sidecar on disk and what is in it, by group: `basis[kind][g]` [D, D] f32, `mean[kind][g]` [D] f32."""
+    """A sidecar on disk and its content: `basis[kind][g]` [D, D], `mean[kind][g]` [D]; by layer `scale[kind]`."""
 
     path: Path
     frame: int
@@ -26,6 +26,7 @@ class Bases:
     count: tuple[int, ...]
     basis: dict[str, list[np.ndarray]]
     mean: dict[str, list[np.ndarray]]
+    scale: dict[str, tuple[float, ...]]
 
     def params(
         self,
@@ -83,6 +84,7 @@ def write_random(
             arrays[tensor_name(g, kind, "basis")] = basis[kind][g]
             arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
             arrays[tensor_name(g, kind, "spectrum")] = np.linspace(2.0, 1.0, dim, dtype=np.float32)
+    scale = {kind: tuple(rng.uniform(0.8, 1.25, n_layer).astype(np.float32).tolist()) for kind in KINDS}
     info = SidecarInfo(
         fingerprint="0" * 64,
         architecture="test",
@@ -94,6 +96,8 @@ def write_random(
         n_sink=N_SINK,
         groups=tuple(Group(f, c) for f, c in zip(first, count, strict=True)),
         calibration=Calibration("self", 1, 0, 1, "0" * 64),
+        scale_k=scale["k"],
+        scale_v=scale["v"],
     )
     write_sidecar(path, info, arrays)
-    return Bases(path, frame, first, count, basis, mean)
+    return Bases(path, frame, first, count, basis, mean, scale)

@@ -72,7 +72,8 @@ def test_paths_agree_at_any_rank(rank: int | None, tiny: Callable[[str], Tiny], 
     for flash_attn in (False, True):
         with open_context(one.model, exact=False, flash_attn=flash_attn) as ctx:
             noise.append(ctx.feed(tokens[:400], 8))
-    assert deviation(*logits) <= TOL_FLASH * deviation(*noise)
+    # what is lost at low rank makes the model more sensitive to rounding
+    assert deviation(*logits) <= (1 if rank is None else 2) * TOL_FLASH * deviation(*noise)
 
 
 @pytest.mark.parametrize("n_absorb", [8, 0])

@@ -68,7 +68,7 @@ def test_types(types: tuple[tuple[int, str], ...], tiny: Callable[[str], Tiny], 
     bases = one.bases(4, 128)
     plain = few_queries(one, None, tokens)
     found, expected = (few_queries(one, bases.params(types=types, fused=fused), tokens) for fused in (True, False))
-    assert error(found, expected) < 0.5 * error(expected, plain)
+    assert error(found, expected) < 0.5 * error(expected, plain) + 1e-3
     assert error(found, plain) < 1.2 * error(expected, plain) + 1e-3
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..convert.hf import OUTTYPES
 from ..convert.knob import DEFAULT_KNOB, one_knob
-from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, Settings
+from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, WEIGH, Settings
 from ..convert.sidecar_info import FRAMES, PLAN_CTX
 from ._knob import add_knob_arguments, knob_values
 
@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="f16",
         metavar="TYPE",
         help=f"type of the bases in the file: {', '.join(BASIS_TYPES)} (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--weigh",
+        choices=WEIGH,
+        default=WEIGH[0],
+        help="what is weighed by what its loss costs: groups of layers, or layers one by one, which takes longer and "
+        "loses less (default: %(default)s)",
     )
     add_knob_arguments(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
     text = parser.add_argument_group("calibration text")
@@ -93,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.tokens,
         seed=args.seed,
         basis_type=args.basis_type,
+        weigh=args.weigh,
         **({} if args.threads is None else {"threads": args.threads}),
     )
     model = Path(args.model) if args.model is not None else demo_model()

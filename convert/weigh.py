@@ -1,0 +1,120 @@
+"""What a conversion measures about its groups, or about single layers: see `sensitivity`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from xkv_gguf.convert import sensitivity
+from xkv_gguf.convert.calibrate import LayerGroups, TextInfo
+from xkv_gguf.convert.capture import Sums
+from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.group_choice import Candidate
+from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
+from xkv_gguf.convert.plan import KINDS, Kind
+from xkv_gguf.convert.sensitivity import Sensitivity
+from xkv_gguf.convert.sidecar import read_sidecar
+from xkv_gguf.convert.sidecar_info import Group, SidecarInfo, tensor_name
+from xkv_gguf.convert.sidecar_write import write_sidecar
+from xkv_gguf.convert.sizes import ModelShape
+from xkv_gguf.convert.solve import Basis, solve_gram
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What single layers cost, and the scales that make their errors weigh the same, by layer."""
+
+    found: Sensitivity
+    scales: dict[Kind, tuple[float, ...]]
+
+    def scale(self, groups: LayerGroups, group: int, kind: Kind, sums: Sums) -> Sums:
+        """Sums of scaled numbers, of a captured group."""
+        layers = slice(groups.first[group], groups.first[group] + groups.count[group])
+        return scaled(sums, self.scales[kind][layers], groups.embd[kind][layers])
+
+    def add_to(self, info: SidecarInfo) -> SidecarInfo:
+        """The information with scales, and with the weights of its groups."""
+        first, count = ([getattr(group, name) for group in info.groups] for name in ("first", "count"))
+        weights, mean = group_weights(self.found.weights, first, count)
+        return replace(
+            _with_weights(info, Sensitivity(weights, self.found.kld_scale * mean)),
+            scale_k=self.scales["k"],
+            scale_v=self.scales["v"],
+        )
+
+
+def basis_arrays(bases: Mapping[tuple[int, Kind], Basis]) -> dict[str, Array]:
+    """Arrays of a sidecar from bases by group and kind."""
+    arrays: dict[str, Array] = {}
+    for (g, kind), basis in bases.items():
+        arrays[tensor_name(g, kind, "basis")] = basis.basis
+        arrays[tensor_name(g, kind, "mean")] = basis.mean.astype(np.float32)
+        arrays[tensor_name(g, kind, "spectrum")] = basis.spectrum.astype(np.float32)
+    return arrays
+
+
+def weigh_groups(
+    engine: Engine, info: SidecarInfo, arrays: dict[str, Array], shape: ModelShape, text: TextInfo, show_progress: bool
+) -> SidecarInfo:
+    """Add measured weights; the same information where the text is too short or the model too small for it."""
+    found = _measure(engine, info, arrays, shape, text, show_progress)
+    return _with_weights(info, found) if found else info
+
+
+def weigh_layers(
+    engine: Engine,
+    info: SidecarInfo,
+    captured: LayerGroups,
+    sums: Mapping[tuple[int, Kind], Sums],
+    shape: ModelShape,
+    text: TextInfo,
+    show_progress: bool,
+) -> LayerWeights | None:
+    """Weigh layers one by one; None where the text is too short or the model too small for it.
+
+    `info` is that of the conversion, its groups do not matter; `sums` are by captured group and kind.
+    """
+    single = Candidate.of(1, captured, shape)
+    bases: dict[tuple[int, Kind], Basis] = {}
+    for layer, inside in enumerate(single.inside):
+        for kind in KINDS:
+            part = single.cut(layer, kind, sums[inside, kind])
+            basis = solve_gram(part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
+            bases[layer, kind] = replace(basis, basis=basis.basis.astype(np.float32))
+    alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))
+    found = _measure(engine, alone, basis_arrays(bases), shape, text, show_progress)
+    if found is None:
+        return None
+    variances = {kind: [float(bases[il, kind].spectrum.sum()) for il in range(info.n_layer)] for kind in KINDS}
+    return LayerWeights(found, layer_scales(found.weights, variances))
+
+
+def _measure(
+    engine: Engine, info: SidecarInfo, arrays: dict[str, Array], shape: ModelShape, text: TextInfo, show_progress: bool
+) -> Sensitivity | None:
+    with tempfile.TemporaryDirectory(prefix="xkv-") as folder:
+        path = Path(folder) / "bases.xkv.gguf"
+        write_sidecar(path, info, arrays)
+        stats = read_sidecar(path).statistics()
+        if not sensitivity.measurable(text.last, stats):
+            return None
+        n_run = sensitivity.n_run(stats)
+        with tqdm(total=n_run, desc="weighing", unit="cache", disable=not show_progress) as bar:
+            return sensitivity.measure(engine, path, stats, shape.quantizable, text.last, bar.update)
+
+
+def _with_weights(info: SidecarInfo, found: Sensitivity) -> SidecarInfo:
+    groups = tuple(
+        replace(group, weight_k=weight_k, weight_v=weight_v)
+        for group, weight_k, weight_v in zip(info.groups, found.weights["k"], found.weights["v"], strict=True)
+    )
+    return replace(info, groups=groups, kld_scale=found.kld_scale)
