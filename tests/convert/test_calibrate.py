@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from xkv_gguf import Llama
-from xkv_gguf.convert import capture, pipeline
+from xkv_gguf.convert import capture, pipeline, sensitivity
 from xkv_gguf.convert import settings as settings_module
 from xkv_gguf.convert.capture import Capture, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.pipeline import Converted, convert
+from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
@@ -119,6 +120,37 @@ def test_f32_bases(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     basis = found.basis(0, "k")
     assert basis.dtype == np.float32
     np.testing.assert_allclose(basis @ basis.T, np.eye(128), atol=1e-5)
+
+
+def test_layers_are_scaled_by_what_they_cost(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means and variances are those of scaled numbers, and groups weigh what their layers do."""
+    monkeypatch.setattr(sensitivity, "COEF_RATIO", 4.0)  # the model is too small for less
+    found = {}
+    for weigh in ("groups", "layers"):
+        run(tiny_model, tmp_path / weigh, data=(text_file,), tokens=3000, basis_type="f32", weigh=weigh)
+        found[weigh] = read_sidecar(tmp_path / weigh)
+    plain, scaled = found["groups"], found["layers"]
+    assert plain.info.scales("k") == plain.info.scales("v") == (1.0,) * N_LAYER
+    for kind in KINDS:
+        scales = np.array(scaled.info.scales(kind))
+        assert np.prod(scales) == pytest.approx(1.0, rel=0.02) and scales.std() > 0.01
+        for g, group in enumerate(plain.info.groups):
+            by_number = np.repeat(scales[group.first : group.first + group.count], EMBD_KV)
+            np.testing.assert_allclose(scaled.mean(g, kind), by_number * plain.mean(g, kind), rtol=1e-4, atol=1e-6)
+            basis = np.asarray(plain.basis(g, kind), np.float64)
+            cov = (basis.T * plain.spectrum(g, kind)) @ basis
+            expected = np.trace(cov * np.outer(by_number, by_number))
+            assert np.sum(scaled.spectrum(g, kind)) == pytest.approx(expected, rel=1e-3)
+    weights = [(g.weight_k, g.weight_v) for g in scaled.info.groups]
+    assert np.mean(weights) == pytest.approx(1.0, rel=0.05) and np.std(weights) > 0.01
+
+
+def test_layers_that_cannot_be_weighed(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), tokens=512, weigh="layers")
+    assert "layers are not weighed: there is too little calibration text" in done.notes[-1]
+    assert done.info.scale_k == (1.0,) * N_LAYER
 
 
 def test_the_knob_is_recorded(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
