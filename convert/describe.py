@@ -149,7 +149,7 @@ def plan_of(sidecar: Sidecar, shape: ModelShape, knob: Knob, n_ctx: int) -> Cach
 
 
 def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, Any]:
-    """A plan in JSON types; "groups" has layers, dimensions, segments and the share of the variance that is kept."""
+    """A plan in JSON types; "groups" has what is kept of the (scaled) variance, and more."""
     layout = plan.layout
     stats = sidecar.statistics()
     groups = []
@@ -161,6 +161,7 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
             entry[f"segments_{kind}"] = [[s.rank, s.type] for s in segments]
             entry[f"kept_{kind}"] = energy_kept(sidecar.spectrum(g, kind), sum(s.rank for s in segments))
             entry[f"weight_{kind}"] = group.weight_k if kind == "k" else group.weight_v
+            entry[f"scale_{kind}"] = list(sidecar.info.scales(kind)[group.first : group.first + group.count])
         groups.append(entry)
     return {
         "knob": knob.kind,

@@ -13,6 +13,7 @@ import numpy as np
 
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.plan import KINDS, Kind
+from xkv_gguf.convert.sidecar_info import Group
 
 
 def layer_scales(
@@ -57,9 +58,9 @@ def scaled(sums: Sums, scales: Sequence[float], sizes: Sequence[int]) -> Sums:
 
 
 def group_weights(
-    weights: Mapping[Kind, Sequence[float]], first: Sequence[int], count: Sequence[int]
+    weights: Mapping[Kind, Sequence[float]], groups: Sequence[Group]
 ) -> tuple[dict[Kind, tuple[float, ...]], float]:
     """Weights of groups of scaled layers: the sums of their layers', of mean 1; and what they were divided by."""
-    table = np.array([[sum(weights[kind][f : f + c]) for f, c in zip(first, count, strict=True)] for kind in KINDS])
+    table = np.array([[sum(weights[kind][g.first : g.first + g.count]) for g in groups] for kind in KINDS])
     mean = float(table.mean())
     return {kind: tuple(float(f"{w:.2g}") for w in row / mean) for kind, row in zip(KINDS, table, strict=True)}, mean

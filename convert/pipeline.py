@@ -127,7 +127,9 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
             )
             layers = weigh_layers(engine, info, captured, held, shape, text, show_progress) if by_layer else None
             if by_layer and layers is None:
-                notes.append("layers are not weighed: there is too little calibration text, or the model is too small")
+                notes.append(
+                    "layers are not weighed (too little text, or too small a model); groups are, where possible"
+                )
             for g, kind in list(held):
                 sums = held.pop((g, kind))
                 submit(g, kind, layers.scale(captured, g, kind, sums) if layers else sums)

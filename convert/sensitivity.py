@@ -130,7 +130,8 @@ def measure(
     for source in sources:
         mixed = [s for other in sources for s in _of(coarse if other == source else fine, other)]
         losses[source] = distortion(_only(equal, source), mixed)
-        slopes[source] = (divergence(mixed) - base) / losses[source]
+        # K or V that never vary lose nothing
+        slopes[source] = (divergence(mixed) - base) / losses[source] if losses[source] > 0 else np.zeros(len(base))
     total = divergence(coarse) - base
     return _weights(slopes, losses, float(total[0]))
 

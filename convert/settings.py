@@ -59,7 +59,7 @@ class Settings:
     basis_type : str
         f16, or f32 for tests of exactness.
     weigh : str
-        What is weighed by what its loss costs: "groups", or "layers" one by one.
+        What is weighed by what its loss costs: "groups", or "layers" one by one, whose K and V are scaled then.
     threads : int
 
     Raises

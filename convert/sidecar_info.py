@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
-from xkv_gguf.convert.plan import KINDS, Kind
+from xkv_gguf.convert.plan import Kind
 
 FORMAT_VERSION = 3
 ARCHITECTURE = "xkv"
@@ -141,13 +141,12 @@ def check_info(info: SidecarInfo) -> None:
         raise ValueError("has no layers, or layers without K or V")
     if len(info.embd_k) != len(info.embd_v):
         raise ValueError(f"has {len(info.embd_k)} layers with K and {len(info.embd_v)} with V")
-    for kind in KINDS:
-        scales = info.scales(kind)
+    for kind, scales in (("K", info.scale_k), ("V", info.scale_v)):
         if len(scales) != info.n_layer:
-            raise ValueError(f"has {len(scales)} scales of {kind.upper()}, {info.n_layer} expected")
+            raise ValueError(f"has {len(scales)} scales of {kind}, {info.n_layer} expected")
         for layer, scale in enumerate(scales):
             if not 0 < np.float32(scale) < np.inf:
-                raise ValueError(f"layer {layer} has {kind.upper()} scale {scale:g}, a finite number above 0 expected")
+                raise ValueError(f"layer {layer} has {kind} scale {scale:g}, a finite number above 0 expected")
     if not 1 <= info.group_size <= info.n_layer:
         raise ValueError(f"has group size {info.group_size}, 1 to {info.n_layer} expected")
     if info.frame not in FRAMES:

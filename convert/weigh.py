@@ -24,7 +24,7 @@ from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.convert.sidecar_info import Group, SidecarInfo, tensor_name
 from xkv_gguf.convert.sidecar_write import write_sidecar
 from xkv_gguf.convert.sizes import ModelShape
-from xkv_gguf.convert.solve import Basis, solve_gram
+from xkv_gguf.convert.solve import Basis, Solver
 
 Array = npt.NDArray[Any]
 
@@ -43,8 +43,7 @@ class LayerWeights:
 
     def add_to(self, info: SidecarInfo) -> SidecarInfo:
         """The information with scales, and with the weights of its groups."""
-        first, count = ([getattr(group, name) for group in info.groups] for name in ("first", "count"))
-        weights, mean = group_weights(self.found.weights, first, count)
+        weights, mean = group_weights(self.found.weights, info.groups)
         return replace(
             _with_weights(info, Sensitivity(weights, self.found.kld_scale * mean)),
             scale_k=self.scales["k"],
@@ -79,20 +78,20 @@ def weigh_layers(
     text: TextInfo,
     show_progress: bool,
 ) -> LayerWeights | None:
-    """Weigh layers one by one; None where the text is too short or the model too small for it.
+    """Weigh layers one by one; None where the text is too short, the model too small, or all of it is noise.
 
     `info` is that of the conversion, its groups do not matter; `sums` are by captured group and kind.
     """
     single = Candidate.of(1, captured, shape)
-    bases: dict[tuple[int, Kind], Basis] = {}
-    for layer, inside in enumerate(single.inside):
-        for kind in KINDS:
-            part = single.cut(layer, kind, sums[inside, kind])
-            basis = solve_gram(part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
-            bases[layer, kind] = replace(basis, basis=basis.basis.astype(np.float32))
+    with Solver[tuple[int, Kind]](engine.n_threads, "f32", lambda: None) as solver:
+        for layer, inside in enumerate(single.inside):
+            for kind in KINDS:
+                part = single.cut(layer, kind, sums[inside, kind])
+                solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
+        bases = solver.results()
     alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))
     found = _measure(engine, alone, basis_arrays(bases), shape, text, show_progress)
-    if found is None:
+    if found is None or not found.kld_scale > 0:
         return None
     variances = {kind: [float(bases[il, kind].spectrum.sum()) for il in range(info.n_layer)] for kind in KINDS}
     return LayerWeights(found, layer_scales(found.weights, variances))

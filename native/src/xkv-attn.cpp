@@ -251,7 +251,6 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
     const auto & scale = mctx->xkv->sidecar->scale;
 
     ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale/scale[xkv_sidecar::K][il], il);
-    out = xkv_times(gctx.ctx0, out, 1.0f/scale[xkv_sidecar::V][il]);
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
     ggml_tensor * mean = mctx->xkv->store->layers[il].mean_o;
@@ -259,6 +258,7 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
     }
     out = ggml_add(gctx.ctx0, out, mean);
+    out = xkv_times(gctx.ctx0, out, 1.0f/scale[xkv_sidecar::V][il]);
     out = ggml_reshape_2d(gctx.ctx0, out, gctx.hparams.n_embd_head_v(il)*q->ne[1], q->ne[2]);
     ggml_build_forward_expand(gctx.gf, out);
     return out;

@@ -8,7 +8,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <iterator>
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
     GGML_ASSERT(!plain());
@@ -167,12 +166,10 @@ void xkv_store::fill_means() {
             const float *  v          = mean_v.data() + l.off[kind::V];
             const uint32_t n_head_dim = hparams.n_embd_head_v(il);
 
-            const float scale = sidecar.scale[xkv_sidecar::V][il];
-
             std::vector<float> mean_o;
             for (uint32_t h = 0; h < hparams.n_head(il); ++h) {
                 const float * head = v + (size_t) (h/hparams.n_gqa(il))*n_head_dim;
-                std::transform(head, head + n_head_dim, std::back_inserter(mean_o), [scale](float x) { return x/scale; });
+                mean_o.insert(mean_o.end(), head, head + n_head_dim);
             }
             ggml_backend_tensor_set(l.mean_k, mean_k.data() + l.off[kind::K], 0, ggml_nbytes(l.mean_k));
             ggml_backend_tensor_set(l.mean_v, v,                              0, ggml_nbytes(l.mean_v));

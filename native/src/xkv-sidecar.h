@@ -9,7 +9,7 @@
 // The sidecar file of a model (convert/FORMAT.md): bases, means and spectra per group of layers. The constructor reads and
 // checks the metadata; the tensors are read on demand, from a file that stays open.
 //
-// Without calibration there is no file: groups alone, with bases, means and spectra of zeros.
+// Without calibration there is no file: groups alone, with bases, means and spectra of zeros, and scales of 1.
 class xkv_sidecar {
 public:
     enum kind { K = 0, V = 1 };

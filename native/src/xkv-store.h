@@ -88,7 +88,7 @@ public:
 
         ggml_tensor * mean_k; // [n_embd_k] f32
         ggml_tensor * mean_v; // [n_embd_v] f32
-        ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output
+        ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output, before it is unscaled
     };
 
     // bases that streams share, or a stream's own: per kind, layer and segment

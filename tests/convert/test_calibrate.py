@@ -143,13 +143,15 @@ def test_layers_are_scaled_by_what_they_cost(
             cov = (basis.T * plain.spectrum(g, kind)) @ basis
             expected = np.trace(cov * np.outer(by_number, by_number))
             assert np.sum(scaled.spectrum(g, kind)) == pytest.approx(expected, rel=1e-3)
+    run(tiny_model, tmp_path / "again", data=(text_file,), tokens=3000, basis_type="f32", weigh="layers", threads=2)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "layers").read_bytes()
     weights = [(g.weight_k, g.weight_v) for g in scaled.info.groups]
     assert np.mean(weights) == pytest.approx(1.0, rel=0.05) and np.std(weights) > 0.01
 
 
 def test_layers_that_cannot_be_weighed(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     done = run(tiny_model, tmp_path / "s", data=(text_file,), tokens=512, weigh="layers")
-    assert "layers are not weighed: there is too little calibration text" in done.notes[-1]
+    assert "layers are not weighed (too little text" in done.notes[-1]
     assert done.info.scale_k == (1.0,) * N_LAYER
 
 
