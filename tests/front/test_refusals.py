@@ -227,7 +227,7 @@ def test_an_older_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> No
         data[data.index(key) + len(key) + 4] = 1
 
     options = damaged(sidecar, tmp_path / "o.xkv.gguf", renumber, sign=True)
-    refused(SidecarVersionError, "is older than 2", lambda: Llama(demo_model, xkv=options))
+    refused(SidecarVersionError, "is older than 3", lambda: Llama(demo_model, xkv=options))
 
 
 def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
