@@ -140,7 +140,10 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         arrays = basis_arrays({(g, kind): basis for (size, g, kind), basis in bases.items() if size == chosen.size})
         groups = tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True))
         info = replace(info, group_size=chosen.size, groups=groups)
-        info = layers.add_to(info) if layers else weigh_groups(engine, info, arrays, shape, text, show_progress)
+        if layers:
+            info = layers.add_to(info)
+        elif settings.weigh != "none":
+            info = weigh_groups(engine, info, arrays, shape, text, show_progress)
     write_sidecar(out, info, arrays)
     return Converted(out, info, tuple(notes))
 

@@ -24,7 +24,7 @@ AUTO_DIM = 4096
 FRAME = 64
 TOKENS = 24576
 BASIS_TYPES = ("f16", "f32")
-WEIGH = ("groups", "layers")
+WEIGH = ("groups", "layers", "none")
 
 
 def default_threads() -> int:
@@ -59,7 +59,8 @@ class Settings:
     basis_type : str
         f16, or f32 for tests of exactness.
     weigh : str
-        What is weighed by what its loss costs: "groups", or "layers" one by one, whose K and V are scaled then.
+        What is weighed by what its loss costs: "groups", "layers" one by one, whose K and V are scaled then, or
+        "none": all count the same.
     threads : int
 
     Raises

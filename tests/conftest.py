@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Sizes that are larger for the figures in the docs than for a test run."""
     parser.addoption("--full-rank-tokens", type=int, default=1024, help="prompt of the full-rank test on SmolLM2")
     parser.addoption("--all-depths", action="store_true", help="look for the needle at all ten depths")
+    parser.addoption("--quick-calibration", action=BooleanOptionalAction, default=True, help="of the demo model")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -52,3 +54,18 @@ def demo_model() -> Path:
     path = Path(spec.origin).parent / MODEL_FILE
     assert path.is_file(), path
     return path
+
+
+@pytest.fixture(scope="session")
+def sidecar(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The demo model's sidecar.
+
+    Calibrated in a hurry, on a twelfth of the text and without weighing, unless --no-quick-calibration is given.
+    """
+    from xkv_gguf.convert.pipeline import convert, ensure_sidecar
+    from xkv_gguf.convert.settings import Settings
+
+    if not request.config.getoption("--quick-calibration"):
+        return ensure_sidecar(demo_model)
+    settings = Settings(tokens=2048, weigh="none")
+    return convert(demo_model, tmp_path_factory.mktemp("quick") / "demo.xkv.gguf", settings, show_progress=False).path

@@ -149,6 +149,17 @@ def test_layers_are_scaled_by_what_they_cost(
     assert np.mean(weights) == pytest.approx(1.0, rel=0.05) and np.std(weights) > 0.01
 
 
+def test_nothing_is_weighed_where_nothing_should_be(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "measure", None)
+    run(tiny_model, tmp_path / "s", data=(text_file,), tokens=3000, weigh="none")
+    found = read_sidecar(tmp_path / "s").info
+    assert [(g.weight_k, g.weight_v) for g in found.groups] == [(1, 1), (1, 1)]
+    assert found.kld_scale == 0 and found.scale_k == found.scale_v == (1.0,) * N_LAYER
+    assert found.settings["weigh"] == "none"
+
+
 def test_layers_that_cannot_be_weighed(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     done = run(tiny_model, tmp_path / "s", data=(text_file,), tokens=512, weigh="layers")
     assert "layers are not weighed (too little text" in done.notes[-1]

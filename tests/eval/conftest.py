@@ -1,4 +1,4 @@
-"""What the tests of `eval` share: the demo model's sidecar, and a text."""
+"""What the tests of `eval` share: a text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xkv_gguf.convert.pipeline import ensure_sidecar
 from xkv_gguf.haystack import paragraphs
-
-
-@pytest.fixture(scope="session")
-def sidecar(demo_model: Path) -> Path:
-    """The demo model's sidecar with default settings: found, or made once in the user's cache folder."""
-    return ensure_sidecar(demo_model)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_figures_of_all_caches(
     out = tmp_path / "out.json"
     xkv = f"xkv:n_window=32:sidecar={sidecar}"
     words = ["eval", str(demo_model), "--text", str(text_file), "--caches", f"f16,q4_0,{xkv}", "--n-ctx", str(N_CTX)]
-    sizes = ["--prefill", "256", "--n-score", "32", "--score-batch", "16", "--n-ubatch", "64", "--threads", "1"]
+    sizes = ["--prefill", "256", "--n-score", "32", "--score-batch", "16", "--n-ubatch", "64", "--threads", "2"]
     assert main([*words, *sizes, "--json", str(out)]) == 0
     f16, q4_0, low_rank = json.loads(out.read_text())["rows"]
     assert f16["kld_mean"] == f16["kld_median"] == f16["kld_p99"] == f16["kld_p999"] == 0

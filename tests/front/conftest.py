@@ -1,4 +1,4 @@
-"""What the tests of the front share: the demo model's sidecar, small caches, and opened models."""
+"""What the tests of the front share: small caches, and opened models."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 
 from xkv_gguf import Llama
-from xkv_gguf.convert.pipeline import ensure_sidecar
 
 # small enough that a prompt of some hundred tokens is mostly compressed
 SMALL = {"n_sink": 4, "n_window": 64}
 N_UBATCH = 64
 
 Open = Callable[..., Llama]
-
-
-@pytest.fixture(scope="session")
-def sidecar(demo_model: Path) -> Path:
-    """The demo model's sidecar with default settings: found, or made once in the user's cache folder."""
-    return ensure_sidecar(demo_model)
 
 
 @pytest.fixture

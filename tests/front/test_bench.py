@@ -15,27 +15,15 @@ pytestmark = pytest.mark.model
 
 def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bench.json"
-    options = [
-        "--caches",
-        "f16,xkv:3",
-        "--depths",
-        "0,600",
-        "--reps",
-        "1",
-        "--n-ctx",
-        "2048",
-        "--threads",
-        "1",
-        "--json",
-        str(out),
-    ]
+    options = ["--caches", "f16,xkv:3", "--depths", "0,300", "--reps", "1", "--n-ctx", "1024", "--threads", "2"]
+    options += ["--json", str(out)]
     assert main(["bench", str(demo_model), "--sidecar", str(sidecar), *options]) == 0
     result = json.loads(out.read_text())
     assert [(row["cache"], row["depth"]) for row in result["rows"]] == [
         ("f16", 0),
         ("xkv:3", 0),
-        ("f16", 600),
-        ("xkv:3", 600),
+        ("f16", 300),
+        ("xkv:3", 300),
     ]
     for row in result["rows"]:
         assert row["prefill_tps"] > 0 and row["decode_tps"] > 0
@@ -43,7 +31,7 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
         # the model alone takes 90 MiB, its process with all imports some hundred
         assert 90 * 2**20 < row["peak_rss_bytes"] < 2 * 2**30
     f16, xkv = result["rows"][:2]
-    assert f16["cache_bytes"] == 2 * 2048 * 30 * 2 * 3 * 64
+    assert f16["cache_bytes"] == 2 * 1024 * 30 * 2 * 3 * 64
     assert set(xkv["cache_parts"]) != set(f16["cache_parts"])
     assert result["machine"]["cores"] == os.cpu_count()
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

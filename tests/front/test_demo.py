@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from xkv_gguf import KvPart, KvReport
+from xkv_gguf.convert.find import cached_sidecar
 from xkv_gguf.demo import main, size_table
 
 
@@ -17,7 +20,14 @@ def test_the_table_compares_with_the_first_cache() -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_demo_answers_right_on_a_third_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_answers_right_on_a_third_of_the_memory(
+    demo_model: Path, sidecar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    place = cached_sidecar(demo_model)
+    place.parent.mkdir()
+    shutil.copy(sidecar, place)
     assert main() == 0
     out = capsys.readouterr().out
     needle = re.search(r"The special magic number for \w+ is (\d{7})\.", out)

@@ -70,7 +70,6 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
             {"n_ctx": 256, "xkv": {"n_window": 250}},
             "n_ctx: 256, expected more than sinks + window + chunk",
         ),
-        (OptionError, {"n_ctx": 2048, "xkv": {"n_window": 2000}}, "n_ctx: 2048, expected more than"),
         (OptionError, {"n_batch": 0}, "n_batch: 0, expected a whole number from 1"),
         (OptionError, {"n_ubatch": 0}, "n_ubatch: 0, expected a whole number from 1"),
         (OptionError, {"n_threads": -1}, "n_threads: -1, expected a whole number from 0 to 512"),
@@ -89,6 +88,12 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
 )
 def test_arguments(kind: type[XkvError], kwargs: dict[str, Any], expected: str, demo_model: Path) -> None:
     refused(kind, expected, lambda: Llama(demo_model, **{"verbose": False, **kwargs}))
+
+
+def test_a_window_that_leaves_no_room(demo_model: Path, sidecar: Path) -> None:
+    options = {"n_window": 2000, "sidecar": str(sidecar)}
+    expected = "n_ctx: 2048, expected more than"
+    refused(OptionError, expected, lambda: Llama(demo_model, n_ctx=2048, xkv=options, verbose=False))
 
 
 def test_a_model_is_no_adapter(demo_model: Path) -> None:

@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weigh",
         choices=WEIGH,
         default=WEIGH[0],
-        help="what is weighed by what its loss costs: groups of layers, or layers one by one, which takes longer and "
-        "loses less (default: %(default)s)",
+        help="what is weighed by what its loss costs: groups of layers, layers one by one, which takes longer and "
+        "loses less, or none, which is quicker and loses more (default: %(default)s)",
     )
     add_knob_arguments(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
     text = parser.add_argument_group("calibration text")
