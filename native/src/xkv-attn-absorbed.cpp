@@ -123,8 +123,7 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
 
 ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                                 ggml_tensor * v, float kq_scale, int il) {
-    ggml_context * ctx     = gctx.ctx0;
-    const auto &   hparams = gctx.hparams;
+    ggml_context * ctx = gctx.ctx0;
 
     const int64_t n_head   = q->ne[1];
     const int64_t n_kv     = k->ne[2];
@@ -141,10 +140,6 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
             return xkv_scores(gctx, inp, xkv_view_span(ctx, q, span), il, span);
         });
         kq = ggml_concat(ctx, s, kq, 0);
-    }
-    if (hparams.attn_soft_cap) {
-        kq = ggml_tanh (ctx, ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping));
-        kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
     }
     kq = ggml_soft_max_ext(ctx, kq, inp->mask_all, kq_scale, 0.0f);
 

@@ -131,10 +131,6 @@ ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv
         args.push_back(xkv_custom(ctx, ops.project, l, { x }, XKV_CPU_N_COEF(l->rank[0]), n_query, l->n_frame, n_stream));
     }
     ggml_tensor * kq = xkv_custom(ctx, ops.scores, l, args, n_slot + n_kv, n_tps, n_head, n_stream);
-    if (hparams.attn_soft_cap) {
-        kq = ggml_tanh (ctx, ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping));
-        kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
-    }
 
     const int64_t n_embd_head_v = v->ne[0];
 

@@ -40,8 +40,8 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     if (model.arch == LLM_ARCH_PLM) { // its graph passes V in two dimensions, which aborts
         return "architecture plm does not run with flash attention in llama.cpp, and an xkv cache needs it; use kv_mode f16 with flash_attn False";
     }
-    if (model.arch == LLM_ARCH_GROK) {
-        return because("caps its attention scores in its own way");
+    if (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
+        return because("caps its attention scores");
     }
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (!hparams.has_kv(il)) {

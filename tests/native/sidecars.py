@@ -67,9 +67,12 @@ class Bases:
 
 
 def write_random(
-    path: Path, n_layer: int, n_embd: tuple[int, int], group_size: int, frame: int, seed: int = 0
+    path: Path, n_layer: int, n_embd: tuple[int, int], group_size: int, frame: int, seed: int = 0, widest: float = 1.25
 ) -> Bases:
-    """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer."""
+    """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer.
+
+    Scales of layers are between 1 / `widest` and `widest`.
+    """
     rng = np.random.default_rng(seed)
     first = tuple(range(0, n_layer, group_size))
     count = tuple(min(group_size, n_layer - f) for f in first)
@@ -84,7 +87,7 @@ def write_random(
             arrays[tensor_name(g, kind, "basis")] = basis[kind][g]
             arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
             arrays[tensor_name(g, kind, "spectrum")] = np.linspace(2.0, 1.0, dim, dtype=np.float32)
-    scale = {kind: tuple(rng.uniform(0.8, 1.25, n_layer).astype(np.float32).tolist()) for kind in KINDS}
+    scale = {kind: tuple((widest ** rng.uniform(-1, 1, n_layer)).astype(np.float32).tolist()) for kind in KINDS}
     info = SidecarInfo(
         fingerprint="0" * 64,
         architecture="test",
