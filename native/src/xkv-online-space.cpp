@@ -81,8 +81,7 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
 
 std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                             uint32_t n_new, const space & sp) {
-    const auto &   store = *cache.store;
-    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t dim = cache.store->groups()[pr.ig].dim[pr.kd];
 
     std::mt19937                    rng(pr.ig);
     std::normal_distribution<float> normal;
@@ -91,7 +90,7 @@ std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t strea
 
     // the second moments of tokens z [dim, n] outside the old rows, times random directions
     std::vector<float> res(omega.size(), 0.0f);
-    const auto add = [&](ggml_tensor * z) {
+    each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {
         ggml_context * ctx = graph.ctx();
         if (sp.n_old > 0) {
             ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
@@ -103,19 +102,7 @@ std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t strea
         graph.run();
         const auto part = graph.read(y);
         std::transform(part.begin(), part.end(), res.begin(), res.begin(), std::plus<float>());
-    };
-    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
-    add(input_tokens(stream, jobs, pr));
-
-    // stored tokens have nothing outside the old rows, unless they are exact
-    const auto   chunks  = store.plain() ? stored_chunks(stream) : std::vector<uint32_t>();
-    const size_t n_block = XKV_CARRY_BLOCK/store.n_chunk;
-    for (size_t i = 0; i < chunks.size(); i += n_block) {
-        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
-        graph.begin(lctx, 64);
-        const int64_t n = coef.size()/dim;
-        add(graph.input(dim, n, std::move(coef)));
-    }
+    });
     return res;
 }
 

@@ -1,6 +1,7 @@
 #include "xkv-online.h"
 
 #include "xkv-cache.h"
+#include "xkv-carry.h"
 #include "xkv-codec.h"
 #include "xkv-parallel.h"
 
@@ -9,12 +10,16 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
-// An update in place pays when the error is this much above the calibrated one, as a share of that and of the variance; below,
-// re-coding costs as much as it gains. At a stage's end everything is coded anew anyway, and pays() weighs the rest.
-static const float XKV_ONLINE_EXCESS     = 0.05f;
-static const float XKV_ONLINE_EXCESS_MIN = 0.002f;
+// New bases are worth their work when the error is this much above the calibrated one, as a share of that and of the variance.
+// In the last stage, re-coding costs as much as it gains below that. At the plain stage's end, other text of the calibration's
+// kind loses up to so much more than the text that the bases were made of, and other kinds 20 % and more.
+// Between stages with bases pays() decides instead.
+static const float XKV_ONLINE_EXCESS       = 0.05f;
+static const float XKV_ONLINE_EXCESS_PLAIN = 0.15f;
+static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 
 // of spaces at a time
 static const size_t XKV_ONLINE_BYTES = 64*1024*1024;
@@ -132,9 +137,9 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
     for (const auto & pr : problems) {
         wanted  .push_back(expect(groups, pr));
         residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
-        // tokens of a plain store have not been rounded to anything yet, so that new bases cost them nothing
-        const float excess = next ? 0.0f : std::max(XKV_ONLINE_EXCESS*wanted.back(), XKV_ONLINE_EXCESS_MIN);
-        if (cold || cache.store->plain() || residual.back() > wanted.back() + excess) {
+        const float share  = cache.store->plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
+        const float excess = std::max(share*wanted.back(), XKV_ONLINE_EXCESS_MIN);
+        if (cold || residual.back() > wanted.back() + excess) {
             due.push_back(pr);
         }
     }
@@ -185,22 +190,41 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     auto weight = kept(groups, pr);
     weight.resize(rank);
 
+    double total = 0.0;
+    double keep  = 0.0;
+    each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {                                            // [dim, n]
+        ggml_context * ctx = graph.ctx();
+
+        ggml_tensor * b = graph.input(dim, rank, rows_of(stream, pr, rank));
+        ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                       // [rank, n]
+
+        ggml_tensor * of_all  = ggml_sum(ctx, ggml_sqr(ctx, z));
+        ggml_tensor * of_kept = ggml_sum(ctx, ggml_mul(ctx, ggml_sqr(ctx, a), graph.input(rank, 1, weight)));
+        graph.output(of_all);
+        graph.output(of_kept);
+        graph.run();
+        total += graph.read(of_all) [0];
+        keep  += graph.read(of_kept)[0];
+    });
+    return total > 0.0 ? std::max(0.0, 1.0 - keep/total) : 0.0;
+}
+
+void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                  const std::function<void(ggml_tensor *)> & use) {
+    const auto & store = *cache.store;
+
     graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
-    ggml_context * ctx = graph.ctx();
+    use(input_tokens(stream, jobs, pr));
 
-    ggml_tensor * z = input_tokens(stream, jobs, pr);                                                    // [dim, n]
-    ggml_tensor * b = graph.input(dim, rank, rows_of(stream, pr, rank));
-    ggml_tensor * w = graph.input(rank, 1, std::move(weight));
-    ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                           // [rank, n]
-
-    ggml_tensor * total = ggml_sum(ctx, ggml_sqr(ctx, z));
-    ggml_tensor * keep  = ggml_sum(ctx, ggml_mul(ctx, ggml_sqr(ctx, a), w));
-    graph.output(total);
-    graph.output(keep);
-    graph.run();
-
-    const float t = graph.read(total)[0];
-    return t > 0.0f ? std::max(0.0f, 1.0f - graph.read(keep)[0]/t) : 0.0f;
+    const auto   chunks  = store.plain() ? stored_chunks(stream) : std::vector<uint32_t>();
+    const size_t n_block = XKV_CARRY_BLOCK/store.n_chunk;
+    for (size_t i = 0; i < chunks.size(); i += n_block) {
+        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+        graph.begin(lctx, 64);
+        const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+        const int64_t  n   = coef.size()/dim;
+        use(graph.input(dim, n, std::move(coef)));
+    }
 }
 
 void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,

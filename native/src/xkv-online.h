@@ -6,6 +6,7 @@
 #include "xkv.h"
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 class llama_kv_cache_xkv;
@@ -86,6 +87,10 @@ private:
     // share of the tokens' variance that is lost when directions have the types of groups
     float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                   const std::vector<xkv_store::group> & groups);
+
+    // the tokens [dim, n] that are known as they are, some at a time: those of the jobs, and of a plain store the stored ones
+    void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                    const std::function<void(ggml_tensor *)> & use);
 
     // whose bases lose more than expected in the next stage, or in the present one
     std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout * next);

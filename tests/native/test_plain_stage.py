@@ -50,6 +50,21 @@ def few_queries(one: Tiny, xkv: _native.ScopeParams | None, tokens: list[int], n
     return found
 
 
+@pytest.mark.parametrize(("types", "n_update"), [(((128, "q2_0"),), 0), (((64, "q8_0"),), 1)])
+def test_new_bases_only_where_more_is_lost_than_expected(
+    types: tuple[tuple[int, str], ...], n_update: int, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """All directions in 2 bits lose as much of any text; of random ones, half lose more than their spectrum says."""
+    one = tiny("llama")
+    given = params(one.bases(4, 64), types, {256: "q8_0"}, online=True)
+    with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
+        ctx.feed(tokens[:600], 8)
+        info = _native.online_info(ctx.ptr, 0)
+    assert info.n_check == 1
+    assert info.n_update == n_update
+    assert (info.residual > 1.05 * info.expected) == bool(n_update)
+
+
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("type_name", ["f32", "q8_0"])
 @pytest.mark.parametrize("name", ["llama-gqa", "minicpm3"])
