@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def describe_sidecar(
     shape = known_shape(shape, info.embd_k, info.embd_v)
     knob, n_ctx = knob or info.knob, n_ctx or info.n_ctx
     plan = plan_of(sidecar, shape, knob, n_ctx)
+    contexts = sorted({*CONTEXTS, n_ctx})
     return {
         "kind": "sidecar",
         "path": str(sidecar.path),
@@ -87,7 +89,7 @@ def describe_sidecar(
         "settings": dict(info.settings),
         "made_for": {"knob": info.knob.kind, "value": info.knob.value, "n_ctx": info.n_ctx},
         "plan": describe_plan(sidecar, plan, knob),
-        "caches": {**plain_caches(shape), "xkv": xkv_cache(sidecar, shape, knob, plan)},
+        "caches": {**plain_caches(shape, contexts), "xkv": xkv_cache(sidecar, shape, knob, plan, contexts)},
     }
 
 
@@ -114,7 +116,7 @@ def describe_model(path: Path, knob: Knob | None, n_ctx: int | None) -> dict[str
         "sidecar": None,
         "sidecar_problem": None,
         "plan": None,
-        "caches": plain_caches(shape),
+        "caches": plain_caches(shape, sorted({*CONTEXTS, n_ctx or CONTEXTS[0]})),
     }
     at = find_sidecar(path)
     if at is None:
@@ -185,10 +187,12 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
     }
 
 
-def xkv_cache(sidecar: Sidecar, shape: ModelShape, knob: Knob, plan: CachePlan) -> dict[str, Any]:
+def xkv_cache(
+    sidecar: Sidecar, shape: ModelShape, knob: Knob, plan: CachePlan, contexts: Sequence[int]
+) -> dict[str, Any]:
     """Bytes per token of a plan, and totals of the caches that are planned for other contexts: null out of reach."""
     totals: dict[str, int | None] = {}
-    for n in CONTEXTS:
+    for n in contexts:
         try:
             totals[str(n)] = plan_of(sidecar, shape, knob, n).total_bytes
         except OptionError:
@@ -196,10 +200,10 @@ def xkv_cache(sidecar: Sidecar, shape: ModelShape, knob: Knob, plan: CachePlan) 
     return {"bytes_per_token": coef_bytes_per_token(plan.segments), "totals": totals}
 
 
-def plain_caches(shape: ModelShape) -> dict[str, Any]:
+def plain_caches(shape: ModelShape, contexts: Sequence[int]) -> dict[str, Any]:
     """Bytes per token and totals of plain caches, by type."""
     caches: dict[str, Any] = {}
     for name in PLAIN:
         per_token = plain_bytes_per_token(shape.embd_k, shape.embd_v, name)
-        caches[name] = {"bytes_per_token": per_token, "totals": {str(n): round(per_token * n) for n in CONTEXTS}}
+        caches[name] = {"bytes_per_token": per_token, "totals": {str(n): round(per_token * n) for n in contexts}}
     return caches

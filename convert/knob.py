@@ -113,8 +113,8 @@ def _canonical(kind: str, value: object) -> str:
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
-    if not 0 < number < _MAX_RATIO:
-        raise OptionError(f"{kind}: {value!r}, expected a number above 0")
+    if not 1 <= number < _MAX_RATIO:
+        raise OptionError(f"{kind}: {value!r}, expected a number of 1 or more")
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 

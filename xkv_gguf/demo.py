@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._reading import reading
 from ._stream import chat_pieces
 from .demo_model import demo_model
 from .errors import XkvError
@@ -38,9 +39,10 @@ def ask(llm: Llama, haystack: Haystack) -> str:
     """Stream the answer to the terminal and return it."""
     text = ""
     messages = [{"role": "user", "content": haystack.prompt()}]
-    for piece, _ in chat_pieces(llm, messages, temperature=0.0, max_tokens=MAX_ANSWER):
-        text += piece
-        print(piece, end="", flush=True)
+    with reading(llm):
+        for piece, _ in chat_pieces(llm, messages, temperature=0.0, max_tokens=MAX_ANSWER):
+            text += piece
+            print(piece, end="", flush=True)
     print()
     return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from . import _arguments, _loader, _log, _native, _sidecars
@@ -13,6 +13,7 @@ from ._api import internals, llama_cpp
 from ._context import CheckedContext
 from ._model_file import ModelFile, open_model
 from .convert.cache_plan import WINDOWS, CachePlan
+from .convert.settings import default_threads
 from .convert.sidecar_info import FRAMES
 from .convert.sizes import CacheLayout
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
@@ -53,6 +54,8 @@ class Llama(llama_cpp.Llama):
 
     Attributes
     ----------
+    on_eval : callable or None
+        Gets the tokens that are done and those in all after each batch of `eval`, for progress bars.
     xkv_plan : CachePlan or None
         How an xkv cache was laid out; None for the others.
 
@@ -88,6 +91,7 @@ class Llama(llama_cpp.Llama):
         self.n_prompt_tokens = 0  # of the last call of generate()
         self._scope: _native.ScopeParams | None = None
         self._n_ubatch_given = "n_ubatch" in kwargs
+        self.on_eval: Callable[[int, int], object] | None = None  # gets tokens done and in all, between batches
         _loader.verify()
         self.kv_mode = check_kv_mode(kv_mode)
         if xkv is not None and kv_mode != "xkv":
@@ -118,6 +122,10 @@ class Llama(llama_cpp.Llama):
         n_ctx = _arguments.resolve_ctx(kwargs.get("n_ctx"), model)
         settings = {"flash_attn": True, "verbose": True, **kwargs}
         settings["n_ctx"] = n_ctx
+        # the parent counts processors that this process may not use
+        n_cpu = default_threads()
+        settings["n_threads"] = kwargs.get("n_threads") or max(n_cpu // 2, 1)
+        settings["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpu
         # the parent allocates logits for n_batch as it is given
         settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
         if self.kv_mode != "xkv":
@@ -135,7 +143,7 @@ class Llama(llama_cpp.Llama):
         options = self.xkv_options
         least = CacheLayout(n_ctx, options.n_sink, options.n_window or WINDOWS[-1], frame=options.frame or FRAMES[0])
         _arguments.check_ctx_for_xkv(least)  # before a sidecar is made
-        sidecar = _sidecars.open_sidecar(model.path, options, settings.get("n_threads_batch") or None)
+        sidecar = _sidecars.open_sidecar(model.path, options, settings["n_threads_batch"])
         plan, self._scope = _sidecars.scope_params(
             sidecar, options, n_ctx, settings.get("n_ubatch"), model, settings["n_batch"]
         )
@@ -200,7 +208,11 @@ class Llama(llama_cpp.Llama):
         room = self._n_ctx - self.n_tokens
         if len(tokens) > room:
             raise DecodeError(f"{len(tokens)} tokens do not fit: the context of {self._n_ctx} has room for {room}")
-        super().eval(tokens)
+        step = self.n_batch if self.on_eval else max(len(tokens), 1)
+        for start in range(0, len(tokens), step):
+            super().eval(tokens[start : start + step])
+            if self.on_eval:
+                self.on_eval(min(start + step, len(tokens)), len(tokens))
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens after a prompt, as in `llama_cpp.Llama.generate`.

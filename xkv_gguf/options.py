@@ -113,7 +113,7 @@ class XkvOptions:
             raise OptionError(f"xkv option sidecar: {sidecar!r}, expected a path")
         for name in ("ratio", "coef_ratio"):
             if getattr(self, name) is not None and not _is_number(getattr(self, name)):
-                raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected a number above 0")
+                raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected a number of 1 or more")
         knob = self.knob
         if knob is not None and knob.kind in ("ratio", "coef_ratio"):
             object.__setattr__(self, knob.kind, knob.number)

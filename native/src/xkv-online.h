@@ -14,10 +14,10 @@ class llama_kv_cache_xkv;
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
 // Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
-// the window, onto which stored coefficients are projected. They are computed at the end of the store's plain stage, whose
-// tokens were rounded to its type only. At the end of each other stage, and in the last one when the number of a stream's
-// stored tokens has doubled, that happens where the bases lose more on the tokens about to leave than calibration made expect, and at a
-// stage's end only if it takes away more than rounding once more costs; without calibration always.
+// the window, onto which stored coefficients are projected. They are looked for at the end of each stage, and in the last one
+// when the number of a stream's stored tokens has doubled, where the bases lose more than calibration made expect: on all tokens
+// of a plain stage, which were rounded to its type only, else on those about to leave. Between stages with bases they are taken
+// only if that takes away more than rounding once more costs; without calibration always.
 //
 // The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it
 // (Rayleigh-Ritz): products with many rows run on the backend, the small eigenproblems in LAPACK.

@@ -226,9 +226,9 @@ def test_impossible_divergence_scale(sidecar_file: Path, reseal: Reseal, value: 
     ("old", "new", "match"),
     [
         (b"ratio", b"ratia", "plan 'ratia': one of ratio, coef_ratio, budget, quality expected"),
-        (b"6.5", b"six", "ratio: 'six', expected a number above 0"),
-        (b"6.5", b"0.0", "ratio: '0.0', expected a number above 0"),
-        (b"6.5", b"nan", "ratio: 'nan', expected a number above 0"),
+        (b"6.5", b"six", "ratio: 'six', expected a number of 1 or more"),
+        (b"6.5", b"0.0", "ratio: '0.0', expected a number of 1 or more"),
+        (b"6.5", b"nan", "ratio: 'nan', expected a number of 1 or more"),
     ],
 )
 def test_impossible_knob(sidecar_file: Path, reseal: Reseal, old: bytes, new: bytes, match: str) -> None:

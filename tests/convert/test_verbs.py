@@ -70,9 +70,10 @@ def test_every_option_of_convert_arrives(cli: Cli, model: Path, text_file: Path,
 def test_progress_bar_with_time_left(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(model), "--tokens", "512", "--threads", "1", "--group-size", "1"]) == 0
     err = capsys.readouterr().err
-    assert "calibrating" in err
+    assert "calibrating (weighing follows)" in err
     assert "512/512" in err
     assert "solving" in err
+    assert re.search(r"^plan +quality medium .* smaller than f16", err, re.MULTILINE)
 
 
 def test_errors_of_convert(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_inspect_sidecar(cli: Cli, model: Path) -> None:
     assert re.search(r"^0-1 +(\d+xq\d_0 )+ +128 ", text, re.MULTILINE)
     rows = [line.split() for line in text.splitlines()]
     header = next(row for row in rows if row[:1] == ["cache"])
-    assert header == ["cache", "bytes/token", "4k", "32k", "128k"]
+    assert header == ["cache", "bytes/token", "2k", "4k", "32k", "128k"]
     assert [row[0] for row in rows[-4:]] == ["f16", "q8_0", "q4_0", "xkv"]
     assert rows[-4][1] == str(2 * 2 * 3 * 64)
 
@@ -117,7 +118,7 @@ def test_inspect_json(cli: Cli, model: Path) -> None:
     assert [g["layers"] for g in plan["groups"]] == [[g.first, g.first + g.count - 1] for g in info.groups]
     assert all(0 < g["kept_v"] <= 1 for g in plan["groups"])
     assert found["caches"]["xkv"]["bytes_per_token"] == 2 * 3 * 64 * 2 / plan["coef_ratio"]
-    assert list(found["caches"]["xkv"]["totals"]) == [str(n) for n in CONTEXTS]
+    assert list(found["caches"]["xkv"]["totals"]) == [str(n) for n in (2048, *CONTEXTS)]
     assert found["caches"]["q8_0"]["totals"]["4096"] == 2 * 3 * 64 * 4096 * 34 // 32
 
 

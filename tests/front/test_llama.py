@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,25 @@ def test_the_context_is_4096_unless_given(demo_model: Any) -> None:
     llm = Llama(demo_model, kv_mode="f16", n_ctx=0, verbose=False)
     assert llm.n_ctx() == 8192
     llm.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot confine a process")
+def test_threads_are_those_that_the_process_may_use(demo_model: Path) -> None:
+    code = (
+        "import os, sys; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from xkv_gguf import Llama;"
+        "llm = Llama(sys.argv[1], kv_mode='f16', n_ctx=256, verbose=False); print(llm.n_threads, llm.n_threads_batch)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code, demo_model], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 1\n"
+
+
+def test_reading_tells_how_far_it_is(open_llama: Open) -> None:
+    llm = open_llama("xkv", n_batch=100)
+    seen: list[tuple[int, int]] = []
+    llm.on_eval = lambda n_done, n_all: seen.append((n_done, n_all))
+    llm.eval([1] * 250)
+    assert seen == [(100, 250), (200, 250), (250, 250)]
+    assert llm.n_tokens == 250
 
 
 @pytest.mark.parametrize("mode", ["xkv", "f16"])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .._reading import reading
 from .._stream import Piece, chat_pieces, text_pieces
 from ..errors import OptionError
 from ..options import KV_MODES
@@ -108,6 +109,8 @@ def open_llama(args: argparse.Namespace) -> Llama:
     xkv = xkv_values(args)
     if xkv and args.kv_mode != "xkv":
         raise OptionError(f"{OPTIONS[next(iter(xkv))]} is for --kv-mode xkv, not {args.kv_mode}")
+    if args.threads is not None and args.threads < 1:
+        raise OptionError(f"--threads: {args.threads}, expected 1 or more")
     if not args.temp >= 0:
         raise OptionError(f"--temp: {args.temp}, expected 0 or more")
     path = args.model if args.model is not None else demo_model()
@@ -162,13 +165,14 @@ def _collect(llm: Llama, pieces: Iterator[Piece], show: Callable[[str], None]) -
     finish_reason = "stop"
     start = first = time.perf_counter()
     try:
-        for piece, reason in pieces:
-            if piece and not text:
-                first = time.perf_counter()
-            if piece:
-                text.append(piece)
-                show(piece)
-            finish_reason = reason or finish_reason
+        with reading(llm):
+            for piece, reason in pieces:
+                if piece and not text:
+                    first = time.perf_counter()
+                if piece:
+                    text.append(piece)
+                    show(piece)
+                finish_reason = reason or finish_reason
     except KeyboardInterrupt:
         finish_reason = "interrupt"
     except ValueError as error:

@@ -12,6 +12,7 @@ from ..convert.knob import DEFAULT_KNOB, one_knob
 from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, WEIGH, Settings
 from ..convert.sidecar_info import FRAMES, PLAN_CTX
 from ._knob import add_knob_arguments, knob_values
+from .inspect import plan_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         See `convert.pipeline.convert` and `convert.hf.convert_folder`.
     """
+    from ..convert.describe import describe
     from ..convert.hf import check_folder, convert_folder, gguf_path
     from ..convert.pipeline import convert
     from ..convert.sidecar_info import sidecar_beside
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     done = convert(model, out, settings, show_progress=not args.quiet)
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
+    if not args.quiet:
+        print(next(iter(plan_lines(describe(done.path)["plan"]))), file=sys.stderr)
     print(done.path)
     return 0
 

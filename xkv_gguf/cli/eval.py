@@ -268,6 +268,9 @@ def evaluate(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text], part
     if n_kept:
         print(f"{n_kept} of {len(plan.keys)} rows are taken from {partial.path}", file=sys.stderr)
     if todo:
+        from .. import _log
+
+        _log.silence()
         todo = prepare(plan, [spec for spec in specs if any(spec in some for some in missing.values())], todo)
         n_runs = sum(1 + sum(spec.kv_mode != "f16" for spec in missing[text.name]) for text in todo)
         with tqdm(total=n_runs * plan.n_needed, unit="tok", disable=None) as bar:

@@ -85,7 +85,7 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
             total = cache["totals"][n]
             row.append(f"{mib(total)} ({caches['f16']['totals'][n] / total:.2f}x)" if total else "out of reach")
         rows.append(row)
-    yield from table(("cache", "bytes/token", *(f"{int(n) // 1024}k" for n in contexts)), rows)
+    yield from table(("cache", "bytes/token", *(f"{int(n) / 1024:g}k" for n in contexts)), rows)
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterable[str]:

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             print(_to_json(answer, llm.kv_report().to_dict()))
         else:
             print()
+        sys.stdout.flush()  # before the figures, where both go the same way
         if args.stats:
             print(answer, llm.kv_report(), sep="\n", file=sys.stderr)
     finally:
