@@ -71,7 +71,7 @@ def describe_sidecar(
     shape = known_shape(shape, info.embd_k, info.embd_v)
     knob, n_ctx = knob or info.knob, n_ctx or info.n_ctx
     plan = plan_of(sidecar, shape, knob, n_ctx)
-    contexts = sorted({*CONTEXTS, n_ctx})
+    contexts = contexts_with(n_ctx)
     return {
         "kind": "sidecar",
         "path": str(sidecar.path),
@@ -116,7 +116,7 @@ def describe_model(path: Path, knob: Knob | None, n_ctx: int | None) -> dict[str
         "sidecar": None,
         "sidecar_problem": None,
         "plan": None,
-        "caches": plain_caches(shape, sorted({*CONTEXTS, n_ctx or CONTEXTS[0]})),
+        "caches": plain_caches(shape, contexts_with(n_ctx)),
     }
     at = find_sidecar(path)
     if at is None:
@@ -185,6 +185,11 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
         "stages": [{"n_slot": s.n_slot, "distortion": s.distortion(stats)} for s in plan.stages],
         "groups": groups,
     }
+
+
+def contexts_with(n_ctx: int | None) -> list[int]:
+    """Contexts to tell totals of, in tokens: the usual ones and a given one."""
+    return sorted({*CONTEXTS, *([] if n_ctx is None else [n_ctx])})
 
 
 def xkv_cache(

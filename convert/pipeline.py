@@ -88,9 +88,8 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 f"{n_run} calibration tokens are few for groups of {biggest} numbers, {4 * biggest} are advised"
             )
         n_basis = sum(2 * len(candidate.groups.first) for candidate in candidates)
-        first = "calibrating" if settings.weigh == "none" else "calibrating (weighing follows)"
         with (
-            tqdm(total=n_run, desc=first, unit="tok", disable=not show_progress) as run_bar,
+            tqdm(total=n_run, desc="calibrating", unit="tok", disable=not show_progress) as run_bar,
             tqdm(total=n_basis, desc="solving", unit="basis", disable=not show_progress) as solve_bar,
             Solver[tuple[int, int, Kind]](settings.threads, settings.basis_type, solve_bar.update) as solver,
         ):

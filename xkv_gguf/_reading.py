@@ -20,7 +20,7 @@ def reading(llm: Llama) -> Iterator[None]:
     def show(n_done: int, n_all: int) -> None:
         nonlocal bar
         if bar is None and n_done < n_all:
-            bar = tqdm(total=n_all, desc="reading", unit="tok", leave=False, disable=None)
+            bar = tqdm(total=n_all, initial=n_done, desc="reading", unit="tok", leave=False, disable=None)
         if bar is not None:
             bar.update(n_done - bar.n)
             if n_done == n_all:

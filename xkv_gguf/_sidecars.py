@@ -27,14 +27,14 @@ class Planned(NamedTuple):
     params: ScopeParams
 
 
-def open_sidecar(model: Path, options: XkvOptions, threads: int | None = None) -> Sidecar | None:
+def open_sidecar(model: Path, options: XkvOptions, threads: int) -> Sidecar | None:
     """Read and check the sidecar of a model: the one that is named, or else one that is found or made.
 
     Parameters
     ----------
     model : Path
     options : XkvOptions
-    threads : int, optional
+    threads : int
         Threads for making it.
 
     Returns

@@ -78,8 +78,8 @@ def parse_cache(text: str, option: str = "--caches") -> CacheSpec:
         key, equals, value = word.partition("=")
         if place == 0 and not equals:
             key, value = "ratio", word
-            if not (_FLOAT.fullmatch(value) and math.isfinite(float(value)) and float(value) > 0):
-                raise OptionError(f"{option}: {name!r}: the ratio {value!r} is no number above 0")
+            if not (_FLOAT.fullmatch(value) and math.isfinite(float(value)) and float(value) >= 1):
+                raise OptionError(f"{option}: {name!r}: the ratio {value!r} is no number of 1 or more")
         elif not (equals and key and value):
             raise OptionError(f"{option}: {name!r}: {word!r}, expected key=value; {NO_SEPARATORS}")
         if key in options:

@@ -50,7 +50,8 @@ class Llama(llama_cpp.Llama):
     **kwargs
         As in `llama_cpp.Llama`. ``n_ctx`` is 4096 unless given (at most the model's own), and is rounded up to a
         multiple of 256. Unknown names are refused, and so are ``type_k`` and ``type_v``, which follow from `kv_mode`.
-        ``n_ubatch`` of an xkv cache is chosen with its size unless given.
+        ``n_ubatch`` of an xkv cache is chosen with its size unless given. ``n_threads_batch`` is the number of
+        processors that the process may use, and ``n_threads`` half of it, unless given.
 
     Attributes
     ----------
@@ -91,7 +92,7 @@ class Llama(llama_cpp.Llama):
         self.n_prompt_tokens = 0  # of the last call of generate()
         self._scope: _native.ScopeParams | None = None
         self._n_ubatch_given = "n_ubatch" in kwargs
-        self.on_eval: Callable[[int, int], object] | None = None  # gets tokens done and in all, between batches
+        self.on_eval: Callable[[int, int], object] | None = None
         _loader.verify()
         self.kv_mode = check_kv_mode(kv_mode)
         if xkv is not None and kv_mode != "xkv":
@@ -208,11 +209,11 @@ class Llama(llama_cpp.Llama):
         room = self._n_ctx - self.n_tokens
         if len(tokens) > room:
             raise DecodeError(f"{len(tokens)} tokens do not fit: the context of {self._n_ctx} has room for {room}")
-        step = self.n_batch if self.on_eval else max(len(tokens), 1)
-        for start in range(0, len(tokens), step):
-            super().eval(tokens[start : start + step])
+        # without tokens once too: the parent removes what the context has beyond n_tokens
+        for start in range(0, max(len(tokens), 1), self.n_batch):
+            super().eval(tokens[start : start + self.n_batch])
             if self.on_eval:
-                self.on_eval(min(start + step, len(tokens)), len(tokens))
+                self.on_eval(min(start + self.n_batch, len(tokens)), len(tokens))
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens after a prompt, as in `llama_cpp.Llama.generate`.

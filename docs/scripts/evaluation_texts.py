@@ -46,12 +46,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch = readme("torch")
     texts = {
-        "code": (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(),
+        "code": (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8"),
         "novel": novel(),
         "docs": torch[: len(torch) // 2] + "\n\n" + readme("llama-cpp-python"),
     }
     for name, text in texts.items():
-        (folder / f"{name}.txt").write_text(text)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

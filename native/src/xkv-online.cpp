@@ -10,13 +10,12 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
 
-// New bases are worth their work when the error is this much above the calibrated one, as a share of that and of the variance.
-// In the last stage, re-coding costs as much as it gains below that. At the plain stage's end, other text of the calibration's
-// kind loses up to so much more than the text that the bases were made of, and other kinds 20 % and more.
-// Between stages with bases pays() decides instead.
+// New bases are worth their work when the error is this much above the calibrated one, as a share of that and at least of the
+// variance. In the last stage, re-coding costs as much as it gains below that. At the plain stage's end, most of what other text
+// of the calibration's kind loses is less than so much more, and nearly all that other kinds lose is more.
+// Between stages with bases any more will do, since pays() weighs it.
 static const float XKV_ONLINE_EXCESS       = 0.05f;
 static const float XKV_ONLINE_EXCESS_PLAIN = 0.15f;
 static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
@@ -190,12 +189,14 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     auto weight = kept(groups, pr);
     weight.resize(rank);
 
+    const auto rows = rows_of(stream, pr, rank);
+
     double total = 0.0;
     double keep  = 0.0;
     each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {                                            // [dim, n]
         ggml_context * ctx = graph.ctx();
 
-        ggml_tensor * b = graph.input(dim, rank, rows_of(stream, pr, rank));
+        ggml_tensor * b = graph.input(dim, rank, rows);
         ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                       // [rank, n]
 
         ggml_tensor * of_all  = ggml_sum(ctx, ggml_sqr(ctx, z));

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
@@ -215,6 +216,15 @@ def test_reading_tells_how_far_it_is(open_llama: Open) -> None:
     llm.eval([1] * 250)
     assert seen == [(100, 250), (200, 250), (250, 250)]
     assert llm.n_tokens == 250
+
+
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+def test_nothing_to_read_cuts_what_is_beyond(mode: str, open_llama: Open) -> None:
+    llm = open_llama(mode)
+    llm.eval([1] * 20)
+    llm.n_tokens = 5
+    llm.eval([])
+    assert llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm.ctx), 0) == 4
 
 
 @pytest.mark.parametrize("mode", ["xkv", "f16"])

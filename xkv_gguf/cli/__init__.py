@@ -53,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args, unknown = build_parser(sys.argv[1:] if argv is None else argv).parse_known_args(argv)
+        if unknown:
+            page = " ".join(filter(None, (PROGRAM, args.verb, "--help")))
+            raise OptionError(f"unrecognized arguments: {' '.join(unknown)} (see {page})")
         if args.verb is None:
             raise OptionError(f"no verb given, expected one of {', '.join(VERBS)} (see {PROGRAM} --help)")
-        if unknown:
-            raise OptionError(f"unrecognized arguments: {' '.join(unknown)} (see {PROGRAM} {args.verb} --help)")
         status: int = verb_module(args.verb).run(args)
         sys.stdout.flush()
     except XkvError as error:

@@ -85,7 +85,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, temp: float) -> None:
     )
     add_knob_arguments(parser, "none of them takes what the sidecar was made for")
     model = parser.add_argument_group("generation")
-    model.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
+    model.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
+    )
     model.add_argument(
         "--temp", type=float, default=temp, metavar="T", help="temperature, 0 is greedy (default: %(default)s)"
     )

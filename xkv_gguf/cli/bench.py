@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
     parser.add_argument("--reps", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
+    )
     parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context in tokens (default: %(default)s)")
     parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
     parser.add_argument(

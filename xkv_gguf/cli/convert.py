@@ -12,7 +12,7 @@ from ..convert.knob import DEFAULT_KNOB, one_knob
 from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, WEIGH, Settings
 from ..convert.sidecar_info import FRAMES, PLAN_CTX
 from ._knob import add_knob_arguments, knob_values
-from .inspect import plan_lines
+from .inspect import mib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"type of the GGUF made from a Hugging Face folder: {', '.join(OUTTYPES)} (default: f16)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all that may be used)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and the file's name alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         See `convert.pipeline.convert` and `convert.hf.convert_folder`.
     """
-    from ..convert.describe import describe
     from ..convert.hf import check_folder, convert_folder, gguf_path
     from ..convert.pipeline import convert
     from ..convert.sidecar_info import sidecar_beside
@@ -120,9 +119,23 @@ def run(args: argparse.Namespace) -> int:
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     if not args.quiet:
-        print(next(iter(plan_lines(describe(done.path)["plan"]))), file=sys.stderr)
+        print(planned(model, done.path), file=sys.stderr)
     print(done.path)
     return 0
+
+
+def planned(model: Path, path: Path) -> str:
+    """What the sidecar at `path` makes of the model's cache."""
+    from ..convert.describe import plan_of
+    from ..convert.fingerprint import read_model_header
+    from ..convert.model_shape import find_shape, known_shape
+    from ..convert.sidecar import read_sidecar
+
+    sidecar = read_sidecar(path)
+    info = sidecar.info
+    shape = known_shape(find_shape(read_model_header(model)), info.embd_k, info.embd_v)
+    plan = plan_of(sidecar, shape, info.knob, info.n_ctx)
+    return f"{info.knob} at n_ctx {info.n_ctx}: {mib(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
 
 
 def _group_size(text: str) -> int | Literal["auto"]:

@@ -151,7 +151,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scored tokens in a batch; 1 is as slow as decoding, and as exact a picture of it (default: %(default)s)",
     )
     parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

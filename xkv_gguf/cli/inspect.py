@@ -85,7 +85,7 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
             total = cache["totals"][n]
             row.append(f"{mib(total)} ({caches['f16']['totals'][n] / total:.2f}x)" if total else "out of reach")
         rows.append(row)
-    yield from table(("cache", "bytes/token", *(f"{int(n) / 1024:g}k" for n in contexts)), rows)
+    yield from table(("cache", "bytes/token", *map(tokens, contexts)), rows)
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
@@ -117,6 +117,11 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
 def segment_text(segments: Sequence[Sequence[Any]]) -> str:
     """Segments as "64xq8_0 96xq4_0"."""
     return " ".join(f"{rank}x{kind}" for rank, kind in segments)
+
+
+def tokens(n: str) -> str:
+    """A number of tokens for people, in thousands of 1024 where they are whole."""
+    return n if int(n) % 1024 else f"{int(n) // 1024}k"
 
 
 def mib(n: int) -> str:

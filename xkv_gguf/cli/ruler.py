@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="write scores and answers to this file; OUT.partial keeps what an interrupted run did",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores, half of them to decode)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
+    )
     parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")
     parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
 
