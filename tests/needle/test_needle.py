@@ -1,6 +1,6 @@
 """Numbers hidden in a 6000-token document: xkv finds them wherever f16 does.
 
-One at each end by default (the demo has one between them), and ten depths one by one with --all-depths.
+One at each end by default, and ten depths one by one with --all-depths.
 """
 
 from __future__ import annotations
