@@ -8,21 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import OptionError
-from .options import KV_MODES, closest
 from .report import format_bytes, format_table
 
 N_PREFILL = 512
 N_DECODE = 32
 BASELINE = "f16"
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """A cache to measure: `name` as the user wrote it, its kv_mode, and the ratio of xkv (None: the sidecar's)."""
-
-    name: str
-    kv_mode: str
-    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,35 +25,6 @@ class Timing:
     decode_tps: float
 
 
-def parse_caches(text: str) -> list[CacheSpec]:
-    """Read a list such as ``f16,q8_0,xkv,xkv:8``.
-
-    Raises
-    ------
-    OptionError
-        A name is unknown or given twice, or a ratio is no number.
-    """
-    specs: list[CacheSpec] = []
-    for name in _split(text, "--caches"):
-        mode, colon, rest = name.partition(":")
-        if mode not in KV_MODES:
-            raise OptionError(
-                f"--caches: {name!r} is unknown{closest(mode, KV_MODES)}; expected {', '.join(KV_MODES)} or xkv:RATIO"
-            )
-        ratio = None
-        if colon:
-            if mode != "xkv":
-                raise OptionError(f"--caches: {name!r}: only xkv takes a ratio")
-            try:
-                ratio = float(rest)
-            except ValueError as error:
-                raise OptionError(f"--caches: {name!r}: the ratio {rest!r} is no number") from error
-        if name in [spec.name for spec in specs]:
-            raise OptionError(f"--caches: {name!r} is given twice")
-        specs.append(CacheSpec(name, mode, ratio))
-    return specs
-
-
 def parse_depths(text: str, n_ctx: int) -> list[int]:
     """Read a list such as ``0,2048,4096``: tokens in the context before a measurement; ascending, without repeats.
 
@@ -73,7 +34,7 @@ def parse_depths(text: str, n_ctx: int) -> list[int]:
         A depth is no whole number, is negative, or leaves no room for a measurement in `n_ctx`.
     """
     depths = []
-    for word in _split(text, "--depths"):
+    for word in text.split(","):
         try:
             depth = int(word)
         except ValueError as error:
@@ -177,10 +138,3 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _ratio(row: Mapping[str, Any], base: Mapping[str, Any] | None, key: str) -> str:
     return f"x{row[key] / base[key]:.2f}" if base is not None and base[key] else ""
-
-
-def _split(text: str, option: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise OptionError(f"{option}: {text!r}, expected a list with commas between its entries")
-    return words

@@ -45,6 +45,11 @@ class CacheSpec:
         """The keyword arguments kv_mode and xkv of `Llama`."""
         return {"kv_mode": self.kv_mode, "xkv": dict(self.options) if self.kv_mode == "xkv" else None}
 
+    @property
+    def wants_sidecar(self) -> bool:
+        """Whether it takes the model's sidecar: an xkv cache that names none and does not do without."""
+        return self.kv_mode == "xkv" and "sidecar" not in self.options and self.options.get("calibrate") is not False
+
 
 def parse_cache(text: str, option: str = "--caches") -> CacheSpec:
     """Read one cache such as ``q4_0`` or ``xkv:7:n_window=64``.

@@ -37,6 +37,20 @@ def test_plain_caches_take_no_options() -> None:
 @pytest.mark.parametrize(
     "text, expected",
     [
+        ("f16", False),
+        ("xkv", True),
+        ("xkv:7:calibrate=true", True),
+        ("xkv:7:calibrate=false", False),
+        ("xkv:sidecar=a.xkv.gguf", False),
+    ],
+)
+def test_the_models_sidecar_is_for_caches_that_name_none(text: str, expected: bool) -> None:
+    assert parse_cache(text).wants_sidecar == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
         ("f16,q9_0", "'q9_0' is unknown.*expected f16, q8_0, q4_0 or xkv"),
         ("q4-0", "did you mean 'q4_0'"),
         ("", "commas between"),

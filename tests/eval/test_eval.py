@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xkv_gguf import KvPart, KvReport
-from xkv_gguf.cache_spec import CacheSpec
+from xkv_gguf.cache_spec import CacheSpec, parse_cache
 from xkv_gguf.cli import eval as verb
 from xkv_gguf.cli import main
 
@@ -172,6 +172,13 @@ def test_a_short_text_says_how_many_tokens_it_lacks(
     )
     assert made_up.runs == []
     assert main([*words, "--prefill", "1", "--n-score", "4"]) == 0
+
+
+def test_a_cache_without_calibration_needs_no_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkv_gguf.convert.pipeline.ensure_sidecar", None)
+    plan: Any = None
+    assert verb._sidecar(plan, parse_cache("xkv:7:calibrate=false")) is None
+    assert verb._sidecar(plan, parse_cache("f16")) is None
 
 
 def test_texts_need_names_of_their_own(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xkv_gguf.bench_plan import CacheSpec
+from xkv_gguf.cache_spec import parse_cache
 from xkv_gguf.cli import bench, main
 
 pytestmark = pytest.mark.model
@@ -33,15 +33,30 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
     f16, xkv = result["rows"][:2]
     assert f16["cache_bytes"] == 2 * 1024 * 30 * 2 * 3 * 64
     assert set(xkv["cache_parts"]) != set(f16["cache_parts"])
-    assert result["machine"]["cores"] == os.cpu_count()
+    assert result["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     assert "xkv:3" in capsys.readouterr().out
 
 
-def test_a_caches_own_ratio_goes_before_the_common_size() -> None:
+@pytest.mark.parametrize(
+    "cache, expected",
+    [
+        ("f16", None),
+        ("xkv", {"sidecar": "s", "quality": "low", "online": False}),
+        ("xkv:3", {"sidecar": "s", "ratio": 3, "online": False}),
+        ("xkv:sidecar=t:online=true", {"sidecar": "t", "quality": "low", "online": True}),
+        ("xkv:calibrate=false", {"calibrate": False, "quality": "low", "online": False}),
+        ("xkv:rank=32:types=q8_0", {"sidecar": "s", "rank": 32, "types": "q8_0", "online": False}),
+    ],
+)
+def test_a_caches_own_options_go_before_the_common_ones(cache: str, expected: dict[str, Any] | None) -> None:
     common = {"sidecar": "s", "quality": "low", "online": False}
-    assert bench.own_options(common, CacheSpec("xkv", "xkv")) == common
-    assert bench.own_options(common, CacheSpec("xkv:3", "xkv", 3.0)) == {"sidecar": "s", "online": False, "ratio": 3.0}
+    assert bench.own_options(common, parse_cache(cache)) == expected
+
+
+def test_options_are_checked_before_anything_is_measured(capsys: Any) -> None:
+    assert main(["bench", "no-such-model.gguf", "--caches", "f16,xkv:3:n_sink=many"]) == 1
+    assert "n_sink" in capsys.readouterr().err
 
 
 def test_an_error_in_a_worker_is_one_line(demo_model: Path, sidecar: Path, capsys: Any) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from xkv_gguf.bench_plan import CacheSpec, Timing, parse_caches, parse_depths, schedule, summarize, table
+from xkv_gguf.bench_plan import Timing, parse_depths, schedule, summarize, table
 from xkv_gguf.errors import OptionError
 
 REPORTS = {
@@ -10,30 +10,6 @@ REPORTS = {
     "xkv": {"total_bytes": 2**20, "parts": {"coefficients": 2**19, "bases": 2**19}},
 }
 PEAKS = {"f16": 2**30, "xkv": 2**29}
-
-
-def test_caches_are_read_in_order() -> None:
-    assert parse_caches("f16, xkv,xkv:8.5") == [
-        CacheSpec("f16", "f16"),
-        CacheSpec("xkv", "xkv"),
-        CacheSpec("xkv:8.5", "xkv", 8.5),
-    ]
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("f16,q9_0", "'q9_0' is unknown.*expected xkv, f16, q8_0, q4_0 or xkv:RATIO"),
-        ("f16,,xkv", "with commas between"),
-        ("", "with commas between"),
-        ("f16:2", "only xkv takes a ratio"),
-        ("xkv:big", "'big' is no number"),
-        ("xkv,xkv", "given twice"),
-    ],
-)
-def test_impossible_caches_are_refused(text: str, expected: str) -> None:
-    with pytest.raises(OptionError, match=expected):
-        parse_caches(text)
 
 
 def test_depths_come_sorted_without_repeats() -> None:

@@ -137,6 +137,18 @@ def test_scores_on_the_model(demo_model: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.model
+def test_a_cache_without_calibration_needs_no_sidecar(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(llm: Llama, prompter: Prompter, sample: Sample, n_answer: int) -> list[dict[str, Any]]:
+        assert llm.kv_mode == "xkv"
+        return [{"question": "", "references": ["a"], "answer": "a", "score": 1.0}]
+
+    monkeypatch.setattr(ruler_run, "answer", fake)
+    monkeypatch.setattr("xkv_gguf.convert.pipeline.ensure_sidecar", None)
+    argv = ["--length", "1024", "--tasks", "fwe", "--caches", "xkv:calibrate=false", "--samples", "1", "--threads", "1"]
+    assert main(["ruler", str(demo_model), *argv]) == 0
+
+
+@pytest.mark.model
 def test_an_interrupted_run_goes_on_where_it_was(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,9 +19,11 @@ from tqdm import tqdm
 from .. import __version__, errors
 from .._files import check_writable, write_atomic
 from .._model_file import open_model
-from ..bench_plan import N_DECODE, N_PREFILL, CacheSpec, Timing, parse_caches, parse_depths, schedule, summarize, table
+from ..bench_plan import N_DECODE, N_PREFILL, Timing, parse_depths, schedule, summarize, table
+from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
 from ..convert.knob import KNOBS
 from ..convert.pipeline import ensure_sidecar
+from ..convert.settings import default_threads
 from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
 from ..options import XkvOptions
@@ -84,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caches",
         default=DEFAULT_CACHES,
         metavar="LIST",
-        help="f16, q8_0, q4_0, xkv, xkv:RATIO with commas between (default: %(default)s)",
+        help=f"{GRAMMAR}, with commas between (default: %(default)s)",
     )
     parser.add_argument(
         "--depths",
@@ -111,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     specs = parse_caches(args.caches)
     xkv = xkv_values(args)
     XkvOptions.of(xkv)
+    for spec in specs:
+        XkvOptions.of(own_options(xkv, spec))
     if args.n_ctx < N_PREFILL:
         raise OptionError(f"--n-ctx: {args.n_ctx}, expected {N_PREFILL} or more")
     depths = parse_depths(args.depths, args.n_ctx)
@@ -122,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if out is not None:
         check_writable(out)
     model = open_model(args.model if args.model is not None else demo_model()).path
-    if args.no_calibration is False and any(spec.kv_mode == "xkv" for spec in specs):
+    if not args.no_calibration and any(spec.wants_sidecar for spec in specs):
         # made here when there is none, so that no worker's memory counts it
         xkv["sidecar"] = str(ensure_sidecar(model, args.sidecar, threads=args.threads))
     result: dict[str, Any] = {
@@ -163,7 +167,7 @@ def measure(
     settings : mapping
         n_ctx and threads.
     xkv : mapping
-        Options of the xkv caches; a cache's own ratio takes the place of their knob.
+        Options of the xkv caches, see `own_options`.
 
     Returns
     -------
@@ -177,7 +181,7 @@ def measure(
         reports = {}
         for name, worker in workers.items():
             spec = worker.spec
-            options = None if spec.kv_mode != "xkv" else own_options(xkv, spec)
+            options = own_options(xkv, spec)
             answer = worker.ask(op="open", model=str(model), kv_mode=spec.kv_mode, xkv=options, **settings)
             reports[name] = answer["report"]
         for name, depth in tqdm(plan, desc="measuring", unit="run", disable=None):
@@ -187,11 +191,15 @@ def measure(
     return summarize(timings, reports, peaks)
 
 
-def own_options(xkv: Mapping[str, Any], spec: CacheSpec) -> dict[str, Any]:
-    """Options of one xkv cache: what is common to all, with its own ratio where it has one."""
-    if spec.ratio is None:
-        return dict(xkv)
-    return {**{key: value for key, value in xkv.items() if key not in KNOBS}, "ratio": spec.ratio}
+def own_options(common: Mapping[str, Any], spec: CacheSpec) -> dict[str, Any] | None:
+    """Options of one cache: those common to all xkv caches, where it has no size, sidecar or value of its own."""
+    if spec.kv_mode != "xkv":
+        return None
+    own = spec.options
+    left_out = set() if spec.wants_sidecar else {"sidecar"}
+    if any(name in own for name in (*KNOBS, "rank")):
+        left_out |= set(KNOBS)
+    return {**{name: value for name, value in common.items() if name not in left_out}, **own}
 
 
 def machine() -> dict[str, Any]:
@@ -200,7 +208,7 @@ def machine() -> dict[str, Any]:
 
     return {
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": default_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),

@@ -371,7 +371,7 @@ def make_keys(
 
 def _sidecar(plan: Plan, spec: CacheSpec) -> list[Any] | None:
     """What tells a cache's sidecar from another one; it is made here when there is none."""
-    if spec.kv_mode != "xkv":
+    if not spec.wants_sidecar and "sidecar" not in spec.options:
         return None
     from ..convert.pipeline import ensure_sidecar
 

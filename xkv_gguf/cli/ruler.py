@@ -138,7 +138,7 @@ def _check_counts(args: argparse.Namespace) -> None:
 
 def _sidecar(model: Path, caches: list[CacheSpec], args: argparse.Namespace) -> str | None:
     """The sidecar of xkv caches that name none themselves; made here when there is none."""
-    if not any(spec.kv_mode == "xkv" and "sidecar" not in spec.options for spec in caches):
+    if not any(spec.wants_sidecar for spec in caches):
         return None
     from ..convert.pipeline import ensure_sidecar
 

@@ -139,7 +139,9 @@ class Runner:
 
         xkv: dict[str, Any] | None = None
         if spec.kv_mode == "xkv":
-            xkv = {**({} if self._plan.sidecar is None else {"sidecar": self._plan.sidecar}), **spec.options}
+            xkv = dict(spec.options)
+            if spec.wants_sidecar and self._plan.sidecar is not None:
+                xkv["sidecar"] = self._plan.sidecar
         try:
             return Llama(
                 self._plan.model, kv_mode=spec.kv_mode, xkv=xkv, n_ctx=length, verbose=False, **self._plan.settings
