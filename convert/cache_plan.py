@@ -38,6 +38,7 @@ from xkv_gguf.convert.sizes import (
     ModelShape,
     coef_bytes_per_token,
     mean_bytes,
+    padded_ctx,
     predict_parts,
     window_bytes,
 )
@@ -62,7 +63,7 @@ class Wishes:
     Attributes
     ----------
     n_ctx : int
-        Context in tokens.
+        Context in tokens; rounded up as a context's is, see `sizes.padded_ctx`.
     knob : Knob
     n_sink, n_text_sink, n_window, n_ubatch : int
         Tokens that stay exact at the start, as attention sinks in the text, and of late, and of a micro-batch.
@@ -93,6 +94,9 @@ class Wishes:
     max_segments: int = MAX_SEGMENTS
     rank: Rank | None = None
     stages: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_ctx", padded_ctx(self.n_ctx))
 
 
 @dataclass(frozen=True)

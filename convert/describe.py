@@ -18,7 +18,7 @@ from xkv_gguf.convert.model_shape import find_shape, known_shape, model_shape
 from xkv_gguf.convert.plan import KINDS, energy_kept
 from xkv_gguf.convert.sidecar import Sidecar, read_sidecar
 from xkv_gguf.convert.sidecar_info import FORMAT_VERSION, SUFFIX
-from xkv_gguf.convert.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, plain_bytes_per_token
+from xkv_gguf.convert.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, padded_ctx, plain_bytes_per_token
 from xkv_gguf.errors import ModelError, OptionError, SidecarError
 
 PLAIN = ("f16", "q8_0", "q4_0")
@@ -189,7 +189,7 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
 
 def contexts_with(n_ctx: int | None) -> list[int]:
     """Contexts to tell totals of, in tokens: the usual ones and a given one."""
-    return sorted({*CONTEXTS, *([] if n_ctx is None else [n_ctx])})
+    return sorted({*CONTEXTS, *([] if n_ctx is None else [padded_ctx(n_ctx)])})
 
 
 def xkv_cache(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xkv_gguf.convert.fingerprint import read_model_header
+from xkv_gguf.convert.sizes import padded_ctx
 from xkv_gguf.errors import CalibrationError, ModelError
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class Engine:
         """
         self.close_context()
         params = self._lib.llama_context_default_params()
-        params.n_ctx = n_seq * (-(-n_len // 256) * 256)
+        params.n_ctx = n_seq * padded_ctx(n_len)
         params.n_seq_max = n_seq
         params.n_batch = max(N_UBATCH, n_seq)
         params.n_ubatch = min(n_ubatch or params.n_batch, params.n_batch)

@@ -11,8 +11,14 @@ from xkv_gguf.convert.plan import KINDS, Kind, Segment, stored_rank
 CONTEXTS = (4096, 32768, 131072)
 """Contexts for which totals are printed, in tokens."""
 
+CTX_STEP = 256  # llama.cpp rounds n_ctx up to it, llama_cpp does not
 SLOT_PAD = 256
 CELL_PAD = 32
+
+
+def padded_ctx(n_ctx: int) -> int:
+    """Tokens that a context has when `n_ctx` are asked for."""
+    return -(-n_ctx // CTX_STEP) * CTX_STEP
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ._model_file import ModelFile, check_adapter
-from .convert.sizes import CacheLayout
+from .convert.sizes import CTX_STEP, CacheLayout, padded_ctx
 from .errors import OptionError, OutOfMemoryError, UnsupportedError
 from .options import closest
 from .report import format_bytes
 
 DEFAULT_N_CTX = 4096
-CTX_STEP = 256  # llama.cpp rounds n_ctx up to it, llama_cpp does not
 MAX_INT = 2**31 - 1
 MAX_CTX = MAX_INT - CTX_STEP
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
@@ -124,7 +123,7 @@ def resolve_ctx(n_ctx: int | None, model: ModelFile) -> int:
         n_ctx = model.n_ctx_train
         if not 0 < n_ctx <= MAX_CTX:
             raise OptionError(f"n_ctx: 0 means the model's own, but {model.path.name} states {n_ctx}; give a number")
-    return -(-n_ctx // CTX_STEP) * CTX_STEP
+    return padded_ctx(n_ctx)
 
 
 def check_ctx_for_xkv(layout: CacheLayout) -> None:

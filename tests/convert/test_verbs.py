@@ -61,7 +61,7 @@ def test_every_option_of_convert_arrives(cli: Cli, model: Path, text_file: Path,
     cli("convert", model, "-o", tmp_path / "o.gguf", *plan, *text)
     info = read_sidecar(tmp_path / "o.gguf").info
     assert [(g.first, g.count) for g in info.groups] == [(i, 1) for i in range(3)]
-    assert (info.knob, info.n_ctx) == (Knob("budget", str(3 << 19)), 3000)
+    assert (info.knob, info.n_ctx) == (Knob("budget", str(3 << 19)), 3072)
     assert (info.frame, info.calibration.seed, info.calibration.source) == (128, 5, "files")
     assert info.settings["basis_type"] == "f32"
     assert info.settings["tokens"] == 700
@@ -137,6 +137,7 @@ def test_inspect_tries_other_knobs(cli: Cli, model: Path) -> None:
     assert "ratio 99: out of reach at n_ctx 2048" in cli("inspect", sidecar, "--ratio", 99, fails=True)
     text = cli("inspect", sidecar, "--ratio", 13, "--n-ctx", 65536)
     assert "ratio 13 at n_ctx 65536" in text and "out of reach" in text
+    assert "at n_ctx 1024: " in cli("inspect", sidecar, "--n-ctx", 1000)  # as large as a context is made
     assert "--n-ctx: 0, expected 1 or more" in cli("inspect", sidecar, "--n-ctx", 0, fails=True)
 
 
