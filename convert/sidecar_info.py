@@ -74,7 +74,7 @@ class SidecarInfo:
     knob : Knob
         What a cache is planned for unless its user says otherwise.
     n_ctx : int
-        Context that the user had in mind, in tokens.
+        Context that the user had in mind, in tokens, rounded up as a context's is.
     kld_scale : float
         Mean divergence of the next-token distribution in nats per unit of distortion; 0 when unknown.
     scale_k, scale_v : tuple of float

@@ -18,7 +18,7 @@ CELL_PAD = 32
 
 def padded_ctx(n_ctx: int) -> int:
     """Tokens that a context has when `n_ctx` are asked for."""
-    return -(-n_ctx // CTX_STEP) * CTX_STEP
+    return _pad(n_ctx, CTX_STEP)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def make_row(
-    cache: str, text: str, n_ctx: int, report: KvReport, f16_bytes: int, n_scored: int, figures: Mapping[str, float]
+    cache: str, text: str, report: KvReport, f16_bytes: int, n_scored: int, figures: Mapping[str, float]
 ) -> Row:
     """The figures of one cache on one text.
 
@@ -27,8 +27,6 @@ def make_row(
     ----------
     cache, text : str
         Names.
-    n_ctx : int
-        Context in tokens.
     report : KvReport
         Of the cache after the last token.
     f16_bytes : int
@@ -48,7 +46,7 @@ def make_row(
     row: Row = {
         "cache": cache,
         "text": text,
-        "n_ctx": n_ctx,
+        "n_ctx": report.n_ctx,
         "cache_bytes": report.total_bytes,
         "ratio": f16_bytes / report.total_bytes,
         **figures,

@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from xkv_gguf import Llama
+from xkv_gguf._api import llama_cpp
 from xkv_gguf.cache_spec import parse_caches
 from xkv_gguf.ruler.prompt import Prompter
 from xkv_gguf.ruler.task import Sample, fit
@@ -36,7 +36,11 @@ def margin(llm: Any, prompter: Prompter, sample: Sample) -> str:
     llm.reset()
     llm.eval(prompter.first(sample))
     total, first = 0.0, ""
-    for i, token in enumerate(llm.tokenize(f" {number}".encode(), add_bos=False)):
+    tokens = llm.tokenize(f" {number}".encode(), add_bos=False)
+    pieces = [llm.detokenize([token]) for token in tokens]
+    if pieces[:2] != [b" ", number[0].encode()]:
+        raise SystemExit(f"{llm.model_path}: the tokens of {number} are {pieces}, expected a space and single digits")
+    for i, token in enumerate(tokens):
         p = log_probabilities(llm)
         total += p[token]
         if i == 1:  # after the space

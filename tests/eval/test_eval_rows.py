@@ -24,8 +24,8 @@ def rows() -> list[Row]:
     exact = {**FIGURES, "kld_mean": 0.0, "top1": 1.0}
     found = []
     for text in ("prose", "code"):
-        found.append(make_row("f16", text, 1024, F16, 4 * 2**20, 64, exact))
-        found.append(make_row("xkv:7", text, 1024, XKV, 4 * 2**20, 64, FIGURES))
+        found.append(make_row("f16", text, F16, 4 * 2**20, 64, exact))
+        found.append(make_row("xkv:7", text, XKV, 4 * 2**20, 64, FIGURES))
     return found
 
 

@@ -41,22 +41,36 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     "cache, expected",
     [
-        ("f16", None),
-        ("xkv", {"sidecar": "s", "quality": "low", "online": False}),
-        ("xkv:3", {"sidecar": "s", "ratio": 3, "online": False}),
-        ("xkv:sidecar=t:online=true", {"sidecar": "t", "quality": "low", "online": True}),
-        ("xkv:calibrate=false", {"calibrate": False, "quality": "low", "online": False}),
-        ("xkv:rank=32:types=q8_0", {"sidecar": "s", "rank": 32, "types": "q8_0", "online": False}),
+        ("f16", {}),
+        ("xkv", {"quality": "low", "calibrate": False}),
+        ("xkv:3", {"ratio": 3, "calibrate": False}),
+        ("xkv:3:calibrate=true:online=false", {"ratio": 3, "calibrate": True, "online": False}),
+        ("xkv:sidecar=t", {"quality": "low", "sidecar": "t"}),
+        ("xkv:rank=32:types=q8_0", {"rank": 32, "types": "q8_0", "calibrate": False}),
     ],
 )
-def test_a_caches_own_options_go_before_the_common_ones(cache: str, expected: dict[str, Any] | None) -> None:
-    common = {"sidecar": "s", "quality": "low", "online": False}
-    assert bench.own_options(common, parse_cache(cache)) == expected
+def test_a_caches_own_options_go_before_the_common_ones(cache: str, expected: dict[str, Any]) -> None:
+    common = {"sidecar": "s", "quality": "low", "calibrate": False}
+    assert bench.with_common(parse_cache(cache), common).options == expected
 
 
-def test_options_are_checked_before_anything_is_measured(capsys: Any) -> None:
-    assert main(["bench", "no-such-model.gguf", "--caches", "f16,xkv:3:n_sink=many"]) == 1
-    assert "n_sink" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--caches", "f16,xkv:3:n_sink=many"], "cache xkv:3:n_sink=many: xkv option n_sink: 'many'"),
+        (["--no-online", "--caches", "xkv,xkv:7:calibrate=false"], "cache xkv:7:calibrate=false: xkv option online"),
+        (
+            ["--sidecar", "s", "--caches", "f16,xkv:calibrate=false"],
+            "--sidecar: s, but none of the caches f16, ",
+        ),
+    ],
+)
+def test_options_are_checked_before_anything_is_measured(
+    argv: list[str], expected: str, demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(bench, "Worker", None)
+    assert main(["bench", str(demo_model), "--depths", "0", *argv]) == 1
+    assert f"xkv-gguf: {expected}" in capsys.readouterr().err
 
 
 def test_an_error_in_a_worker_is_one_line(demo_model: Path, sidecar: Path, capsys: Any) -> None:

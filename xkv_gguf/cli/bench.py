@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,13 +23,14 @@ from .._model_file import open_model
 from ..bench_plan import N_DECODE, N_PREFILL, Timing, parse_depths, schedule, summarize, table
 from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
 from ..convert.knob import KNOBS
-from ..convert.pipeline import ensure_sidecar
 from ..convert.settings import default_threads
+from ..convert.sizes import padded_ctx
 from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
 from ..options import XkvOptions
 from ._knob import add_knob_arguments
 from ._model import xkv_values
+from ._sidecar import shared_sidecar, with_sidecar
 
 DEFAULT_CACHES = "f16,q8_0,q4_0,xkv"
 DEFAULT_DEPTHS = "0,2048,4096,7168"
@@ -100,24 +102,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
     )
     parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context in tokens (default: %(default)s)")
-    parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
+    parser.add_argument(
+        "--sidecar",
+        metavar="FILE",
+        help="sidecar for xkv caches that name none (default: found beside the model, or made)",
+    )
     parser.add_argument(
         "--no-calibration", action="store_true", help="use no sidecar: learn bases from the first tokens"
     )
     parser.add_argument("--no-online", action="store_true", help="keep bases as calibrated, whatever the text is")
-    add_knob_arguments(parser, "for xkv without a ratio of its own; none takes what the sidecar was made for")
+    add_knob_arguments(parser, "for xkv without a size of its own; none takes what the sidecar was made for")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the JSON file."""
-    specs = parse_caches(args.caches)
-    xkv = xkv_values(args)
-    XkvOptions.of(xkv)
-    for spec in specs:
-        XkvOptions.of(own_options(xkv, spec))
+    common = xkv_values(args)
+    XkvOptions.of(common)
+    specs = [with_common(spec, common) for spec in parse_caches(args.caches)]
     if args.n_ctx < N_PREFILL:
         raise OptionError(f"--n-ctx: {args.n_ctx}, expected {N_PREFILL} or more")
-    depths = parse_depths(args.depths, args.n_ctx)
+    n_ctx = padded_ctx(args.n_ctx)
+    depths = parse_depths(args.depths, n_ctx)
     if args.reps < 1:
         raise OptionError(f"--reps: {args.reps}, expected 1 or more")
     if args.threads is not None and args.threads < 1:
@@ -126,20 +131,20 @@ def run(args: argparse.Namespace) -> int:
     if out is not None:
         check_writable(out)
     model = open_model(args.model if args.model is not None else demo_model()).path
-    if not args.no_calibration and any(spec.wants_sidecar for spec in specs):
-        # made here when there is none, so that no worker's memory counts it
-        xkv["sidecar"] = str(ensure_sidecar(model, args.sidecar, threads=args.threads))
+    # made here when there is none, so that no worker's memory counts it
+    sidecar = shared_sidecar(model, specs, args)
+    specs = [with_sidecar(spec, sidecar) for spec in specs]
     result: dict[str, Any] = {
         "machine": machine(),
         "settings": {
             "model": model.name,
-            "n_ctx": args.n_ctx,
+            "n_ctx": n_ctx,
             "threads": args.threads,
             "reps": args.reps,
             "n_prefill": N_PREFILL,
             "n_decode": N_DECODE,
         },
-        "rows": measure(model, specs, depths, args.reps, {"n_ctx": args.n_ctx, "threads": args.threads}, xkv),
+        "rows": measure(model, specs, depths, args.reps, {"n_ctx": n_ctx, "threads": args.threads}),
     }
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1) + "\n")
@@ -148,12 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(
-    model: Path,
-    specs: list[CacheSpec],
-    depths: list[int],
-    reps: int,
-    settings: Mapping[str, Any],
-    xkv: Mapping[str, Any],
+    model: Path, specs: list[CacheSpec], depths: list[int], reps: int, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Run all measurements in turns.
 
@@ -166,8 +166,6 @@ def measure(
     reps : int
     settings : mapping
         n_ctx and threads.
-    xkv : mapping
-        Options of the xkv caches, see `own_options`.
 
     Returns
     -------
@@ -180,9 +178,7 @@ def measure(
         workers = {spec.name: stack.enter_context(Worker(spec)) for spec in specs}
         reports = {}
         for name, worker in workers.items():
-            spec = worker.spec
-            options = own_options(xkv, spec)
-            answer = worker.ask(op="open", model=str(model), kv_mode=spec.kv_mode, xkv=options, **settings)
+            answer = worker.ask(op="open", model=str(model), **worker.spec.arguments, **settings)
             reports[name] = answer["report"]
         for name, depth in tqdm(plan, desc="measuring", unit="run", disable=None):
             answer = workers[name].ask(op="measure", depth=depth)
@@ -191,15 +187,29 @@ def measure(
     return summarize(timings, reports, peaks)
 
 
-def own_options(common: Mapping[str, Any], spec: CacheSpec) -> dict[str, Any] | None:
-    """Options of one cache: those common to all xkv caches, where it has no size, sidecar or value of its own."""
+def with_common(spec: CacheSpec, common: Mapping[str, Any]) -> CacheSpec:
+    """A cache with the options of the command line, where it has no size, calibration or value of its own.
+
+    The sidecar is left out, see `shared_sidecar`.
+
+    Raises
+    ------
+    OptionError
+        They do not go together.
+    """
     if spec.kv_mode != "xkv":
-        return None
-    own = spec.options
-    left_out = set() if spec.wants_sidecar else {"sidecar"}
-    if any(name in own for name in (*KNOBS, "rank")):
+        return spec
+    left_out = {"sidecar"}
+    if any(name in spec.options for name in (*KNOBS, "rank")):
         left_out |= set(KNOBS)
-    return {**{name: value for name, value in common.items() if name not in left_out}, **own}
+    if "sidecar" in spec.options:
+        left_out.add("calibrate")
+    options = {**{name: value for name, value in common.items() if name not in left_out}, **spec.options}
+    try:
+        XkvOptions.of(options)
+    except OptionError as error:
+        raise OptionError(f"cache {spec.name}: {error}") from error
+    return replace(spec, options=options)
 
 
 def machine() -> dict[str, Any]:

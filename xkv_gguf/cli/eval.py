@@ -329,7 +329,7 @@ def score_text(plan: Plan, specs: Sequence[CacheSpec], text: Text, partial: Part
                         expectations(llm, text.tokens, plan.n_prefill, plan.n_step, bar.update), scored
                     )
                     report = llm.kv_report()
-            row = make_row(spec.name, text.name, plan.n_ctx, report, f16_bytes, plan.n_score, summarize(scores))
+            row = make_row(spec.name, text.name, report, f16_bytes, plan.n_score, summarize(scores))
             partial.put(plan.keys[spec.name, text.name], row)
 
 
@@ -371,7 +371,7 @@ def make_keys(
 
 def _sidecar(plan: Plan, spec: CacheSpec) -> list[Any] | None:
     """What tells a cache's sidecar from another one; it is made here when there is none."""
-    if not spec.wants_sidecar and "sidecar" not in spec.options:
+    if spec.kv_mode != "xkv" or spec.options.get("calibrate") is False:
         return None
     from ..convert.pipeline import ensure_sidecar
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import __version__
 from .._files import check_writable, write_atomic
 from .._model_file import ModelFile, open_model
-from ..cache_spec import CacheSpec, parse_caches
+from ..cache_spec import GRAMMAR, parse_caches
 from ..demo_model import demo_model
 from ..errors import OptionError
 from ..options import XkvOptions
@@ -22,6 +22,7 @@ from ..ruler.partial import Partial
 from ..ruler.run import Plan, Runner
 from ..ruler.score import summarize, table
 from ..ruler.tasks import TASKS, parse_tasks
+from ._sidecar import shared_sidecar, with_sidecar
 
 DEFAULT_CACHES = "f16,xkv"
 DEFAULT_LENGTHS = "4096"
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caches",
         default=DEFAULT_CACHES,
         metavar="LIST",
-        help="f16, q8_0, q4_0, xkv, xkv:RATIO with commas between (default: %(default)s)",
+        help=f"{GRAMMAR}, with commas between (default: %(default)s)",
     )
     parser.add_argument("--samples", type=int, default=10, metavar="N", help="per task and length (default: 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: %(default)s)")
@@ -55,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
     )
     parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")
-    parser.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
+    parser.add_argument(
+        "--sidecar",
+        metavar="FILE",
+        help="sidecar for xkv caches that name none (default: found beside the model, or made)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,9 +81,10 @@ def run(args: argparse.Namespace) -> int:
         settings["n_ubatch"] = args.n_ubatch
     if args.threads is not None:
         settings |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
-    sidecar = _sidecar(model.path, caches, args)
-    plan = Plan(model.path, caches, tasks, lengths, args.samples, args.seed, settings, sidecar)
-    basis = _basis(plan)
+    sidecar = shared_sidecar(model.path, caches, args)
+    caches = [with_sidecar(spec, sidecar) for spec in caches]
+    plan = Plan(model.path, caches, tasks, lengths, args.samples, args.seed, settings)
+    basis = _basis(plan, sidecar)
     partial = Partial(out.with_name(f"{out.name}.partial") if out is not None else None, basis)
     samples = _run(plan, partial)
     rows = summarize(samples)
@@ -136,24 +142,15 @@ def _check_counts(args: argparse.Namespace) -> None:
             raise OptionError(f"{option}: {value}, expected 1 or more")
 
 
-def _sidecar(model: Path, caches: list[CacheSpec], args: argparse.Namespace) -> str | None:
-    """The sidecar of xkv caches that name none themselves; made here when there is none."""
-    if not any(spec.wants_sidecar for spec in caches):
-        return None
-    from ..convert.pipeline import ensure_sidecar
-
-    return str(ensure_sidecar(model, args.sidecar, threads=args.threads))
-
-
-def _basis(plan: Plan) -> dict[str, Any]:
+def _basis(plan: Plan, sidecar: str | None) -> dict[str, Any]:
     """What every answer depends on, beside its cache, task, length and index."""
     from .. import _loader
     from ..convert.fingerprint import model_fingerprint
 
-    sidecar = None
-    if plan.sidecar is not None:
-        stat = Path(plan.sidecar).stat()
-        sidecar = [Path(plan.sidecar).name, stat.st_size, stat.st_mtime_ns]
+    identity = None
+    if sidecar is not None:
+        stat = Path(sidecar).stat()
+        identity = [Path(sidecar).name, stat.st_size, stat.st_mtime_ns]
     return {
         "model": model_fingerprint(plan.model),
         # the fingerprint leaves out the tokenizer and the chat template
@@ -162,7 +159,7 @@ def _basis(plan: Plan) -> dict[str, Any]:
         "build_id": _loader.load().build_id,
         "seed": plan.seed,
         "settings": dict(plan.settings),
-        "sidecar": sidecar,
+        "sidecar": identity,
     }
 
 

@@ -35,8 +35,6 @@ class Plan:
     seed : int
     settings : mapping
         Further arguments of `Llama`: threads, n_ubatch.
-    sidecar : str or None
-        For xkv caches that name none.
     """
 
     model: Path
@@ -46,7 +44,6 @@ class Plan:
     n_samples: int
     seed: int
     settings: Mapping[str, Any]
-    sidecar: str | None = None
 
     def sample_keys(self) -> list[Key]:
         """All samples, in the order in which they are run."""
@@ -137,15 +134,8 @@ class Runner:
     def _open(self, spec: CacheSpec, length: int) -> Llama:
         from .. import Llama
 
-        xkv: dict[str, Any] | None = None
-        if spec.kv_mode == "xkv":
-            xkv = dict(spec.options)
-            if spec.wants_sidecar and self._plan.sidecar is not None:
-                xkv["sidecar"] = self._plan.sidecar
         try:
-            return Llama(
-                self._plan.model, kv_mode=spec.kv_mode, xkv=xkv, n_ctx=length, verbose=False, **self._plan.settings
-            )
+            return Llama(self._plan.model, **spec.arguments, n_ctx=length, verbose=False, **self._plan.settings)
         except XkvError as error:
             raise type(error)(f"cache {spec.name}: {error}") from error
 
