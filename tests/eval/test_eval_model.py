@@ -32,9 +32,10 @@ def test_each_row_is_expected_before_its_token_is_seen(n_score: int, demo_model:
     fed: list[int] = []
     found = [batch.copy() for batch in expectations(llm, tokens, n_prefill, 8, fed.append)]
     assert sum(fed) == llm.n_tokens == len(tokens)
+    n_vocab = llm.n_vocab()
     llm.close()
     logits = np.concatenate(found)
-    assert logits.shape == expected.shape == (n_score, llm.n_vocab())
+    assert logits.shape == expected.shape == (n_score, n_vocab)
     # batches are cut elsewhere, and quantized weights round activations to 8 bits
     assert np.abs(logits - expected).max() < 1
     assert np.mean(logits.argmax(axis=1) == expected.argmax(axis=1)) > 0.8
