@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from xkv_gguf import _loader
+from xkv_gguf._partial import Partial, resumable
 from xkv_gguf.convert.cache_plan import Wishes
 from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
@@ -16,6 +18,7 @@ from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.find import cached_sidecar, find_sidecar
 from xkv_gguf.convert.fingerprint import model_fingerprint, read_model_header
 from xkv_gguf.convert.group_choice import Candidate, choose, predicted_distortion, within_reach
+from xkv_gguf.convert.kept import Kept
 from xkv_gguf.convert.model_shape import find_shape, known_shape
 from xkv_gguf.convert.plan import Kind, group_layers
 from xkv_gguf.convert.settings import Settings
@@ -41,6 +44,9 @@ class Converted:
 
 def convert(model: Path, out: Path | None, settings: Settings, show_progress: bool = True) -> Converted:
     """Calibrate a GGUF model and write its sidecar.
+
+    OUT.partial keeps what is done while it runs: interrupted, the same conversion goes on from there. Text that was
+    written before is read again then, in batches, whose rounding differs from that of writing.
 
     Parameters
     ----------
@@ -71,9 +77,12 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     out = out if out is not None else sidecar_beside(model)
     check_writable(out)
     fingerprint = model_fingerprint(model)
-    with Engine(model, settings.threads) as engine:
+    partial = Partial(out, "convert")
+    with Engine(model, settings.threads) as engine, resumable(partial, show_progress):
         embd_k, embd_v = model_layers(engine)
         shape = known_shape(find_shape(header), embd_k, embd_v)
+        basis = {"model": fingerprint, "build": _loader.load().build_id, "settings": settings.record(len(embd_k))}
+        kept = Kept(partial, basis)
         wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.knob, settings.n_sink)
         sizes = settings.group_sizes(embd_k, embd_v)
         captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
@@ -107,7 +116,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 held[captured_group, kind] = sums
 
             by_layer = settings.weigh == "layers"
-            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit)
+            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit, kept)
             info = SidecarInfo(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
@@ -125,7 +134,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 knob=settings.knob,
                 n_ctx=wishes.n_ctx,
             )
-            layers = weigh_layers(engine, info, captured, held, shape, text, show_progress) if by_layer else None
+            layers = weigh_layers(engine, info, captured, held, shape, text, kept, show_progress) if by_layer else None
             if by_layer and layers is None:
                 notes.append(
                     "layers are not weighed (too little text, or too small a model); groups are, where possible"
@@ -143,8 +152,9 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         if layers:
             info = layers.add_to(info)
         elif settings.weigh != "none":
-            info = weigh_groups(engine, info, arrays, shape, text, show_progress)
+            info = weigh_groups(engine, info, arrays, shape, text, kept, show_progress)
     write_sidecar(out, info, arrays)
+    partial.remove()
     return Converted(out, info, tuple(notes))
 
 

@@ -77,6 +77,7 @@ def measure(
     quantizable: bool,
     sequences: Sequence[Sequence[int]],
     progress: Callable[[int], object],
+    remembered: Callable[[str, Callable[[], list[float]]], list[float]] = lambda what, compute: compute(),
 ) -> Sensitivity:
     """Measure the weights of a model's groups.
 
@@ -94,6 +95,8 @@ def measure(
         Token ids of calibration text; see `measurable`.
     progress : callable
         Gets 1 after each cache.
+    remembered : callable
+        Gets the name of a cache and what computes its divergences; returns them, computed now or at some other time.
 
     Returns
     -------
@@ -114,25 +117,31 @@ def measure(
         engine.open_context(1, N_TOKEN, params, N_UBATCH)
         result = [_score(engine, text) for text in texts]
         engine.close_context()
-        progress(1)
         return result
 
     exact = scores(None)
+    progress(1)
 
-    def divergence(segments: Sequence[Segment]) -> Floats:
-        pairs = zip(exact, scores(segments), strict=True)
-        return np.array([kl_divergence(a.astype(np.float64), b.astype(np.float64)).mean() for a, b in pairs])
+    def divergence(name: str, segments: Sequence[Segment]) -> Floats:
+        def compute() -> list[float]:
+            pairs = zip(exact, scores(segments), strict=True)
+            return [float(kl_divergence(a.astype(np.float64), b.astype(np.float64)).mean()) for a, b in pairs]
 
-    base = divergence(fine)
+        found = remembered(name, compute)
+        progress(1)
+        return np.array(found)
+
+    base = divergence("all fine", fine)
     sources = [(g, kind) for g in range(len(stats.first)) for kind in KINDS]
     slopes: dict[Source, Floats] = {}
     losses: dict[Source, float] = {}
     for source in sources:
         mixed = [s for other in sources for s in _of(coarse if other == source else fine, other)]
         losses[source] = distortion(_only(equal, source), mixed)
-        # K or V that never vary lose nothing
-        slopes[source] = (divergence(mixed) - base) / losses[source] if losses[source] > 0 else np.zeros(len(base))
-    total = divergence(coarse) - base
+        slopes[source] = np.zeros(len(base))
+        if losses[source] > 0:  # K or V that never vary lose nothing
+            slopes[source] = (divergence(f"{source[1]} of {source[0]}", mixed) - base) / losses[source]
+    total = divergence("all coarse", coarse) - base
     return _weights(slopes, losses, float(total[0]))
 
 

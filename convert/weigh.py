@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from xkv_gguf.convert.calibrate import LayerGroups, TextInfo
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.group_choice import Candidate
+from xkv_gguf.convert.kept import Kept
 from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
 from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.sensitivity import Sensitivity
@@ -62,10 +63,16 @@ def basis_arrays(bases: Mapping[tuple[int, Kind], Basis]) -> dict[str, Array]:
 
 
 def weigh_groups(
-    engine: Engine, info: SidecarInfo, arrays: dict[str, Array], shape: ModelShape, text: TextInfo, show_progress: bool
+    engine: Engine,
+    info: SidecarInfo,
+    arrays: dict[str, Array],
+    shape: ModelShape,
+    text: TextInfo,
+    kept: Kept,
+    show_progress: bool,
 ) -> SidecarInfo:
     """Add measured weights; the same information where the text is too short or the model too small for it."""
-    found = _measure(engine, info, arrays, shape, text, show_progress)
+    found = _measure(engine, info, arrays, shape, text, kept, show_progress)
     return _with_weights(info, found) if found else info
 
 
@@ -76,6 +83,7 @@ def weigh_layers(
     sums: Mapping[tuple[int, Kind], Sums],
     shape: ModelShape,
     text: TextInfo,
+    kept: Kept,
     show_progress: bool,
 ) -> LayerWeights | None:
     """Weigh layers one by one; None where the text is too short, the model too small, or all of it is noise.
@@ -90,7 +98,7 @@ def weigh_layers(
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
     alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))
-    found = _measure(engine, alone, basis_arrays(bases), shape, text, show_progress)
+    found = _measure(engine, alone, basis_arrays(bases), shape, text, kept, show_progress)
     if found is None or not found.kld_scale > 0:
         return None
     variances = {kind: [float(bases[il, kind].spectrum.sum()) for il in range(info.n_layer)] for kind in KINDS}
@@ -98,8 +106,22 @@ def weigh_layers(
 
 
 def _measure(
-    engine: Engine, info: SidecarInfo, arrays: dict[str, Array], shape: ModelShape, text: TextInfo, show_progress: bool
+    engine: Engine,
+    info: SidecarInfo,
+    arrays: dict[str, Array],
+    shape: ModelShape,
+    text: TextInfo,
+    kept: Kept,
+    show_progress: bool,
 ) -> Sensitivity | None:
+    def remembered(what: str, compute: Callable[[], list[float]]) -> list[float]:
+        name = {"divergence": what, "text": text.sha256, "group_size": info.group_size}
+        found: list[float] | None = kept.get(**name)
+        if found is None:
+            found = compute()
+            kept.put(found, **name)
+        return found
+
     with tempfile.TemporaryDirectory(prefix="xkv-") as folder:
         path = Path(folder) / "bases.xkv.gguf"
         write_sidecar(path, info, arrays)
@@ -108,7 +130,7 @@ def _measure(
             return None
         n_run = sensitivity.n_run(stats)
         with tqdm(total=n_run, desc="weighing", unit="cache", disable=not show_progress) as bar:
-            return sensitivity.measure(engine, path, stats, shape.quantizable, text.last, bar.update)
+            return sensitivity.measure(engine, path, stats, shape.quantizable, text.last, bar.update, remembered)
 
 
 def _with_weights(info: SidecarInfo, found: Sensitivity) -> SidecarInfo:

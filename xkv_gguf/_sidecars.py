@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ class Planned(NamedTuple):
     params: ScopeParams
 
 
-def open_sidecar(model: Path, options: XkvOptions, threads: int) -> Sidecar | None:
+def open_sidecar(
+    model: Path, options: XkvOptions, threads: int, before_making: Callable[[], object] = lambda: None
+) -> Sidecar | None:
     """Read and check the sidecar of a model: the one that is named, or else one that is found or made.
 
     Parameters
@@ -36,6 +39,8 @@ def open_sidecar(model: Path, options: XkvOptions, threads: int) -> Sidecar | No
     options : XkvOptions
     threads : int
         Threads for making it.
+    before_making : callable
+        Called before it is made, which takes minutes; what it raises is passed on.
 
     Returns
     -------
@@ -51,6 +56,7 @@ def open_sidecar(model: Path, options: XkvOptions, threads: int) -> Sidecar | No
         return None
     path = Path(options.sidecar) if options.sidecar is not None else find_sidecar(model)
     if path is None:
+        before_making()
         path = ensure_sidecar(model, threads=threads)
     sidecar = read_sidecar(path)
     sidecar.check_model(model)

@@ -1,18 +1,12 @@
-"""The rows of `eval`: what they hold, the table, and the file that keeps finished ones while others are computed."""
+"""The rows of `eval`: what they hold, and the table."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ._files import write_atomic
-from .errors import OptionError
 from .report import KvReport, format_bytes, format_table
 
-PARTIAL_FORMAT = "xkv-gguf eval, partial, 1"
 COEFFICIENTS = ("K coefficients", "V coefficients")
 
 Row = dict[str, Any]
@@ -78,51 +72,3 @@ def table(rows: Sequence[Row]) -> str:
             line += [f"{row['kld_mean']:.5f}", f"{row['top1']:.2%}"]
         lines.append(line)
     return "\n".join(format_table(lines, "<" + ">" * (len(head) - 1)))
-
-
-def row_key(**what: Any) -> str:
-    """A hash of everything that a row depends on: plain values by name; the same for equal ones in any order."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-class Partial:
-    """Finished rows by `row_key`, in a file beside the result.
-
-    Parameters
-    ----------
-    out : Path
-        The result's path; the file is OUT.partial. What it holds is read at once.
-
-    Raises
-    ------
-    OptionError
-        A file of that name is something else.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.path = out.with_name(f"{out.name}.partial")
-        self._rows: dict[str, Row] = {}
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["format"] != PARTIAL_FORMAT:
-                raise ValueError(found["format"])
-            self._rows = dict(found["rows"])
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OptionError(
-                f"{self.path}: does not hold rows of an interrupted run; remove it or choose another --json"
-            ) from error
-
-    def get(self, key: str) -> Row | None:
-        """The finished row of a key."""
-        return self._rows.get(key)
-
-    def put(self, key: str, row: Row) -> None:
-        """Keep a row; the file holds it when this returns."""
-        self._rows[key] = row
-        write_atomic(self.path, json.dumps({"format": PARTIAL_FORMAT, "rows": self._rows}) + "\n")
-
-    def remove(self) -> None:
-        """Delete the file: the result has all rows."""
-        self.path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from ._context import CheckedContext
 from ._model_file import ModelFile, open_model
 from .convert.cache_plan import WINDOWS, CachePlan
 from .convert.settings import default_threads
+from .convert.sidecar import Sidecar
 from .convert.sidecar_info import FRAMES
 from .convert.sizes import CacheLayout
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
@@ -144,9 +145,17 @@ class Llama(llama_cpp.Llama):
         options = self.xkv_options
         least = CacheLayout(n_ctx, options.n_sink, options.n_window or WINDOWS[-1], frame=options.frame or FRAMES[0])
         _arguments.check_ctx_for_xkv(least)  # before a sidecar is made
-        sidecar = _sidecars.open_sidecar(model.path, options, settings["n_threads_batch"])
-        plan, self._scope = _sidecars.scope_params(
-            sidecar, options, n_ctx, settings.get("n_ubatch"), model, settings["n_batch"]
+
+        def planned(sidecar: Sidecar | None) -> _sidecars.Planned:
+            n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
+            return _sidecars.scope_params(sidecar, options, n_ctx, n_ubatch, model, n_batch)
+
+        def refuse_early() -> None:
+            if model.shape is not None:
+                planned(None)  # what is out of reach does not depend on the spectra
+
+        plan, self._scope = planned(
+            _sidecars.open_sidecar(model.path, options, settings["n_threads_batch"], refuse_early)
         )
         _arguments.check_ctx_for_xkv(plan.layout)
         if on_cpu:

@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(
     assert main(words) == 130
     assert "5 of 6 rows are done; the same command goes on from" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
-    assert len(json.loads((tmp_path / "out.json.partial").read_text())["rows"]) == 5
+    assert len(json.loads((tmp_path / "out.json.partial").read_text())["parts"]) == 5
 
     made_up.runs.clear()
     made_up.stop_at = None

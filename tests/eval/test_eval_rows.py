@@ -7,7 +7,7 @@ import pytest
 from xkv_gguf import KvPart, KvReport
 from xkv_gguf.errors import OptionError
 from xkv_gguf.eval_plot import check_plot, plot_rows
-from xkv_gguf.eval_rows import Partial, Row, make_row, row_key, table
+from xkv_gguf.eval_rows import Row, make_row, table
 
 FIGURES = {"kld_mean": 0.01, "kld_median": 0.005, "kld_p99": 0.1, "kld_p999": 0.2, "top1": 0.9375, "ppl": 12.0}
 F16 = KvReport("f16", 1024, (KvPart("K and V", 4 * 2**20),), n_exact=1024)
@@ -52,33 +52,6 @@ def test_the_table_has_a_line_per_cache() -> None:
     assert len(lines) == 3
     assert lines[0].split() == ["cache", "bytes", "ratio", "prose:", "KLD", "top-1", "code:", "KLD", "top-1"]
     assert lines[2].split() == ["xkv:7", "1.0", "MiB", "4.00x", "0.01000", "93.75%", "0.01000", "93.75%"]
-
-
-def test_keys_are_of_everything_and_of_no_order() -> None:
-    assert row_key(a=1, b="x") == row_key(b="x", a=1)
-    assert len({row_key(a=1), row_key(a=2), row_key(b=1), row_key(a="1")}) == 4
-
-
-def test_finished_rows_are_there_again(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    first = Partial(out)
-    for number, row in enumerate(rows()):
-        first.put(f"key {number}", row)
-    again = Partial(out)
-    assert [again.get(f"key {number}") for number in range(4)] == rows()
-    assert again.get("key 4") is None
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json.partial"]
-    again.remove()
-    assert Partial(out).get("key 0") is None
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"format": "other", "rows": {}}', b"\xff"])
-def test_a_file_that_is_something_else_is_not_overwritten(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "out.json.partial"
-    path.write_bytes(content)
-    with pytest.raises(OptionError, match="does not hold rows of an interrupted run; remove it"):
-        Partial(tmp_path / "out.json")
-    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from llama_cpp.llama_cache import LlamaRAMCache
 
-from xkv_gguf import Llama
+from xkv_gguf import Llama, _sidecars
 from xkv_gguf.convert.sidecar import DIGEST_AT, file_digest, read_sidecar
 from xkv_gguf.errors import (
     DecodeError,
@@ -160,6 +160,15 @@ def test_an_architecture_without_support(
     why = "architecture gemma2 has sliding-window layers, which an xkv cache does not support yet"
     refused(UnsupportedError, why, lambda: Llama(gemma, verbose=False))
     assert not list((tmp_path / "cache").rglob("*.gguf*"))
+
+
+def test_a_size_out_of_reach_before_anything_is_calibrated(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sidecars, "find_sidecar", lambda model: None)
+    monkeypatch.setattr(_sidecars, "ensure_sidecar", None)
+    why = "ratio 100: out of reach at n_ctx 8192; the smallest cache takes 4133376 bytes"
+    refused(OptionError, why, lambda: Llama(demo_model, n_ctx=8192, xkv={"ratio": 100}, verbose=False))
 
 
 def test_an_architecture_that_llama_cpp_does_not_know(tmp_path: Path) -> None:

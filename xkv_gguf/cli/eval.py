@@ -18,12 +18,13 @@ from tqdm import tqdm
 from .. import __version__
 from .._files import check_writable, read_text, write_atomic
 from .._model_file import ModelFile, open_model
+from .._partial import Partial, part_key
 from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
 from ..convert.cache_plan import N_BATCH
 from ..convert.fingerprint import model_fingerprint
 from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
-from ..eval_rows import Partial, Row, make_row, row_key, table
+from ..eval_rows import Row, make_row, table
 from ..options import XkvOptions
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     texts = read_texts(args.text)
     model = open_model(args.model if args.model is not None else demo_model())
     plan = make_plan(args, model, out.absolute().parent)
-    partial = Partial(out)
+    partial = Partial(out, "eval")
     fingerprint = model_fingerprint(model.path)
     plan = replace(plan, keys=make_keys(plan, fingerprint, specs, texts))
     try:
@@ -365,7 +366,7 @@ def make_keys(
     for spec in specs:
         cache = {"cache": spec.name, "sidecar": _sidecar(plan, spec)}
         for text in texts:
-            keys[spec.name, text.name] = row_key(**common, **cache, text=text.name, sha256=text.sha256)
+            keys[spec.name, text.name] = part_key(**common, **cache, text=text.name, sha256=text.sha256)
     return keys
 
 
