@@ -18,7 +18,6 @@ Modules (import them directly, this package imports nothing by itself):
 ``text``         calibration text from files
 ``sample``       calibration text written by the model itself
 ``calibrate``    runs the model and collects Gram sums
-``kept``         what an interrupted conversion goes on from
 ``hf``           Hugging Face folder to GGUF, by upstream's converter
 ``pipeline``     all of it in one call; ``ensure_sidecar`` for first use
 """

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xkv_gguf._partial import Partial
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.kept import Kept
 from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
@@ -103,14 +103,14 @@ def _run_files(engine: Engine, capture: Capture, texts: list[list[int]], progres
 
 
 def _run_self(
-    engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress, kept: Kept
+    engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress, partial: Partial
 ) -> Iterator[list[int]]:
     n_seq, n_len, n_round = shape
     for i in range(n_round):
-        texts = kept.get(text_round=i)
+        texts = partial.get(text_round=i)
         if texts is None:
             texts = write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
-            kept.put(texts, text_round=i)
+            partial.put(texts, text_round=i)
         else:
             for seq, text in enumerate(texts):
                 run_text(engine, seq, text, progress)
@@ -146,7 +146,7 @@ def collect(
     texts: list[list[int]] | None,
     progress: Progress,
     use: Callable[[int, Kind, Sums], object],
-    kept: Kept,
+    partial: Partial,
 ) -> TextInfo:
     """Run the calibration text and hand over the sums over it, one kind of one group at a time.
 
@@ -161,8 +161,8 @@ def collect(
         Gets the number of tokens after each batch.
     use : callable
         Gets group, kind and sums when all text has been run.
-    kept : Kept
-        Text that the model wrote before it was interrupted, which is read instead of being written again.
+    partial : Partial
+        Has the text that the model wrote before it was interrupted, which is read instead of being written again.
 
     Returns
     -------
@@ -182,7 +182,7 @@ def collect(
     with Capture(engine, groups.first, groups.count, groups.dims, settings.frame, settings.n_sink) as capture:
         if texts is not None:
             _run_files(engine, capture, texts, progress)
-        for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress, kept):
+        for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress, partial):
             digest.update(np.asarray(text, dtype="<i4").tobytes())
             last.append(tuple(text))
             del last[:-N_LAST]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from xkv_gguf import _loader
-from xkv_gguf._partial import Partial, resumable
+from xkv_gguf import __version__, _loader
+from xkv_gguf._partial import Partial
 from xkv_gguf.convert.cache_plan import Wishes
 from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
@@ -18,10 +20,9 @@ from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.find import cached_sidecar, find_sidecar
 from xkv_gguf.convert.fingerprint import model_fingerprint, read_model_header
 from xkv_gguf.convert.group_choice import Candidate, choose, predicted_distortion, within_reach
-from xkv_gguf.convert.kept import Kept
 from xkv_gguf.convert.model_shape import find_shape, known_shape
 from xkv_gguf.convert.plan import Kind, group_layers
-from xkv_gguf.convert.settings import Settings
+from xkv_gguf.convert.settings import GROUP_SIZE, Settings
 from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, sidecar_beside
 from xkv_gguf.convert.sidecar_write import check_writable, write_sidecar
@@ -67,7 +68,8 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     ModelError, UnsupportedError
         The model cannot be read or used.
     OptionError
-        A setting does not fit the model; found out before the long part begins, where that can be known.
+        A setting does not fit the model, found out before the long part begins where that can be known; or OUT.partial
+        is something else, or cannot be written.
     CalibrationError
         There is too little text, or the model fails on it.
     SidecarError
@@ -77,12 +79,17 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     out = out if out is not None else sidecar_beside(model)
     check_writable(out)
     fingerprint = model_fingerprint(model)
-    partial = Partial(out, "convert")
-    with Engine(model, settings.threads) as engine, resumable(partial, show_progress):
+    basis = {
+        "model": fingerprint,
+        "size": model.stat().st_size,
+        "version": __version__,
+        "build": _loader.load().build_id,
+        "settings": settings.record(GROUP_SIZE),
+    }
+    partial = Partial(out, "convert", basis)
+    with _telling(partial, show_progress), Engine(model, settings.threads) as engine:
         embd_k, embd_v = model_layers(engine)
         shape = known_shape(find_shape(header), embd_k, embd_v)
-        basis = {"model": fingerprint, "build": _loader.load().build_id, "settings": settings.record(len(embd_k))}
-        kept = Kept(partial, basis)
         wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.knob, settings.n_sink)
         sizes = settings.group_sizes(embd_k, embd_v)
         captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
@@ -116,7 +123,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 held[captured_group, kind] = sums
 
             by_layer = settings.weigh == "layers"
-            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit, kept)
+            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit, partial)
             info = SidecarInfo(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
@@ -134,7 +141,9 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 knob=settings.knob,
                 n_ctx=wishes.n_ctx,
             )
-            layers = weigh_layers(engine, info, captured, held, shape, text, kept, show_progress) if by_layer else None
+            layers = (
+                weigh_layers(engine, info, captured, held, shape, text, partial, show_progress) if by_layer else None
+            )
             if by_layer and layers is None:
                 notes.append(
                     "layers are not weighed (too little text, or too small a model); groups are, where possible"
@@ -152,10 +161,25 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         if layers:
             info = layers.add_to(info)
         elif settings.weigh != "none":
-            info = weigh_groups(engine, info, arrays, shape, text, kept, show_progress)
+            info = weigh_groups(engine, info, arrays, shape, text, partial, show_progress)
     write_sidecar(out, info, arrays)
+    if partial.n_taken:
+        notes.append(
+            f"{partial.n_taken} parts are taken from an interrupted run; not the same to the last byte as without"
+        )
     partial.remove()
     return Converted(out, info, tuple(notes))
+
+
+@contextmanager
+def _telling(partial: Partial, show: bool) -> Iterator[None]:
+    """Tell on stderr where an interrupted run goes on from, if it has done anything."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if show and partial.n_taken + partial.n_put:
+            print(f"\n{partial.path} keeps what is done: the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def _choose(
@@ -203,7 +227,7 @@ def ensure_sidecar(
     ------
     SidecarError, SidecarVersionError, SidecarMismatchError
         The file that was found cannot be used. It is not replaced silently.
-    ModelError, UnsupportedError, CalibrationError
+    ModelError, UnsupportedError, CalibrationError, OptionError
         See `convert`.
     """
     model = Path(model)
@@ -224,4 +248,7 @@ def ensure_sidecar(
         file=sys.stderr,
     )
     settings = Settings() if threads is None else Settings(threads=threads)
-    return convert(model, out, settings, show_progress).path
+    done = convert(model, out, settings, show_progress)
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return done.path

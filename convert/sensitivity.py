@@ -77,7 +77,7 @@ def measure(
     quantizable: bool,
     sequences: Sequence[Sequence[int]],
     progress: Callable[[int], object],
-    remembered: Callable[[str, Callable[[], list[float]]], list[float]] = lambda what, compute: compute(),
+    remembered: Callable[[Sequence[Segment], Callable[[], list[float]]], list[float]],
 ) -> Sensitivity:
     """Measure the weights of a model's groups.
 
@@ -96,7 +96,7 @@ def measure(
     progress : callable
         Gets 1 after each cache.
     remembered : callable
-        Gets the name of a cache and what computes its divergences; returns them, computed now or at some other time.
+        Gets a cache's segments and what computes its divergences; returns them, computed now or at some other time.
 
     Returns
     -------
@@ -122,16 +122,16 @@ def measure(
     exact = scores(None)
     progress(1)
 
-    def divergence(name: str, segments: Sequence[Segment]) -> Floats:
+    def divergence(segments: Sequence[Segment]) -> Floats:
         def compute() -> list[float]:
             pairs = zip(exact, scores(segments), strict=True)
             return [float(kl_divergence(a.astype(np.float64), b.astype(np.float64)).mean()) for a, b in pairs]
 
-        found = remembered(name, compute)
+        found = remembered(segments, compute)
         progress(1)
         return np.array(found)
 
-    base = divergence("all fine", fine)
+    base = divergence(fine)
     sources = [(g, kind) for g in range(len(stats.first)) for kind in KINDS]
     slopes: dict[Source, Floats] = {}
     losses: dict[Source, float] = {}
@@ -140,8 +140,8 @@ def measure(
         losses[source] = distortion(_only(equal, source), mixed)
         slopes[source] = np.zeros(len(base))
         if losses[source] > 0:  # K or V that never vary lose nothing
-            slopes[source] = (divergence(f"{source[1]} of {source[0]}", mixed) - base) / losses[source]
-    total = divergence("all coarse", coarse) - base
+            slopes[source] = (divergence(mixed) - base) / losses[source]
+    total = divergence(coarse) - base
     return _weights(slopes, losses, float(total[0]))
 
 

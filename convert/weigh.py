@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from xkv_gguf._partial import Partial
 from xkv_gguf.convert import sensitivity
 from xkv_gguf.convert.calibrate import LayerGroups, TextInfo
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.group_choice import Candidate
-from xkv_gguf.convert.kept import Kept
 from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
-from xkv_gguf.convert.plan import KINDS, Kind
+from xkv_gguf.convert.plan import KINDS, Kind, Segment
 from xkv_gguf.convert.sensitivity import Sensitivity
 from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.convert.sidecar_info import Group, SidecarInfo, tensor_name
@@ -68,11 +68,11 @@ def weigh_groups(
     arrays: dict[str, Array],
     shape: ModelShape,
     text: TextInfo,
-    kept: Kept,
+    partial: Partial,
     show_progress: bool,
 ) -> SidecarInfo:
     """Add measured weights; the same information where the text is too short or the model too small for it."""
-    found = _measure(engine, info, arrays, shape, text, kept, show_progress)
+    found = _measure(engine, info, arrays, shape, text, partial, show_progress)
     return _with_weights(info, found) if found else info
 
 
@@ -83,7 +83,7 @@ def weigh_layers(
     sums: Mapping[tuple[int, Kind], Sums],
     shape: ModelShape,
     text: TextInfo,
-    kept: Kept,
+    partial: Partial,
     show_progress: bool,
 ) -> LayerWeights | None:
     """Weigh layers one by one; None where the text is too short, the model too small, or all of it is noise.
@@ -98,7 +98,7 @@ def weigh_layers(
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
     alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))
-    found = _measure(engine, alone, basis_arrays(bases), shape, text, kept, show_progress)
+    found = _measure(engine, alone, basis_arrays(bases), shape, text, partial, show_progress)
     if found is None or not found.kld_scale > 0:
         return None
     variances = {kind: [float(bases[il, kind].spectrum.sum()) for il in range(info.n_layer)] for kind in KINDS}
@@ -111,15 +111,16 @@ def _measure(
     arrays: dict[str, Array],
     shape: ModelShape,
     text: TextInfo,
-    kept: Kept,
+    partial: Partial,
     show_progress: bool,
 ) -> Sensitivity | None:
-    def remembered(what: str, compute: Callable[[], list[float]]) -> list[float]:
-        name = {"divergence": what, "text": text.sha256, "group_size": info.group_size}
-        found: list[float] | None = kept.get(**name)
+    def remembered(segments: Sequence[Segment], compute: Callable[[], list[float]]) -> list[float]:
+        # of other text, the same segments have other bases
+        what = {"text": text.sha256, "segments": [astuple(segment) for segment in segments]}
+        found: list[float] | None = partial.get(**what)
         if found is None:
             found = compute()
-            kept.put(found, **name)
+            partial.put(found, **what)
         return found
 
     with tempfile.TemporaryDirectory(prefix="xkv-") as folder:

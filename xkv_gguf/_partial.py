@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ._files import write_atomic
 from .errors import OptionError
 
-
-def part_key(**what: Any) -> str:
-    """A hash of everything that a part depends on: plain values by name; the same for equal ones in any order."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+VERSION = 2
 
 
 class Partial:
-    """Finished parts by `part_key`, in a file beside the result.
+    """Finished parts of plain values, each by everything that it depends on, in a file beside the result.
 
     Parameters
     ----------
@@ -28,53 +23,57 @@ class Partial:
         The result's path; the file is OUT.partial. What it holds is read at once.
     verb : str
         Whose parts they are.
+    basis : mapping
+        Plain values by name that all parts depend on.
+
+    Attributes
+    ----------
+    path : Path
+    n_taken, n_put : int
+        Parts that `get` found and that `put` kept.
 
     Raises
     ------
     OptionError
-        A file of that name is something else.
+        A file of that name is something else, or cannot be read.
     """
 
-    def __init__(self, out: Path, verb: str) -> None:
+    def __init__(self, out: Path, verb: str, basis: Mapping[str, Any] | None = None) -> None:
         self.path = out.with_name(f"{out.name}.partial")
-        self._format = f"xkv-gguf {verb}, partial, 2"
-        self._parts: dict[str, Any] = {}
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["format"] != self._format:
-                raise ValueError(found["format"])
-            self._parts = dict(found["parts"])
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OptionError(
-                f"{self.path}: does not hold what an interrupted run of {verb} has done; remove it, or choose another "
-                "name for the result"
-            ) from error
+        self.n_taken = self.n_put = 0
+        self._basis = dict(basis or {})
+        self._format = f"xkv-gguf {verb}, partial, {VERSION}"
+        self._parts: dict[str, Any] = self._read()
 
-    def get(self, key: str) -> Any:
-        """The finished part of a key, None if there is none."""
-        return self._parts.get(key)
+    def get(self, **what: Any) -> Any:
+        """The finished part that depends on these values, in any order; None if there is none."""
+        part = self._parts.get(self._key(what))
+        self.n_taken += part is not None
+        return part
 
-    def put(self, key: str, part: Any) -> None:
-        """Keep a part, of plain values; the file holds it when this returns."""
-        self._parts[key] = part
+    def put(self, part: Any, **what: Any) -> None:
+        """Keep a part; the file holds it when this returns."""
+        self._parts[self._key(what)] = part
+        self.n_put += 1
         write_atomic(self.path, json.dumps({"format": self._format, "parts": self._parts}) + "\n")
-
-    def __len__(self) -> int:
-        return len(self._parts)
 
     def remove(self) -> None:
         """Delete the file: the result has all parts."""
         self.path.unlink(missing_ok=True)
 
+    def _key(self, what: Mapping[str, Any]) -> str:
+        return hashlib.sha256(json.dumps({**self._basis, **what}, sort_keys=True).encode()).hexdigest()
 
-@contextmanager
-def resumable(partial: Partial, say: bool) -> Iterator[None]:
-    """Tell on stderr where an interrupted run goes on from, if it has done anything and `say` is true."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if say and len(partial):
-            print(f"\n{partial.path} keeps what is done: the same command goes on from there", file=sys.stderr, end="")
-        raise
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise OptionError(f"{self.path}: cannot be read ({error.strerror}); remove it") from error
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("format") != self._format:
+            name = found.get("format") if isinstance(found, dict) else None
+            raise OptionError(f"{self.path}: has format {name!r}, expected {self._format!r}; remove it to start anew")
+        return dict(found["parts"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,12 @@ class Planned(NamedTuple):
     params: ScopeParams
 
 
-def open_sidecar(
-    model: Path, options: XkvOptions, threads: int, before_making: Callable[[], object] = lambda: None
-) -> Sidecar | None:
+def has_sidecar(model: ModelFile, options: XkvOptions) -> bool:
+    """Whether there is a sidecar or none is wanted, so that none has to be made."""
+    return not options.calibrate or options.sidecar is not None or find_sidecar(model.path) is not None
+
+
+def open_sidecar(model: Path, options: XkvOptions, threads: int) -> Sidecar | None:
     """Read and check the sidecar of a model: the one that is named, or else one that is found or made.
 
     Parameters
@@ -39,8 +41,6 @@ def open_sidecar(
     options : XkvOptions
     threads : int
         Threads for making it.
-    before_making : callable
-        Called before it is made, which takes minutes; what it raises is passed on.
 
     Returns
     -------
@@ -56,7 +56,6 @@ def open_sidecar(
         return None
     path = Path(options.sidecar) if options.sidecar is not None else find_sidecar(model)
     if path is None:
-        before_making()
         path = ensure_sidecar(model, threads=threads)
     sidecar = read_sidecar(path)
     sidecar.check_model(model)

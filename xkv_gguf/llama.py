@@ -148,18 +148,15 @@ class Llama(llama_cpp.Llama):
 
         def planned(sidecar: Sidecar | None) -> _sidecars.Planned:
             n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
-            return _sidecars.scope_params(sidecar, options, n_ctx, n_ubatch, model, n_batch)
+            found = _sidecars.scope_params(sidecar, options, n_ctx, n_ubatch, model, n_batch)
+            _arguments.check_ctx_for_xkv(found.plan.layout)
+            if on_cpu:
+                _arguments.check_memory(found.plan.total_bytes, n_ctx, "xkv")
+            return found
 
-        def refuse_early() -> None:
-            if model.shape is not None:
-                planned(None)  # what is out of reach does not depend on the spectra
-
-        plan, self._scope = planned(
-            _sidecars.open_sidecar(model.path, options, settings["n_threads_batch"], refuse_early)
-        )
-        _arguments.check_ctx_for_xkv(plan.layout)
-        if on_cpu:
-            _arguments.check_memory(plan.total_bytes, n_ctx, "xkv")
+        if model.shape is not None and not _sidecars.has_sidecar(model, options):
+            planned(None)  # what is out of reach is so with any spectra: it is refused before minutes of calibration
+        plan, self._scope = planned(_sidecars.open_sidecar(model.path, options, settings["n_threads_batch"]))
         settings["n_ubatch"] = plan.layout.n_ubatch
         settings["type_k"] = settings["type_v"] = _native.GGML_TYPES[plan.layout.type_window]
         return plan

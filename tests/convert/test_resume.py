@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xkv_gguf.convert import calibrate, sensitivity
+from xkv_gguf.convert import calibrate, pipeline, sensitivity
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.pipeline import convert
 from xkv_gguf.convert.settings import Settings
@@ -16,25 +16,31 @@ from xkv_gguf.errors import OptionError
 
 from .tiny import N_LAYER
 
+N_GROUP = -(-N_LAYER // 2)
 
-class Interrupter:
-    """Counts the caches that are measured, and the texts that the model writes; interrupts before a cache."""
+
+class Counter:
+    """Counts the caches that are measured and the texts that the model writes, and can interrupt before one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.n_cache = self.n_text = 0
-        self.last: int | None = None
+        self.last_cache: int | None = None
+        self.last_text: int | None = None
         open_context = Engine.open_context
 
         def counted_context(engine: Engine, n_seq: int, n_len: int, xkv: Any = None, n_ubatch: Any = None) -> None:
             if xkv is not None:
-                if self.n_cache == self.last:
+                if self.n_cache == self.last_cache:
                     raise KeyboardInterrupt
                 self.n_cache += 1
             open_context(engine, n_seq, n_len, xkv, n_ubatch)
 
         def counted_text(engine: Engine, n_seq: int, n_len: int, rng: np.random.Generator, progress: Any) -> Any:
+            if self.n_text == self.last_text:
+                raise KeyboardInterrupt
             self.n_text += 1
-            texts = rng.integers(3, 259, (n_seq, n_len)).tolist()  # to write it token by token would take long
+            # made up: to write it token by token takes long, and rounds otherwise than reading does
+            texts = rng.integers(3, 259, (n_seq, n_len)).tolist()
             for seq, text in enumerate(texts):
                 calibrate.run_text(engine, seq, text, progress)
             return texts
@@ -43,50 +49,95 @@ class Interrupter:
         monkeypatch.setattr(Engine, "open_context", counted_context)
         monkeypatch.setattr(calibrate, "write_text", counted_text)
 
+    def begin(self, last_cache: int | None = None, last_text: int | None = None) -> None:
+        """Count from 0, and interrupt before this cache or text."""
+        self.n_cache = self.n_text = 0
+        self.last_cache, self.last_text = last_cache, last_text
 
-@pytest.mark.parametrize(("weigh", "n_group"), [("groups", -(-N_LAYER // 2)), ("layers", N_LAYER)])
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    return Counter(monkeypatch)
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**{"group_size": 2, "tokens": 4096, "threads": 1, **changes})
+
+
+@pytest.mark.parametrize(("weigh", "n_group"), [("groups", N_GROUP), ("layers", N_LAYER)])
 def test_neither_text_nor_measurements_are_made_twice(
     weigh: str,
     n_group: int,
+    counter: Counter,
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    counter = Interrupter(monkeypatch)
-    out = tmp_path / "s"
-    settings = Settings(group_size=2, tokens=4096, threads=1, weigh=weigh)
-    convert(tiny_model, tmp_path / "whole", settings, show_progress=False)
+    monkeypatch.setattr(calibrate, "SELF_SEQS", 4)
+    out, whole, wanted = tmp_path / "s", tmp_path / "whole", settings(weigh=weigh)
+    assert convert(tiny_model, whole, wanted, show_progress=False).notes == ()
     n_all = 2 + 2 * n_group
-    assert (counter.n_cache, counter.n_text) == (n_all, 1)
-    assert not Path(f"{tmp_path / 'whole'}.partial").exists()
+    assert (counter.n_cache, counter.n_text) == (n_all, 2)
+    assert not whole.with_name("whole.partial").exists()
 
-    counter.n_cache, counter.last = 0, 3
+    for last_cache, last_text in ((None, 1), (3, None)):
+        counter.begin(last_cache, last_text)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny_model, out, wanted)
+        assert f"{out}.partial keeps what is done: the same command goes on from there" in capsys.readouterr().err
+        assert not out.exists()
+    assert counter.n_text == 1
+
+    counter.begin()
+    done = convert(tiny_model, out, wanted, show_progress=False)
+    assert (counter.n_cache, counter.n_text) == (n_all - 3, 0)
+    assert "5 parts are taken from an interrupted run" in done.notes[-1]
+    assert not out.with_name("s.partial").exists()
+    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("change", ["seed", "build"])
+def test_what_depends_on_something_else_is_made_anew(
+    change: str, counter: Counter, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter.begin(last_cache=1)
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny_model, out, settings)
-    assert f"{out}.partial keeps what is done: the same command goes on from there" in capsys.readouterr().err
-    assert not out.exists()
-
-    counter.last, counter.n_text = None, 0
-    convert(tiny_model, out, settings, show_progress=False)
-    assert (counter.n_cache, counter.n_text) == (n_all, 0)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("s")) == ["s"]
-    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+        convert(tiny_model, tmp_path / "s", settings(), show_progress=False)
+    counter.begin()
+    if change == "build":
+        monkeypatch.setattr(pipeline, "__version__", "another")
+    wanted = settings(seed=1) if change == "seed" else settings()
+    assert convert(tiny_model, tmp_path / "s", wanted, show_progress=False).notes == ()
+    assert (counter.n_cache, counter.n_text) == (2 + 2 * N_GROUP, 1)
 
 
-def test_other_settings_begin_anew(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = Interrupter(monkeypatch)
-    counter.last = 1
+def test_measurements_on_other_text_are_made_anew(
+    counter: Counter, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    wanted = settings(data=(text_file,), tokens=3000)
+    counter.begin(last_cache=3)
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny_model, tmp_path / "s", Settings(group_size=2, tokens=4096, threads=1), show_progress=False)
-    counter.last = None
-    convert(tiny_model, tmp_path / "s", Settings(group_size=2, tokens=4096, threads=1, seed=1), show_progress=False)
-    assert counter.n_text == 2
+        convert(tiny_model, tmp_path / "s", wanted, show_progress=False)
+    text_file.write_text(text_file.read_text()[::-1])
+    counter.begin()
+    convert(tiny_model, tmp_path / "s", wanted, show_progress=False)
+    assert counter.n_cache == 2 + 2 * N_GROUP
+
+
+def test_nothing_is_promised_before_anything_is_done(
+    counter: Counter, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counter.begin(last_text=0)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model, tmp_path / "s", settings())
+    assert "keeps what is done" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_something_else_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     other = tmp_path / "s.partial"
     other.write_text("mine")
-    with pytest.raises(OptionError, match=r"s\.partial: does not hold what an interrupted run of convert has done"):
-        convert(tiny_model, tmp_path / "s", Settings(group_size=2, tokens=512, threads=1), show_progress=False)
+    with pytest.raises(OptionError, match=r"s\.partial: has format None, expected 'xkv-gguf convert, partial, 2'"):
+        convert(tiny_model, tmp_path / "s", settings(), show_progress=False)
     assert other.read_text() == "mine"

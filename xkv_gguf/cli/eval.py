@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .. import __version__
 from .._files import check_writable, read_text, write_atomic
 from .._model_file import ModelFile, open_model
-from .._partial import Partial, part_key
+from .._partial import Partial
 from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
 from ..convert.cache_plan import N_BATCH
 from ..convert.fingerprint import model_fingerprint
@@ -62,7 +62,7 @@ class Plan:
     scratch : Path
         Folder for the reference.
     keys : mapping
-        `row_key` by the names of cache and text.
+        What a row depends on, by the names of cache and text.
     """
 
     model: Path
@@ -73,7 +73,7 @@ class Plan:
     n_ubatch: int | None
     threads: int | None
     scratch: Path
-    keys: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    keys: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def n_needed(self) -> int:
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         rows = evaluate(plan, specs, texts, partial)
     except KeyboardInterrupt:
-        kept = sum(partial.get(key) is not None for key in plan.keys.values())
+        kept = sum(partial.get(**key) is not None for key in plan.keys.values())
         note = f"; the same command goes on from {partial.path}" if kept else ""
         print(f"\n{kept} of {len(plan.keys)} rows are done{note}", file=sys.stderr, end="")
         raise
@@ -264,7 +264,7 @@ def evaluate(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text], part
         See `eval_rows.make_row`.
     """
     missing = {
-        text.name: [spec for spec in specs if partial.get(plan.keys[spec.name, text.name]) is None] for text in texts
+        text.name: [spec for spec in specs if partial.get(**plan.keys[spec.name, text.name]) is None] for text in texts
     }
     todo = [text for text in texts if missing[text.name]]
     n_kept = len(plan.keys) - sum(map(len, missing.values()))
@@ -279,7 +279,7 @@ def evaluate(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text], part
         with tqdm(total=n_runs * plan.n_needed, unit="tok", disable=None) as bar:
             for text in todo:
                 score_text(plan, missing[text.name], text, partial, bar)
-    return [row for text in texts for spec in specs if (row := partial.get(plan.keys[spec.name, text.name]))]
+    return [row for text in texts for spec in specs if (row := partial.get(**plan.keys[spec.name, text.name]))]
 
 
 def prepare(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text]) -> list[Text]:
@@ -331,7 +331,7 @@ def score_text(plan: Plan, specs: Sequence[CacheSpec], text: Text, partial: Part
                     )
                     report = llm.kv_report()
             row = make_row(spec.name, text.name, report, f16_bytes, plan.n_score, summarize(scores))
-            partial.put(plan.keys[spec.name, text.name], row)
+            partial.put(row, **plan.keys[spec.name, text.name])
 
 
 def command(args: argparse.Namespace, plan: Plan) -> str:
@@ -351,8 +351,8 @@ def command(args: argparse.Namespace, plan: Plan) -> str:
 
 def make_keys(
     plan: Plan, fingerprint: str, specs: Sequence[CacheSpec], texts: Sequence[Text]
-) -> dict[tuple[str, str], str]:
-    """The `row_key` of each cache and text, by their names.
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What the row of each cache and text depends on, by their names.
 
     Raises
     ------
@@ -366,7 +366,7 @@ def make_keys(
     for spec in specs:
         cache = {"cache": spec.name, "sidecar": _sidecar(plan, spec)}
         for text in texts:
-            keys[spec.name, text.name] = part_key(**common, **cache, text=text.name, sha256=text.sha256)
+            keys[spec.name, text.name] = {**common, **cache, "text": text.name, "sha256": text.sha256}
     return keys
 
 
