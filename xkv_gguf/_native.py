@@ -62,7 +62,7 @@ class ScopeParams:
     n_window: int = 64
     n_absorb: int = 8
     online: bool = True
-    n_prior: int = 1000
+    n_prior: int = 2000
     fused: bool = True
     first: tuple[int, ...] = ()
     count: tuple[int, ...] = ()

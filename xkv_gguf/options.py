@@ -98,7 +98,7 @@ class XkvOptions:
     rank: Rank | None = None
     stages: bool = True
     online: bool = True
-    n_prior: int = 1000
+    n_prior: int = 2000
     fused: bool = True
     calibrate: bool = True
     group_size: int | None = None

@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--ratio", default="7")
     parser.add_argument("--n-ctx", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=7680)
-    parser.add_argument("--n-prior", type=float, default=1000.0)
+    parser.add_argument("--n-prior", type=float, default=2000.0)
     parser.add_argument("--ends", nargs="+", default=["static", "prompt"])
     args = parser.parse_args()
     header, sidecar = read_header(args.model), read_sidecar(args.sidecar)
