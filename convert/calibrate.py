@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xkv_gguf._partial import Partial
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.plan import KINDS, Kind
@@ -87,33 +86,22 @@ def self_shape(engine: Engine, tokens: int) -> tuple[int, int, int]:
     return n_seq, tokens // (n_seq * n_round), n_round
 
 
-def run_text(engine: Engine, seq: int, text: list[int], progress: Progress) -> None:
-    """Run a text into the cache of a sequence, in batches."""
-    for start in range(0, len(text), engine.n_batch):
-        part = text[start : start + engine.n_batch]
-        engine.decode(part, [seq] * len(part), list(range(start, start + len(part))), outputs=False)
-        progress(len(part))
-
-
 def _run_files(engine: Engine, capture: Capture, texts: list[list[int]], progress: Progress) -> None:
     for text in texts:
-        run_text(engine, 0, text, progress)
+        for start in range(0, len(text), engine.n_batch):
+            part = text[start : start + engine.n_batch]
+            engine.decode(part, [0] * len(part), list(range(start, start + len(part))), outputs=False)
+            progress(len(part))
         capture.add(0)
         engine.clear()
 
 
 def _run_self(
-    engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress, partial: Partial
+    engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress
 ) -> Iterator[list[int]]:
     n_seq, n_len, n_round = shape
     for i in range(n_round):
-        texts = partial.get(text_round=i)
-        if texts is None:
-            texts = write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
-            partial.put(texts, text_round=i)
-        else:
-            for seq, text in enumerate(texts):
-                run_text(engine, seq, text, progress)
+        texts = write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
         for seq in range(n_seq):
             capture.add(seq)
         engine.clear()
@@ -146,7 +134,6 @@ def collect(
     texts: list[list[int]] | None,
     progress: Progress,
     use: Callable[[int, Kind, Sums], object],
-    partial: Partial,
 ) -> TextInfo:
     """Run the calibration text and hand over the sums over it, one kind of one group at a time.
 
@@ -161,8 +148,6 @@ def collect(
         Gets the number of tokens after each batch.
     use : callable
         Gets group, kind and sums when all text has been run.
-    partial : Partial
-        Has the text that the model wrote before it was interrupted, which is read instead of being written again.
 
     Returns
     -------
@@ -182,7 +167,7 @@ def collect(
     with Capture(engine, groups.first, groups.count, groups.dims, settings.frame, settings.n_sink) as capture:
         if texts is not None:
             _run_files(engine, capture, texts, progress)
-        for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress, partial):
+        for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress):
             digest.update(np.asarray(text, dtype="<i4").tobytes())
             last.append(tuple(text))
             del last[:-N_LAST]

@@ -46,8 +46,8 @@ class Converted:
 def convert(model: Path, out: Path | None, settings: Settings, show_progress: bool = True) -> Converted:
     """Calibrate a GGUF model and write its sidecar.
 
-    OUT.partial keeps what is done while it runs: interrupted, the same conversion goes on from there. Text that was
-    written before is read again then, in batches, whose rounding differs from that of writing.
+    OUT.partial keeps the runs for weights while they are made: interrupted, the same conversion takes them up, after it
+    has calibrated again.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 held[captured_group, kind] = sums
 
             by_layer = settings.weigh == "layers"
-            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit, partial)
+            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit)
             info = SidecarInfo(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
@@ -163,22 +163,18 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         elif settings.weigh != "none":
             info = weigh_groups(engine, info, arrays, shape, text, partial, show_progress)
     write_sidecar(out, info, arrays)
-    if partial.n_taken:
-        notes.append(
-            f"{partial.n_taken} parts are taken from an interrupted run; not the same to the last byte as without"
-        )
     partial.remove()
     return Converted(out, info, tuple(notes))
 
 
 @contextmanager
 def _telling(partial: Partial, show: bool) -> Iterator[None]:
-    """Tell on stderr where an interrupted run goes on from, if it has done anything."""
+    """Tell on stderr what an interrupted run keeps, if it keeps anything."""
     try:
         yield
     except KeyboardInterrupt:
         if show and partial.n_taken + partial.n_put:
-            print(f"\n{partial.path} keeps what is done: the same command goes on from there", file=sys.stderr)
+            print(f"\n{partial.path} keeps what is weighed: the same command takes it up", file=sys.stderr)
         raise
 
 
