@@ -1,7 +1,8 @@
 # Adds our sources to upstream's llama target: one libllama exports llama_* and xkv_*.
 
 file(GLOB xkv_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/src/*.cpp" "${PROJECT_SOURCE_DIR}/native/src/*.h")
-list(APPEND xkv_sources "${XKV_GENERATED_DIR}/xkv-build-id.cpp")
+file(GLOB xkv_op_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ops/*/*.cpp")
+list(APPEND xkv_sources ${xkv_op_sources} "${XKV_GENERATED_DIR}/xkv-build-id.cpp")
 
 # the command that writes the build id belongs to this directory, the target to upstream's
 add_custom_target(xkv-build-id DEPENDS "${XKV_GENERATED_DIR}/xkv-build-id.cpp")
@@ -10,14 +11,15 @@ set_source_files_properties("${XKV_GENERATED_DIR}/xkv-build-id.cpp" TARGET_DIREC
 
 target_sources(llama PRIVATE ${xkv_sources})
 target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native/src"
-    "${PROJECT_SOURCE_DIR}/native/ggml")
+    "${PROJECT_SOURCE_DIR}/native/ggml" "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
 set_source_files_properties(${xkv_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
 # ops of the CPU backend; with GGML_CPU_ALL_VARIANTS there is a target per instruction set
-file(GLOB xkv_ggml_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ggml/*.c" "${PROJECT_SOURCE_DIR}/native/ggml/*.cpp")
+file(GLOB xkv_ggml_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ggml/*.c" "${PROJECT_SOURCE_DIR}/native/ggml/*.cpp"
+    "${PROJECT_SOURCE_DIR}/native/ops/*/cpu/*.cpp")
 foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
     if (backend MATCHES "^ggml-cpu" AND TARGET ${backend})
         target_sources(${backend} PRIVATE ${xkv_ggml_sources})
-        target_include_directories(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ggml")
+        target_include_directories(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ggml" "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn/cpu")
     endif()
 endforeach()
