@@ -37,6 +37,8 @@ struct xkv_decode_buffers {
     float *   ys;
     int32_t * yn;
     float *   score; // [n_query][n_chunk]
+    float *   weight;
+    float *   sum;   // [n_query] of the chunk's weights
     float *   mean;  // [n_query]
     int8_t *  pc;
     float *   ps;
@@ -70,7 +72,9 @@ static xkv_decode_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, int
         b.yc = a.take<int8_t>(n*r);
         b.ys = a.take<float>(n*r/32 + n);
         b.yn = a.take<int32_t>(n*r/32 + n);
-        b.score = a.take<float>(n*l.n_chunk);
+        b.score  = a.take<float>(n*l.n_chunk);
+        b.weight = a.take<float>(n*l.n_chunk);
+        b.sum    = a.take<float>(n);
         b.mean  = a.take<float>(n);
         b.pc    = a.take<int8_t>(n*l.n_chunk);
         b.ps    = a.take<float>(n*(l.n_chunk/32 + 1));
@@ -108,15 +112,13 @@ static void xkv_row_f32(const ggml_tensor * t, int64_t j, int64_t head, int64_t 
                 xkv_store(dst + i, xkv_load_f16(p + 2*i));
             }
             for (; i < n; ++i) {
-                dst[i] = ggml_fp16_to_fp32(((const ggml_fp16_t *) p)[i]);
+                dst[i] = xkv_f16(p + 2*i);
             }
             break;
         }
         default: // Q8_0
             for (int64_t c = 0; c < n/32; ++c, p += 34) {
-                ggml_fp16_t h;
-                memcpy(&h, p, 2);
-                const float d = ggml_fp16_to_fp32(h);
+                const float d = xkv_f16(p);
                 xkv_store(dst + 32*c,      xkv_load_i8(p + 2)*d);
                 xkv_store(dst + 32*c + 16, xkv_load_i8(p + 18)*d);
             }
@@ -244,14 +246,21 @@ struct xkv_decode_span {
 
     // query i in the chunk's frame
     void turn_query(int64_t ic, int64_t i) const {
+        const int64_t n    = l.dim[XKV_K];
+        const float * mean = l.mean_k(s) + l.head_kv(i)*n;
+
         float * x = b.qf + i*dim;
-        memset(x, 0, dim*sizeof(float));
-        l.rotate(ic, s, false, l.query(i, s), x);
-        const int64_t n = l.dim[XKV_K];
-        b.mean[i] = l.par.scale*xkv_dot_f32(n, x, l.mean_k(s) + l.head_kv(i)*n);
-        for (int64_t j = 0; j < n; ++j) {
-            x[j] *= l.par.scale;
+        l.rotate(ic, s, l.query(i, s), x);
+        f32r sum = {};
+        for (int64_t j = 0; j < n; j += 16) {
+            const f32r y = xkv_load(x + j)*l.par.scale;
+            xkv_store(x + j, y);
+            sum += y*xkv_load(mean + j);
         }
+        for (int64_t j = n; j < dim; ++j) {
+            x[j] = 0.0f;
+        }
+        b.mean[i] = xkv_sum(sum);
         xkv_round(x, dim, b.qc + i*dim, b.qs + i*dim/32, b.qn + i*dim/32);
     }
 
@@ -350,36 +359,42 @@ struct xkv_decode_span {
         max = m;
     }
 
-    // which blocks of a query are refined; false if none is
-    bool choose(int64_t i) const {
-        const float m = b.spans.max(span, i);
+    // weights of 16 tokens
+    f32r weights(int64_t i, int64_t t) const { return xkv_exp(xkv_load(b.score + i*n_chunk + t) - b.spans.max(span, i)); }
 
+    // turns scores into weights; false if no block is to be refined
+    bool weigh_lead(int64_t i) const {
         float block[256/XKV_ATTN_FINE];
-        float all = b.base[i] + b.spans.sum(span, i);
+        float sum = 0.0f;
         for (int64_t f = 0; f < n_fine; ++f) {
-            block[f] = xkv_sum(xkv_exp(xkv_load(b.score + i*n_chunk + 16*f) - m));
-            all += block[f];
+            const f32r p = weights(i, 16*f);
+            xkv_store(b.weight + i*n_chunk + 16*f, p);
+            block[f] = xkv_sum(p);
+            sum += block[f];
         }
+        const float least = l.par.tolerance*(b.base[i] + b.spans.sum(span, i) + sum);
         bool any = false;
         for (int64_t f = 0; f < n_fine; ++f) {
-            const bool fine = block[f] > l.par.tolerance*all;
-            b.fine[i*n_fine + f] = fine;
-            any = any || fine;
+            b.fine[i*n_fine + f] = block[f] > least;
+            any = any || block[f] > least;
         }
+        b.sum[i] = sum;
         return any;
     }
 
-    // weights of the chunk's tokens, as numbers and rounded
-    void weigh(int64_t i) const {
-        const float m = b.spans.max(span, i);
+    // the same once blocks were refined
+    void weigh_fine(int64_t i) const {
         f32r sum = {};
         for (int64_t t = 0; t < n_chunk; t += 16) {
-            const f32r p = xkv_exp(xkv_load(b.score + i*n_chunk + t) - m);
-            xkv_store(b.score + i*n_chunk + t, p);
+            const f32r p = weights(i, t);
+            xkv_store(b.weight + i*n_chunk + t, p);
             sum += p;
         }
-        b.spans.sum(span, i) += xkv_sum(sum);
-        xkv_round(b.score + i*n_chunk, n_chunk, b.pc + i*n_chunk, b.ps + i*n_chunk/32, b.pn + i*n_chunk/32);
+        b.sum[i] = xkv_sum(sum);
+    }
+
+    void round_weights(int64_t i) const {
+        xkv_round(b.weight + i*n_chunk, n_chunk, b.pc + i*n_chunk, b.ps + i*n_chunk/32, b.pn + i*n_chunk/32);
     }
 
     // adds directions [d0, d1) of V of the chunk's tokens, weighted
@@ -396,7 +411,7 @@ struct xkv_decode_span {
                     xkv_rounded y[XKV_DOT_MAX];
                     f32r res[XKV_DOT_MAX];
                     for (int k = 0; k < m; ++k) {
-                        y[k]   = xkv_at(b.score, b.pc, b.ps, b.pn, list[k0 + k], n_chunk, 0);
+                        y[k]   = xkv_at(b.weight, b.pc, b.ps, b.pn, list[k0 + k], n_chunk, 0);
                         res[k] = xkv_load(b.spans.sums(span, list[k0 + k]) + seg.first + r);
                     }
                     xkv_dot_tiles(m, seg.type, tiles, n_chunk, y, res);
@@ -425,7 +440,7 @@ struct xkv_decode_span {
                 if (!any) {
                     continue;
                 }
-                const xkv_rounded y = xkv_at(b.score, b.pc, b.ps, b.pn, i, n_chunk, t);
+                const xkv_rounded y = xkv_at(b.weight, b.pc, b.ps, b.pn, i, n_chunk, t);
                 for (int64_t r = r0; r < seg.rank; r += 16) {
                     const uint8_t * tiles = coef(ic, XKV_V, seg, head) + r/16*xkv_tile_bytes(seg.type, 16, n_chunk) + t/cols*tile;
                     f32r res = xkv_load(sums + seg.first + r);
@@ -440,10 +455,10 @@ struct xkv_decode_span {
     void keep_fine(int64_t i) const {
         for (int64_t f = 0; f < n_fine; ++f) {
             if (!b.fine[i*n_fine + f]) {
-                memset(b.score + i*n_chunk + 16*f, 0, 16*sizeof(float));
+                memset(b.weight + i*n_chunk + 16*f, 0, 16*sizeof(float));
             }
         }
-        xkv_round(b.score + i*n_chunk, n_chunk, b.pc + i*n_chunk, b.ps + i*n_chunk/32, b.pn + i*n_chunk/32);
+        round_weights(i);
     }
 
     void run_chunk(int64_t ic) const {
@@ -500,7 +515,7 @@ struct xkv_decode_span {
                 const int64_t i = list[k];
                 mask_tail(i, l.n_fill(ic, i/l.n_head, s));
                 raise_max(i, max_score(i));
-                any[i] = rest && choose(i);
+                any[i] = weigh_lead(i) && rest;
                 if (any[i]) {
                     fine[n_fine_query++] = i;
                 }
@@ -520,10 +535,12 @@ struct xkv_decode_span {
                 for (int k = 0; k < n_fine_query; ++k) {
                     mask_tail(fine[k], l.n_fill(ic, fine[k]/l.n_head, s));
                     raise_max(fine[k], max_score(fine[k]));
+                    weigh_fine(fine[k]);
                 }
             }
             for (int k = 0; k < n; ++k) {
-                weigh(list[k]);
+                b.spans.sum(span, list[k]) += b.sum[list[k]];
+                round_weights(list[k]);
             }
         });
         each_list([&](int64_t h, const int64_t * list, int n) { add_values(ic, list, n, h, 0, l.lead[XKV_V]); });

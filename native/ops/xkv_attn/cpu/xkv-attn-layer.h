@@ -124,30 +124,35 @@ struct xkv_attn_layer {
 
     float mask_at(int64_t j, int64_t t, int64_t s) const {
         const char * p = (const char *) mask->data + t*mask->nb[1] + s*mask->nb[3];
-        return mask->type == GGML_TYPE_F32 ? ((const float *) p)[j] : ggml_fp16_to_fp32(((const ggml_fp16_t *) p)[j]);
+        return mask->type == GGML_TYPE_F32 ? ((const float *) p)[j] : xkv_f16((const ggml_fp16_t *) p + j);
     }
 
-    // x turned by the pairs of a chunk's frame, or back
-    void rotate(int64_t ic, int64_t s, bool back, const float * x, float * y) const {
+    // x turned by the pairs of a chunk's frame
+    void rotate(int64_t ic, int64_t s, const float * x, float * y) const {
         memcpy(y, x, dim[XKV_K]*sizeof(float));
-        if (!turn || n_rot == 0) {
+        if (n_rot == 0) {
             return;
         }
-        const float * cs = (const float *) ((const char *) turn->data + (s*n_frame + ic)*turn->nb[2]);
-        const int64_t n  = n_rot/2;
-        const bool neox  = par.flags & XKV_ATTN_ROPE_NEOX;
+        const float * c = pairs(ic, s);
+        const int64_t n = n_rot/2;
         x += par.rot_first;
         y += par.rot_first;
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t a = neox ? i : 2*i;
-            const int64_t b = neox ? i + n : 2*i + 1;
-            const float   c = cs[a];
-            const float   d = back ? -cs[b] : cs[b];
-            const float  xa = x[a], xb = x[b];
-            y[a] = xa*c - xb*d;
-            y[b] = xa*d + xb*c;
+        if (par.flags & XKV_ATTN_ROPE_NEOX) {
+            for (int64_t i = 0; i < n; ++i) {
+                const float xa = x[i], xb = x[i + n];
+                y[i]     = xa*c[i]     - xb*c[i + n];
+                y[i + n] = xa*c[i + n] + xb*c[i];
+            }
+        } else {
+            for (int64_t i = 0; i < n_rot; i += 2) {
+                y[i]     = x[i]*c[i]     - x[i + 1]*c[i + 1];
+                y[i + 1] = x[i]*c[i + 1] + x[i + 1]*c[i];
+            }
         }
     }
+
+    // cosine and sine of each pair, from a position's frame to the chunk's
+    const float * pairs(int64_t ic, int64_t s) const { return (const float *) ((const char *) turn->data + (s*n_frame + ic)*turn->nb[2]); }
 };
 
 // units [begin, end) of a thread

@@ -242,7 +242,7 @@ struct xkv_prefill {
         if (l.n_rot == 0) {
             return;
         }
-        const float * cs   = (const float *) ((const char *) l.turn->data + (s*l.n_frame + ic)*l.turn->nb[2]);
+        const float * cs   = l.pairs(ic, s);
         const int64_t half = l.n_rot/2;
         const bool    neox = l.par.flags & XKV_ATTN_ROPE_NEOX;
         for (int64_t i = 0; i < half; ++i) {

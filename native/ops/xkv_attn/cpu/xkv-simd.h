@@ -41,6 +41,16 @@ XKV_INLINE f32r xkv_to_float(i32r x) {
     return __builtin_convertvector(x, f32r);
 }
 
+XKV_INLINE float xkv_f16(const void * p) {
+    ggml_fp16_t h;
+    memcpy(&h, p, sizeof(h));
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    return ggml_fp16_to_fp32(h);
+#endif
+}
+
 // 16 signed bytes
 XKV_INLINE f32r xkv_load_i8(const void * p) {
     typedef int8_t i8x16 __attribute__((vector_size(16)));

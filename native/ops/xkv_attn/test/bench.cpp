@@ -1,7 +1,7 @@
 // Times the op on one thread beside f16 flash attention of the same build, on random coefficients: what is within reach.
 //   bench TOKENS N_HEAD N_HEAD_KV HEAD_DIM FRAME SHAPE TOLERANCE N_TPS
 // SHAPE: ranks of K and V by type, f32,f16,q8_0,q5_0,q4_0,q2_0,q1_0, as "0,0,64,64,128,192,0:0,0,64,64,128,128,0"; leads as ":128:128"
-#include "cpu/xkv-attn-layer.h"
+#include "../cpu/xkv-attn-layer.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"

@@ -87,7 +87,16 @@ static inline std::vector<double> xkv_ref_attn(const ggml_tensor * t) {
                     for (int64_t d = 0; d < dk; ++d) {
                         k[d] = (float) x[XKV_K][tok*dk + d] + l.mean_k(s)[h*dk + d];
                     }
-                    l.rotate(ic, s, true, k.data(), kr.data());
+                    kr = k;
+                    for (int64_t d = 0; d < l.n_rot/2; ++d) {
+                        const bool    neox = l.par.flags & XKV_ATTN_ROPE_NEOX;
+                        const int64_t a    = neox ? d             : 2*d;
+                        const int64_t b    = neox ? d + l.n_rot/2 : 2*d + 1;
+                        const double  c    = l.pairs(ic, s)[a];
+                        const double  e    = -l.pairs(ic, s)[b];
+                        kr[l.par.rot_first + a] = (float) (k[l.par.rot_first + a]*c - k[l.par.rot_first + b]*e);
+                        kr[l.par.rot_first + b] = (float) (k[l.par.rot_first + a]*e + k[l.par.rot_first + b]*c);
+                    }
                     for (int64_t d = 0; d < dv; ++d) {
                         v[d] = (float) x[XKV_V][tok*dv + d];
                     }

@@ -149,7 +149,7 @@ int main() {
         c.lead[0]   = c.lead[1] = 32;
         c.tolerance = 1e-6f;
         check("refined nearly everywhere" + at, c, 2e-4);
-        c.tolerance = 0.01f;
+        c.tolerance = 0.02f;
         c.decay     = 8.0f;
         check("refined where it matters" + at, c, 3e-2);
         c = with(mixed(false));
