@@ -2,9 +2,9 @@
 
 #include "xkv.h"
 
+#include "base/xkv-error.h"
 #include "cache/xkv-cache.h"
 #include "cache/xkv-capture.h"
-#include "base/xkv-error.h"
 #include "cache/xkv-scope.h"
 #include "cache/xkv-support.h"
 

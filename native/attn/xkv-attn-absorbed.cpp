@@ -2,7 +2,6 @@
 
 #include "attn/xkv-attn.h"
 
-#include "cache/xkv-cache.h"
 #include "base/xkv-frame.h"
 
 #include "llama-model.h"
@@ -10,9 +9,9 @@
 // scores [n_slot, n_tps, n_head, span] of the stored tokens of a span; q [n_embd_head, n_head, n_tps, span]
 static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
-    const auto &   xkv = *inp->mctx->xkv;
-    const auto &   l   = xkv.store->layers[il];
-    const auto &   gr  = xkv.store->groups()[l.ig];
+    const auto &   view = *inp->view;
+    const auto &   l   = view.store->layers[il];
+    const auto &   gr  = view.store->groups()[l.ig];
 
     const int64_t n_embd_head = q->ne[0];
     const int64_t n_head      = q->ne[1];
@@ -20,7 +19,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
     const int64_t n_gqa       = n_head/n_head_kv;
     const int64_t n_stream    = span.count;
-    const int64_t n_chunk     = xkv.store->n_chunk;
+    const int64_t n_chunk     = view.store->n_chunk;
     const int64_t n_frame     = inp->n_slot/n_chunk;
 
     // every query in the frame of every chunk
@@ -30,7 +29,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     q = ggml_reshape_4d(ctx, q, n_embd_head, n_head*n_tps, 1, n_stream);
     q = ggml_repeat_4d(ctx, q, n_embd_head, n_head*n_tps, n_frame, n_stream);
     q = ggml_reshape_3d(ctx, q, n_embd_head, n_head*n_tps, n_frame*n_stream);
-    q = xkv_rotate(ctx, xkv.model, xkv.cparams, il, q, origin);
+    q = xkv_rotate(ctx, view.setup->model, view.setup->cparams, il, q, origin);
 
     // rows that share a KV head together
     const int64_t n_row = n_tps*n_frame*n_stream;
@@ -50,8 +49,8 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     ggml_tensor * q_mean = by_query(ggml_mul_mat(ctx, mean, q));
 
     ggml_tensor * s = nullptr; // [n_chunk, n_head*n_tps, n_frame, n_stream]
-    if (xkv.store->plain()) { // of one stream
-        ggml_tensor * x = xkv.store->plain_segment(xkv_store::kind::K, il).coef;
+    if (view.store->plain()) { // of one stream
+        ggml_tensor * x = view.store->plain_segment(xkv_store::kind::K, il).coef;
         x = ggml_view_4d(ctx, x, n_embd_head, n_chunk, n_frame, n_head_kv, x->nb[1], n_chunk*x->nb[1], ggml_row_size(x->type, n_embd_head), 0);
         s = by_query(ggml_mul_mat(ctx, x, ggml_reshape_4d(ctx, q, n_embd_head, n_gqa*n_tps, n_frame, n_head_kv)));
     } else {
@@ -59,12 +58,12 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
         for (size_t is = 0; is < gr.segments[xkv_store::kind::K].size(); ++is) {
             const auto & seg = gr.segments[xkv_store::kind::K][is];
 
-            ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::K, il, is, span);
+            ggml_tensor * basis = xkv_basis(inp->view, xkv_store::kind::K, il, is, span);
             basis = ggml_view_3d(ctx, basis, n_embd_head, seg.rank, n_head_kv, basis->nb[1], ggml_row_size(basis->type, n_embd_head), 0);
 
             ggml_tensor * coef = seg.coef;
             coef = ggml_view_4d(ctx, coef, seg.rank, n_chunk, n_frame, n_stream, coef->nb[1], n_chunk*coef->nb[1], coef->nb[2],
-                                (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
+                                (inp->view->stream_0 + span.first)*coef->nb[2]);
             ggml_tensor * t = ggml_mul_mat(ctx, coef, by_query(ggml_mul_mat(ctx, basis, q)));
             s = s ? ggml_add(ctx, s, t) : t;
         }
@@ -84,7 +83,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
 // output [n_embd_head, n_tps, n_head, span] of the stored tokens of a span; p [n_slot, n_tps, n_head, span]
 static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
-    const auto &   store = *inp->mctx->xkv->store;
+    const auto &   store = *inp->view->store;
     const auto &   gr    = store.groups()[store.layers[il].ig];
 
     const int64_t n_slot      = p->ne[0];
@@ -105,10 +104,10 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
         for (size_t is = 0; is < gr.segments[xkv_store::kind::V].size(); ++is) {
             const auto & seg = gr.segments[xkv_store::kind::V][is];
 
-            ggml_tensor * basis = xkv_basis(inp->mctx, xkv_store::kind::V, il, is, span);
+            ggml_tensor * basis = xkv_basis(inp->view, xkv_store::kind::V, il, is, span);
             ggml_tensor * coef = seg.coef;
             coef = ggml_view_4d(ctx, coef, n_slot, seg.rank, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2],
-                                (inp->mctx->get_stream_0() + span.first)*coef->nb[2]);
+                                (inp->view->stream_0 + span.first)*coef->nb[2]);
             ggml_tensor * t = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
             t = ggml_reshape_4d(ctx, t, seg.rank, n_tps*n_head/n_head_kv, n_head_kv, n_stream);
 
@@ -136,7 +135,7 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
     ggml_tensor * kq = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_kv, n_tps, n_head, n_stream]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
     if (n_slot > 0) {
-        ggml_tensor * s = xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
+        ggml_tensor * s = xkv_concat_spans(ctx, inp->view, 3, [&](xkv_span span) {
             return xkv_scores(gctx, inp, xkv_view_span(ctx, q, span), il, span);
         });
         kq = ggml_concat(ctx, s, kq, 0);
@@ -153,7 +152,7 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
     // output of the store
     if (n_slot > 0) {
         ggml_tensor * p_s = ggml_view_4d(ctx, kq, n_slot, n_tps, n_head, n_stream, kq->nb[1], kq->nb[2], kq->nb[3], 0);
-        out = ggml_add(ctx, out, xkv_concat_spans(ctx, inp->mctx, 3, [&](xkv_span span) {
+        out = ggml_add(ctx, out, xkv_concat_spans(ctx, inp->view, 3, [&](xkv_span span) {
             return xkv_output(gctx, inp, xkv_view_span(ctx, p_s, span), il, span);
         }));
     }

@@ -2,9 +2,8 @@
 
 #include "attn/xkv-attn.h"
 
-#include "cache/xkv-cache.h"
-#include "ggml/xkv-cpu.h"
 #include "base/xkv-frame.h"
+#include "ggml/xkv-cpu.h"
 
 #include "llama-model.h"
 
@@ -34,13 +33,13 @@ static const xkv_cpu_ops & xkv_get_cpu_ops() {
     return ops;
 }
 
-bool xkv_can_fuse(const llama_kv_cache_xkv_context * mctx, int il) {
-    const auto & store = *mctx->xkv->store;
+bool xkv_can_fuse(const xkv_view * view, int il) {
+    const auto & store = *view->store;
     const auto * coef  = store.groups()[store.layers[il].ig].segments[xkv_store::kind::K][0].coef;
 
     // a layer's tensors share a buffer type
-    return mctx->xkv->config.fused && ggml_backend_buffer_get_type(coef->buffer) == ggml_backend_cpu_buffer_type() &&
-           mctx->xkv->model.hparams.n_embd_head_k(il) <= XKV_CPU_MAX_HEAD && xkv_get_cpu_ops().complete();
+    return view->setup->config.fused && ggml_backend_buffer_get_type(coef->buffer) == ggml_backend_cpu_buffer_type() &&
+           view->setup->model.hparams.n_embd_head_k(il) <= XKV_CPU_MAX_HEAD && xkv_get_cpu_ops().complete();
 }
 
 // what the ops of a layer point to; the graph's input owns it
@@ -50,10 +49,10 @@ struct xkv_fused_layer {
 };
 
 static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head, int64_t n_head_kv, int il) {
-    const auto & store    = *inp->mctx->xkv->store;
+    const auto & store    = *inp->view->store;
     const auto & gr       = store.groups()[store.layers[il].ig];
-    const auto   n_stream = inp->mctx->get_n_stream();
-    const auto   stream_0 = inp->mctx->get_stream_0();
+    const auto   n_stream = inp->view->n_stream;
+    const auto   stream_0 = inp->view->stream_0;
 
     auto res = std::make_shared<xkv_fused_layer>();
     auto & l = res->layer;
@@ -103,7 +102,7 @@ static ggml_tensor * xkv_custom(ggml_context * ctx, ggml_custom_op_t fun, xkv_cp
 ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                              ggml_tensor * v, float kq_scale, int il) {
     ggml_context * ctx     = gctx.ctx0;
-    const auto &   xkv     = *inp->mctx->xkv;
+    const auto &   view    = *inp->view;
     const auto &   hparams = gctx.hparams;
     const auto &   ops     = xkv_get_cpu_ops();
 
@@ -127,7 +126,7 @@ ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv
         x = ggml_reshape_4d(ctx, x, n_embd_head, n_query, 1, n_stream);
         x = ggml_repeat_4d(ctx, x, n_embd_head, n_query, l->n_frame, n_stream);
         x = ggml_reshape_3d(ctx, x, n_embd_head, n_query, l->n_frame*n_stream);
-        x = xkv_rotate(ctx, xkv.model, xkv.cparams, il, x, inp->origin);
+        x = xkv_rotate(ctx, view.setup->model, view.setup->cparams, il, x, inp->origin);
         args.push_back(xkv_custom(ctx, ops.project, l, { x }, XKV_CPU_N_COEF(l->rank[0]), n_query, l->n_frame, n_stream));
     }
     ggml_tensor * kq = xkv_custom(ctx, ops.scores, l, args, n_slot + n_kv, n_tps, n_head, n_stream);

@@ -4,12 +4,13 @@
 
 #include "attn/xkv-attn.h"
 
-#include "cache/xkv-cache.h"
+#include "attn/xkv-attn-hooks.h"
 #include "base/xkv-error.h"
 #include "base/xkv-frame.h"
-#include "cache/xkv-hooks.h"
+#include "format/xkv-sidecar.h"
 
 #include "llama-impl.h"
+#include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <cmath>
@@ -19,18 +20,16 @@
 // llm_graph_input_xkv
 //
 
-llm_graph_input_xkv::llm_graph_input_xkv(const llama_kv_cache_xkv_context * mctx, bool absorb) :
-    mctx(mctx), n_slot(mctx->get_n_slot()), n_change(mctx->xkv->store->n_change()), absorb(absorb) {}
+llm_graph_input_xkv::llm_graph_input_xkv(const xkv_view * view, bool absorb) :
+    view(view), n_slot(view->n_slot), n_change(view->store->n_change()), absorb(absorb) {}
 
 void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
-    const auto & xkv = *mctx->xkv;
-
-    const uint32_t n_chunk  = xkv.store->n_chunk;
-    const uint32_t n_stream = mctx->get_n_stream();
+    const uint32_t n_chunk  = view->store->n_chunk;
+    const uint32_t n_stream = view->n_stream;
 
     for (uint32_t i = 0; i < fill.size(); ++i) {
         const uint32_t n_frame = n_slot/n_chunk;
-        const auto &   chunks  = xkv.get_chunks(mctx->get_stream_0() + i/n_frame);
+        const auto &   chunks  = view->table(i/n_frame);
         fill[i] = i%n_frame < chunks.size() ? chunks[i%n_frame].n : 0;
     }
 
@@ -38,7 +37,7 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
         std::vector<int32_t> data;
         data.reserve(origin->ne[0]);
         for (uint32_t s = 0; s < n_stream; ++s) {
-            const auto & chunks = xkv.get_chunks(mctx->get_stream_0() + s);
+            const auto & chunks = view->table(s);
             for (uint32_t ic = 0; ic < n_slot/n_chunk; ++ic) {
                 const llama_pos pos = ic < chunks.size() && chunks[ic].n > 0 ? chunks[ic].pos : 0;
                 data.insert(data.end(), absorb ? 1 : n_chunk, absorb ? -pos : pos);
@@ -63,7 +62,7 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
                 memcpy(row, row - n_slot, n_slot*sizeof(*row)); // a stored token is older than every query of its sequence
                 continue;
             }
-            const auto & chunks = xkv.get_chunks(xkv.get_stream(seq_id));
+            const auto & chunks = view->table_of(seq_id);
             for (uint32_t ic = 0; ic < std::min<size_t>(n_slot/n_chunk, chunks.size()); ++ic) {
                 if (chunks[ic].seqs.test(seq_id)) {
                     std::fill_n(row + ic*n_chunk, chunks[ic].n, keep);
@@ -75,29 +74,29 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
 }
 
 bool llm_graph_input_xkv::can_reuse(const llm_graph_params & params) {
-    mctx = static_cast<const llama_kv_cache_context *>(params.mctx)->as_xkv();
+    view = static_cast<const llama_kv_cache_context *>(params.mctx)->as_xkv();
 
     // the shape of the micro-batch is checked by the input of the window
-    return mctx->get_n_slot() == n_slot && mctx->xkv->store->n_change() == n_change;
+    return view->n_slot == n_slot && view->store->n_change() == n_change;
 }
 
 //
 // graph
 //
 
-static llm_graph_input_xkv * xkv_get_input(const llm_graph_context & gctx, const llama_kv_cache_xkv_context * mctx) {
+static llm_graph_input_xkv * xkv_get_input(const llm_graph_context & gctx, const xkv_view * view) {
     for (auto & inp : gctx.res->inputs) {
         if (auto * res = dynamic_cast<llm_graph_input_xkv *>(inp.get())) {
             return res;
         }
     }
 
-    const uint32_t n_stream = mctx->get_n_stream();
+    const uint32_t n_stream = view->n_stream;
     const uint32_t n_tps    = gctx.n_tokens/n_stream;
 
-    auto inp = std::make_unique<llm_graph_input_xkv>(mctx, n_tps <= mctx->xkv->config.n_absorb && (n_stream == 1 || n_tps == 1));
+    auto inp = std::make_unique<llm_graph_input_xkv>(view, n_tps <= view->setup->config.n_absorb && (n_stream == 1 || n_tps == 1));
     if (inp->n_slot > 0) {
-        const uint32_t n_origin = inp->absorb ? inp->n_slot/mctx->xkv->store->n_chunk : inp->n_slot;
+        const uint32_t n_origin = inp->absorb ? inp->n_slot/view->store->n_chunk : inp->n_slot;
 
         inp->origin = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, (int64_t) n_origin*n_stream);
         ggml_set_input(inp->origin);
@@ -110,9 +109,9 @@ static llm_graph_input_xkv * xkv_get_input(const llm_graph_context & gctx, const
     return (llm_graph_input_xkv *) gctx.res->add_input(std::move(inp));
 }
 
-std::vector<xkv_span> xkv_spans(const llama_kv_cache_xkv_context * mctx) {
-    const uint32_t n = mctx->get_n_stream();
-    if (mctx->xkv->store->shares_bases(mctx->get_stream_0(), n)) {
+std::vector<xkv_span> xkv_spans(const xkv_view * view) {
+    const uint32_t n = view->n_stream;
+    if (view->store->shares_bases(view->stream_0, n)) {
         return { { 0, n } };
     }
     std::vector<xkv_span> res;
@@ -129,8 +128,8 @@ ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span) 
     return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2], span.count, t->nb[1], t->nb[2], t->nb[3], span.first*t->nb[3]);
 }
 
-ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, size_t is, xkv_span span) {
-    return mctx->xkv->store->basis(kd, il, is, mctx->get_stream_0() + span.first);
+ggml_tensor * xkv_basis(const xkv_view * view, xkv_store::kind kd, int il, size_t is, xkv_span span) {
+    return view->store->basis(kd, il, is, view->stream_0 + span.first);
 }
 
 static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
@@ -145,10 +144,10 @@ static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
 static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_tensor * coef) {
     auto & res = inp->coef[coef];
     if (!res) {
-        const int64_t n_stream = inp->mctx->get_n_stream();
+        const int64_t n_stream = inp->view->n_stream;
         const int64_t ne0      = kd == xkv_store::kind::K ? coef->ne[0] : inp->n_slot;
         const int64_t ne1      = kd == xkv_store::kind::K ? inp->n_slot : coef->ne[1];
-        res = ggml_view_4d(ctx, coef, ne0, ne1, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2], inp->mctx->get_stream_0()*coef->nb[2]);
+        res = ggml_view_4d(ctx, coef, ne0, ne1, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2], inp->view->stream_0*coef->nb[2]);
         res = ggml_cast(ctx, res, GGML_TYPE_F32);
         res = kd == xkv_store::kind::K ? res : ggml_cont(ctx, ggml_transpose(ctx, res));
     }
@@ -158,30 +157,30 @@ static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv
 // K or V [n_embd_head, n_head_kv, n_slot, n_stream] of a layer's stored tokens, as type
 static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_type type, int il) {
     ggml_context * ctx = gctx.ctx0;
-    const auto &   xkv = *inp->mctx->xkv;
-    const auto &   l   = xkv.store->layers[il];
+    const auto &   view = *inp->view;
+    const auto &   l   = view.store->layers[il];
 
     const int64_t n_embd_head = kd == xkv_store::kind::K ? gctx.hparams.n_embd_head_k(il) : gctx.hparams.n_embd_head_v(il);
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
-    const int64_t n_stream    = inp->mctx->get_n_stream();
+    const int64_t n_stream    = inp->view->n_stream;
 
     const auto from_basis = [&](xkv_span span) {
-        const auto & segments = xkv.store->groups()[l.ig].segments[kd];
+        const auto & segments = view.store->groups()[l.ig].segments[kd];
 
         ggml_tensor * res = nullptr; // [n_embd, n_slot, 1, span]
         for (size_t is = 0; is < segments.size(); ++is) {
             ggml_tensor * t = xkv_view_span(ctx, xkv_coef(ctx, inp, kd, segments[is].coef), span);
-            t   = xkv_from_coef(ctx, kd, xkv_basis(inp->mctx, kd, il, is, span), t);
+            t   = xkv_from_coef(ctx, kd, xkv_basis(inp->view, kd, il, is, span), t);
             res = res ? ggml_add(ctx, res, t) : t;
         }
         return res;
     };
-    ggml_tensor * x = xkv.store->plain() ? xkv_coef(ctx, inp, kd, xkv.store->plain_segment(kd, il).coef) :
-                                           xkv_concat_spans(ctx, inp->mctx, 3, from_basis);
+    ggml_tensor * x = view.store->plain() ? xkv_coef(ctx, inp, kd, view.store->plain_segment(kd, il).coef) :
+                                           xkv_concat_spans(ctx, inp->view, 3, from_basis);
     if (kd == xkv_store::kind::K) {
         x = ggml_add(ctx, x, l.mean_k);
         x = ggml_reshape_3d(ctx, x, n_embd_head, n_head_kv, inp->n_slot*n_stream);
-        x = xkv_rotate(ctx, xkv.model, xkv.cparams, il, x, inp->origin);
+        x = xkv_rotate(ctx, view.setup->model, view.setup->cparams, il, x, inp->origin);
     }
     x = type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, type);
     return ggml_reshape_4d(ctx, x, n_embd_head, n_head_kv, inp->n_slot, n_stream);
@@ -216,19 +215,19 @@ static ggml_tensor * xkv_times(ggml_context * ctx, ggml_tensor * x, float scale)
     return ggml_scale(ctx, ggml_reshape(ctx, x, x), scale); // the strides of a single row can be any
 }
 
-ggml_tensor * xkv_prepare_k(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * k_cur, int il) {
-    return xkv_times(ctx, k_cur, mctx->xkv->sidecar->scale[xkv_sidecar::K][il]);
+ggml_tensor * xkv_prepare_k(ggml_context * ctx, const xkv_view * view, ggml_tensor * k_cur, int il) {
+    return xkv_times(ctx, k_cur, view->setup->sidecar.scale[xkv_sidecar::K][il]);
 }
 
-ggml_tensor * xkv_prepare_v(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, ggml_tensor * v_cur, int il) {
-    ggml_tensor * mean = mctx->xkv->store->layers[il].mean_v;
-    v_cur = xkv_times(ctx, v_cur, mctx->xkv->sidecar->scale[xkv_sidecar::V][il]);
+ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tensor * v_cur, int il) {
+    ggml_tensor * mean = view->store->layers[il].mean_v;
+    v_cur = xkv_times(ctx, v_cur, view->setup->sidecar.scale[xkv_sidecar::V][il]);
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
 }
 
 ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv, ggml_tensor * q, ggml_tensor * k,
                              ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
-    const auto * mctx = inp_kv->mctx->as_xkv();
+    const auto * view = inp_kv->mctx->as_xkv();
 
     // reached when the context reserves its graphs, inside llama_init_from_model
     if (kq_b || sinks) {
@@ -240,20 +239,20 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention was turned off for this context, but an xkv cache needs it; set flash_attn_type to enabled");
     }
 
-    auto * inp = xkv_get_input(gctx, mctx);
+    auto * inp = xkv_get_input(gctx, view);
     if (!inp->mask_all) {
         ggml_tensor * mask = inp_kv->get_kq_mask();
         inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
     }
 
-    auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(mctx, il) ? xkv_attn_fused : xkv_attn_absorbed;
+    auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(view, il) ? xkv_attn_fused : xkv_attn_absorbed;
 
-    const auto & scale = mctx->xkv->sidecar->scale;
+    const auto & scale = view->setup->sidecar.scale;
 
     ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale/scale[xkv_sidecar::K][il], il);
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
-    ggml_tensor * mean = mctx->xkv->store->layers[il].mean_o;
+    ggml_tensor * mean = view->store->layers[il].mean_o;
     if (inp->absorb) {
         mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
     }
@@ -264,23 +263,17 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
     return out;
 }
 
-uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
-    const auto * xkv = dynamic_cast<const llama_kv_cache_xkv *>(mem);
-    if (!xkv) {
-        return 0;
-    }
-    const auto & store = *xkv->store;
-
+uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config) {
     uint32_t res = 0;
     for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
         uint32_t n_segment = 0;
-        for (const auto & stage : xkv->config.stages) {
+        for (const auto & stage : config.stages) {
             if (stage.plain()) {
                 continue; // one per layer
             }
             n_segment = std::max<uint32_t>(n_segment, stage.segments[0][ig].size() + stage.segments[1][ig].size());
         }
-        const uint32_t n_span = xkv->config.online ? store.n_stream : 1;
+        const uint32_t n_span = config.online ? store.n_stream : 1;
         res += store.groups()[ig].count*(32 + n_span*(40 + 12*n_segment));
     }
     return res;

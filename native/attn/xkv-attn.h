@@ -1,6 +1,6 @@
 #pragma once
 
-#include "store/xkv-store.h"
+#include "attn/xkv-view.h"
 
 #include "llama-graph.h"
 
@@ -8,12 +8,10 @@
 #include <memory>
 #include <vector>
 
-class llama_kv_cache_xkv_context;
-
 // Inputs that all layers of a graph share: what the queries of the micro-batch see of the store.
 class llm_graph_input_xkv : public llm_graph_input_i {
 public:
-    llm_graph_input_xkv(const llama_kv_cache_xkv_context * mctx, bool absorb);
+    llm_graph_input_xkv(const xkv_view * view, bool absorb);
 
     void set_input(const llama_ubatch * ubatch) override;
 
@@ -31,7 +29,7 @@ public:
     std::vector<uint32_t>              fill;   // [n_frame*n_stream] tokens in the chunk
     std::vector<std::shared_ptr<void>> layers;
 
-    const llama_kv_cache_xkv_context * mctx;
+    const xkv_view * view;
 
     const uint32_t n_slot;
     const uint32_t n_change; // of the store's bases
@@ -44,18 +42,18 @@ struct xkv_span {
     uint32_t count;
 };
 
-std::vector<xkv_span> xkv_spans(const llama_kv_cache_xkv_context * mctx);
+std::vector<xkv_span> xkv_spans(const xkv_view * view);
 
 // streams of a span of t [ne0, ne1, ne2, n_stream]
 ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span);
 
-ggml_tensor * xkv_basis(const llama_kv_cache_xkv_context * mctx, xkv_store::kind kd, int il, size_t is, xkv_span span);
+ggml_tensor * xkv_basis(const xkv_view * view, xkv_store::kind kd, int il, size_t is, xkv_span span);
 
 // one result per span, beside each other along dim
 template <typename F>
-ggml_tensor * xkv_concat_spans(ggml_context * ctx, const llama_kv_cache_xkv_context * mctx, int dim, F && build) {
+ggml_tensor * xkv_concat_spans(ggml_context * ctx, const xkv_view * view, int dim, F && build) {
     ggml_tensor * res = nullptr;
-    for (const auto & span : xkv_spans(mctx)) {
+    for (const auto & span : xkv_spans(view)) {
         ggml_tensor * t = build(span);
         res = res ? ggml_concat(ctx, res, t, dim) : t;
     }
@@ -68,6 +66,9 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
                                 ggml_tensor * v, float kq_scale, int il);
 
 // the same of fused ops; xkv_can_fuse says whether the layer's device has them
-bool          xkv_can_fuse  (const llama_kv_cache_xkv_context * mctx, int il);
+bool          xkv_can_fuse  (const xkv_view * view, int il);
 ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                              ggml_tensor * v, float kq_scale, int il);
+
+// graph nodes beyond the model's own
+uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config);

@@ -1,8 +1,7 @@
 #include "cache/xkv-cache.h"
 
 #include "base/xkv-error.h"
-#include "flow/xkv-flush.h"
-#include "flow/xkv-online.h"
+#include "flow/xkv-flow.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -24,7 +23,7 @@ static uint32_t xkv_n_seq_stream(const llama_cparams & cparams) {
 
 llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
                                        std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config) :
-    model(model), cparams(cparams), config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar) {
+    config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar), setup{ model, cparams, *sidecar, this->config } {
     const uint32_t n_chunk = sidecar->frame;
     const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
     if (cparams.n_ctx_seq <= n_exact) {
@@ -42,21 +41,9 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
 
     store = std::make_unique<xkv_store>(model, *sidecar, config, GGML_PAD(n_chunks*n_chunk, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
 
-    window = std::make_unique<llama_kv_cache>(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, cparams.offload_kqv,
-                                              cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr,
-                                              nullptr, nullptr, nullptr, "xkv_window_");
-
-    // upstream turns K and V of quantized caches by a Hadamard matrix; compression needs them as they are
-    window->attn_rot_k = false;
-    window->attn_rot_v = false;
-
-    text_sinks.assign(n_stream, std::vector<bool>(window->get_size(), false));
-    chunks.assign(n_stream, std::vector<xkv_chunk>(store->n_slot/n_chunk));
-
-    flusher = std::make_unique<xkv_flush>(*this);
-    if (config.online) {
-        online = std::make_unique<xkv_online_bases>(*this, *flusher);
-    }
+    window = std::make_unique<xkv_window>(model, params, cparams, store->layer_ids(), n_cell);
+    tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
+    flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
 }
 
 llama_kv_cache_xkv::~llama_kv_cache_xkv() = default;
@@ -75,7 +62,7 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & bal
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        auto ubatch = chunks.size() == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        auto ubatch = tables.size() == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
@@ -95,23 +82,46 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & bal
     }
 
     // a stream holds n_ctx_seq tokens, however they are kept
-    std::vector<uint32_t> n_tokens(chunks.size(), 0);
+    std::vector<uint32_t> n_tokens(tables.size(), 0);
     for (const auto & ubatch : ubatches) {
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             n_tokens[get_stream(ubatch.seq_id[i][0])]++;
         }
     }
-    for (uint32_t s = 0; s < chunks.size(); ++s) {
-        uint32_t n = n_tokens[s] + cells(s).get_used();
-        for (const auto & chunk : chunks[s]) {
-            n += chunk.n;
-        }
-        if (n_tokens[s] > 0 && n > cparams.n_ctx_seq) {
+    for (uint32_t s = 0; s < tables.size(); ++s) {
+        const uint32_t n = n_tokens[s] + window->n_used(s) + tables[s].n_token();
+        if (n_tokens[s] > 0 && n > setup.cparams.n_ctx_seq) {
             return fail(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
         }
     }
 
     return std::make_unique<llama_kv_cache_xkv_context>(this, std::move(ubatches));
+}
+
+bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
+    std::vector<uint32_t> n_new(tables.size(), 0);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        n_new[get_stream(ubatch.seq_id[i][0])]++;
+    }
+    // tokens stay exact until their room is needed; sequences without new tokens make room as well
+    for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) n_seq_max; ++seq_id) {
+        const uint32_t stream = get_stream(seq_id);
+        if (n_new[stream] == 0 || window->n_used(stream) + n_new[stream] <= window->size()) {
+            continue;
+        }
+        try {
+            flow->leave(lctx, seq_id);
+        } catch (const std::exception & err) {
+            if (dynamic_cast<const xkv_flow_error *>(&err)) {
+                broken = true;
+                refuse("an update of the bases of sequence %d: %s; clear the cache", seq_id, err.what());
+            }
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            xkv_set_last_error(err.what());
+            return false;
+        }
+    }
+    return true;
 }
 
 llama_memory_context_ptr llama_kv_cache_xkv::init_full() {
@@ -121,7 +131,7 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_full() {
 llama_memory_context_ptr llama_kv_cache_xkv::init_update(llama_context * lctx, bool optimize) {
     this->lctx = lctx;
 
-    return window->init_update(lctx, optimize);
+    return get_window()->init_update(lctx, optimize);
 }
 
 bool llama_kv_cache_xkv::get_can_shift() const {
@@ -129,12 +139,12 @@ bool llama_kv_cache_xkv::get_can_shift() const {
 }
 
 void llama_kv_cache_xkv::clear(bool data) {
-    window->clear(data);
+    get_window()->clear(data);
     if (data) {
-        restart(0);
+        flow->restart(0);
     }
-    for (auto & table : chunks) {
-        std::fill(table.begin(), table.end(), xkv_chunk());
+    for (auto & table : tables) {
+        table.clear();
     }
     drop_unused();
     broken = false;
@@ -142,50 +152,28 @@ void llama_kv_cache_xkv::clear(bool data) {
 }
 
 void llama_kv_cache_xkv::drop_unused() {
-    for (uint32_t s = 0; s < text_sinks.size(); ++s) {
-        for (uint32_t i = 0; i < text_sinks[s].size(); ++i) {
-            text_sinks[s][i] = text_sinks[s][i] && !cells(s).is_empty(i);
-        }
-    }
-    for (uint32_t s = 0; online && s < chunks.size(); ++s) {
-        const bool empty = std::all_of(chunks[s].begin(), chunks[s].end(), [](const xkv_chunk & chunk) { return chunk.n == 0; });
-        if (empty && cells(s).get_used() == 0) {
-            store->reset_bases(s);
-            online->reset(s);
+    window->drop_sinks();
+    for (uint32_t s = 0; s < tables.size(); ++s) {
+        if (tables[s].empty() && window->n_used(s) == 0) {
+            flow->reset(s);
         }
     }
 }
 
 xkv_online_info llama_kv_cache_xkv::seq_online(llama_seq_id seq_id) const {
-    return online ? online->info(get_stream(seq_id)) : xkv_online_info();
-}
-
-llama_kv_cells & llama_kv_cache_xkv::cells(uint32_t stream) const {
-    return window->v_cells[stream];
-}
-
-ggml_tensor * llama_kv_cache_xkv::window_k(uint32_t il, uint32_t stream) const {
-    return window->layers[window->map_layer_ids.at(il)].k_stream[stream];
-}
-
-ggml_tensor * llama_kv_cache_xkv::window_v(uint32_t il, uint32_t stream) const {
-    return window->layers[window->map_layer_ids.at(il)].v_stream[stream];
+    return flow->info(get_stream(seq_id));
 }
 
 uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
     uint32_t n_slot = 0;
     for (uint32_t s = s0; s <= s1; ++s) {
-        for (uint32_t ic = 0; ic < chunks[s].size(); ++ic) {
-            if (chunks[s][ic].n > 0) {
-                n_slot = std::max(n_slot, (ic + 1)*store->n_chunk);
-            }
-        }
+        n_slot = std::max(n_slot, tables[s].n_slot());
     }
     return GGML_PAD(n_slot, XKV_SLOT_PAD);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const {
-    auto res = window->memory_breakdown();
+    auto res = get_window()->memory_breakdown();
     for (const auto & [buft, bytes] : store->buffers()) {
         res[buft] += bytes;
     }
@@ -196,7 +184,7 @@ std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::parts() const {
     auto res = store->parts();
 
     size_t n_window = 0;
-    for (const auto & [buft, bytes] : window->memory_breakdown()) {
+    for (const auto & [buft, bytes] : get_window()->memory_breakdown()) {
         n_window += bytes;
     }
     res.emplace_back("sinks and window", n_window);
@@ -243,7 +231,9 @@ void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_memory_status status) : llama_kv_cache_context(status), xkv(nullptr) {}
 
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv) :
-    llama_kv_cache_context(xkv->get_window()), xkv(xkv), n_slot(xkv->store->n_slot_now()) {}
+    llama_kv_cache_context(xkv->get_window()), xkv(xkv), view(xkv->view(sinfos[0].s0, sinfos[0].s1)) {
+    view.n_slot = xkv->store->n_slot_now();
+}
 
 llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv, std::vector<llama_ubatch> ubatches) :
     llama_kv_cache_context(xkv->get_window(), {}, std::move(ubatches)), xkv(xkv) {
@@ -263,8 +253,8 @@ bool llama_kv_cache_xkv_context::apply() {
     }
     kv->apply_ubatch(sinfos[i_cur], ubatch);
 
-    n_kv   = kv->get_n_kv(sinfos[i_cur]);
-    n_slot = xkv->get_n_slot(sinfos[i_cur].s0, sinfos[i_cur].s1);
+    n_kv = kv->get_n_kv(sinfos[i_cur]);
+    view = xkv->view(sinfos[i_cur].s0, sinfos[i_cur].s1);
 
     return true;
 }

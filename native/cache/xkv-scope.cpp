@@ -1,9 +1,10 @@
 // How a context comes to have an xkv cache: the scope of a thread, and the hooks of llama_model::create_memory.
 
-#include "cache/xkv-cache.h"
+#include "attn/xkv-attn.h"
 #include "base/xkv-codec.h"
 #include "base/xkv-error.h"
-#include "cache/xkv-hooks.h"
+#include "cache/xkv-cache-hooks.h"
+#include "cache/xkv-cache.h"
 #include "cache/xkv-scope.h"
 #include "cache/xkv-support.h"
 
@@ -263,4 +264,9 @@ llama_memory_i * xkv_check_memory(llama_memory_i * mem) {
     return xkv_keep_error([]() -> llama_memory_i * {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "this model does not keep a plain KV cache, and an xkv cache does not support its kind yet; use kv_mode f16, q8_0 or q4_0");
     });
+}
+
+uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
+    const auto * xkv = dynamic_cast<const llama_kv_cache_xkv *>(mem);
+    return xkv ? xkv_attn_max_nodes(*xkv->store, xkv->config) : 0;
 }

@@ -1,6 +1,5 @@
 #include "flow/xkv-flush.h"
 
-#include "cache/xkv-cache.h"
 #include "base/xkv-frame.h"
 #include "base/xkv-parallel.h"
 
@@ -20,22 +19,22 @@ static size_t xkv_n_node(const xkv_store::group & gr) {
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
                                      ggml_tensor * origin) const {
-    const auto & hparams = cache.model.hparams;
+    const auto & hparams = setup.model.hparams;
 
     if (kd == xkv_store::kind::V) {
-        return ggml_get_rows(ctx, cache.window_v(il, stream), cells); // the window holds centred V
+        return ggml_get_rows(ctx, window.v(il, stream), cells); // the window holds centred V
     }
-    ggml_tensor * mean = cache.store->layers[il].mean_k;
-    ggml_tensor * k    = ggml_get_rows(ctx, cache.window_k(il, stream), cells);
+    ggml_tensor * mean = store.layers[il].mean_k;
+    ggml_tensor * k    = ggml_get_rows(ctx, window.k(il, stream), cells);
     k = ggml_reshape_3d(ctx, k, hparams.n_embd_head_k(il), hparams.n_head_kv(il), cells->ne[0]);
-    k = xkv_rotate(ctx, cache.model, cache.cparams, il, k, origin);
+    k = xkv_rotate(ctx, setup.model, setup.cparams, il, k, origin);
     k = ggml_reshape_2d(ctx, k, mean->ne[0], cells->ne[0]);
     return ggml_sub(ctx, k, mean);
 }
 
 ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint32_t ig, uint32_t stream, ggml_tensor * cells,
                                      ggml_tensor * origin) const {
-    const auto & gr = cache.store->groups()[ig];
+    const auto & gr = store.groups()[ig];
 
     ggml_tensor * res = nullptr;
     for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
@@ -46,7 +45,7 @@ ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint
 }
 
 std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells) {
-    const auto & layers = cache.store->layers;
+    const auto & layers = store.layers;
 
     graph.begin(lctx, 64 + 8*layers.size());
 
@@ -55,7 +54,7 @@ std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream,
 
     std::vector<ggml_tensor *> energy; // per layer [1, n]
     for (uint32_t il = 0; il < layers.size(); ++il) {
-        ggml_tensor * v = ggml_get_rows(ctx, cache.window_v(il, stream), inp_cells);
+        ggml_tensor * v = ggml_get_rows(ctx, window.v(il, stream), inp_cells);
         v = ggml_add(ctx, v, layers[il].mean_v);
         energy.push_back(ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
         graph.output(energy.back());
@@ -74,7 +73,7 @@ std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream,
 }
 
 void xkv_flush::compress(llama_context * lctx, uint32_t stream, const std::vector<job> & jobs) {
-    const size_t n_block = std::max<size_t>(1, XKV_FLUSH_BLOCK/cache.store->n_chunk);
+    const size_t n_block = std::max<size_t>(1, XKV_FLUSH_BLOCK/store.n_chunk);
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         compress_block(lctx, stream, jobs.data() + i, std::min(n_block, jobs.size() - i));
     }
@@ -82,8 +81,6 @@ void xkv_flush::compress(llama_context * lctx, uint32_t stream, const std::vecto
 }
 
 void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job) {
-    auto & store = *cache.store;
-
     const uint32_t n_chunk = store.n_chunk;
 
     std::vector<int64_t> cells;
@@ -136,8 +133,7 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
 
 void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,
                         const std::vector<uint32_t> & cells) {
-    const auto & store   = *cache.store;
-    const auto & hparams = cache.model.hparams;
+    const auto & hparams = setup.model.hparams;
 
     const uint32_t n = slots.size();
 
@@ -171,10 +167,10 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
                 if (kd == xkv_store::kind::K) {
                     x = ggml_add(ctx, x, store.layers[il].mean_k);
                     x = ggml_reshape_3d(ctx, x, hparams.n_embd_head_k(il), hparams.n_head_kv(il), n);
-                    x = xkv_rotate(ctx, cache.model, cache.cparams, il, x, inp_origin);
+                    x = xkv_rotate(ctx, setup.model, setup.cparams, il, x, inp_origin);
                     x = ggml_reshape_2d(ctx, x, store.layers[il].mean_k->ne[0], n);
                 }
-                ggml_tensor * dst = kd == xkv_store::kind::K ? cache.window_k(il, stream) : cache.window_v(il, stream);
+                ggml_tensor * dst = kd == xkv_store::kind::K ? window.k(il, stream) : window.v(il, stream);
                 graph.expand(ggml_set_rows(ctx, dst, x, inp_cells));
             }
         }

@@ -1,28 +1,22 @@
 #pragma once
 
 #include "base/xkv-graph.h"
+#include "flow/xkv-select.h"
+#include "store/xkv-config.h"
 #include "store/xkv-store.h"
+#include "window/xkv-window.h"
 
 #include "llama.h"
 
 #include <cstdint>
 #include <vector>
 
-class llama_kv_cache_xkv;
-
-// tokens that fill one chunk
-struct xkv_flush_job {
-    uint32_t              ic;    // chunk
-    llama_pos             pos;   // of the first token
-    std::vector<uint32_t> cells; // in the window, at most n_chunk
-};
-
 // Moves tokens between window and store: projection onto the bases, and back.
 class xkv_flush {
 public:
     using job = xkv_flush_job;
 
-    explicit xkv_flush(const llama_kv_cache_xkv & cache) : cache(cache) {}
+    xkv_flush(const xkv_setup & setup, xkv_store & store, const xkv_window & window) : setup(setup), store(store), window(window) {}
 
     // writes the coefficients of the jobs' tokens into their chunks; throws xkv_error
     void compress(llama_context * lctx, uint32_t stream, const std::vector<job> & jobs);
@@ -41,7 +35,9 @@ public:
                               ggml_tensor * origin) const;
 
 private:
-    const llama_kv_cache_xkv & cache;
+    const xkv_setup    setup;
+    xkv_store &        store;
+    const xkv_window & window;
 
     xkv_graph graph;
 

@@ -2,10 +2,9 @@
 
 #include "flow/xkv-online.h"
 
-#include "cache/xkv-cache.h"
-#include "store/xkv-carry.h"
 #include "base/xkv-error.h"
 #include "base/xkv-lapack.h"
+#include "store/xkv-carry.h"
 
 #include <algorithm>
 #include <cmath>
@@ -37,22 +36,20 @@ size_t xkv_online_bases::space_bytes(uint32_t rank) {
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
-    return (next ? next->groups : cache.store->groups())[pr.ig].rank[pr.kd];
+    return (next ? next->groups : store.groups())[pr.ig].rank[pr.kd];
 }
 
 std::vector<float> xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const {
-    const auto & store = *cache.store;
     const auto & gr    = store.groups()[pr.ig];
 
-    auto res = store.plain() ? cache.sidecar->basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
+    auto res = store.plain() ? setup.sidecar.basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
     res.resize((size_t) n_row*gr.dim[pr.kd], 0.0f);
     return res;
 }
 
 void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
-    const auto &   store = *cache.store;
     const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
-    const bool     cold  = !cache.sidecar->calibrated();
+    const bool     cold  = !setup.sidecar.calibrated();
 
     // the old basis: of a plain store, all numbers, or as many calibrated directions as are worth it
     sp.n_old = std::min(states[stream].n_dir[pr.kd][pr.ig], xkv_n_kept(rank));
@@ -67,7 +64,7 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
     sp.rows = rows_of(stream, pr, sp.n_old);
 
     // the main directions of what it misses in the tokens
-    uint32_t n_token = store.plain() ? n_stored(stream) : 0;
+    uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
     for (const auto & job : jobs) {
         n_token += job.cells.size();
     }
@@ -81,7 +78,7 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
 
 std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                             uint32_t n_new, const space & sp) {
-    const uint32_t dim = cache.store->groups()[pr.ig].dim[pr.kd];
+    const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
 
     std::mt19937                    rng(pr.ig);
     std::normal_distribution<float> normal;
@@ -107,22 +104,19 @@ std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t strea
 }
 
 std::vector<float> xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
-    const auto & store = *cache.store;
-
     std::vector<float> res;
     for (size_t j = first; j < first + n; ++j) {
         auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
-        part.resize((size_t) cache.get_chunks(stream)[chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);
+        part.resize((size_t) tables[stream][chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);
         res.insert(res.end(), part.begin(), part.end());
     }
     return res;
 }
 
 void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
-    const auto &   store  = *cache.store;
     const auto &   gr     = store.groups()[pr.ig];
     const uint32_t dim    = gr.dim[pr.kd];
-    const auto     chunks = stored_chunks(stream);
+    const auto     chunks = tables[stream].used();
 
     uint32_t n_token = 0;
     for (const auto & job : jobs) {
@@ -138,24 +132,24 @@ void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const st
     // at hand stand for them.
     std::vector<float> scale(sp.n, 1.0f);
     if (!store.plain()) {
-        const uint32_t n_since = n_stored(stream) - std::min(n_stored(stream), states[stream].n_update[pr.kd][pr.ig]);
+        const uint32_t n_since = tables[stream].n_token() - std::min(tables[stream].n_token(), states[stream].n_update[pr.kd][pr.ig]);
         std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_since + n_token)/n_token));
     }
     ggml_tensor * x = ggml_mul(ctx, into(input_tokens(stream, jobs, pr)), graph.input(sp.n, 1, std::move(scale)));
     x = xkv_transposed(ctx, x);
     ggml_tensor * cov = ggml_mul_mat(ctx, x, x);
 
-    if (cache.sidecar->calibrated() && cache.config.n_prior > 0) {
-        const auto  variance = cache.sidecar->spectrum(pr.ig, pr.kd);
+    if (setup.sidecar.calibrated() && setup.config.n_prior > 0) {
+        const auto  variance = setup.sidecar.spectrum(pr.ig, pr.kd);
         const float total    = std::accumulate(variance.begin(), variance.end(), 0.0f);
 
         uint32_t n_row = 0;
         for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR*total; ++n_row) {
             sum += variance[n_row];
         }
-        auto rows = cache.sidecar->basis(pr.ig, pr.kd, n_row);
+        auto rows = setup.sidecar.basis(pr.ig, pr.kd, n_row);
         for (uint32_t i = 0; i < n_row; ++i) {
-            const float f = sqrtf(variance[i]*cache.config.n_prior);
+            const float f = sqrtf(variance[i]*setup.config.n_prior);
             std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
         }
         ggml_tensor * p = xkv_transposed(ctx, into(graph.input(dim, n_row, std::move(rows)))); // [n_row, n]
@@ -180,7 +174,6 @@ void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const st
 }
 
 void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp) {
-    const auto &   store   = *cache.store;
     const uint32_t rank    = store.groups()[pr.ig].rank[pr.kd];
     const size_t   n_block = XKV_CARRY_BLOCK/store.n_chunk;
     const uint32_t n_sum   = store.plain() ? sp.n : sp.n_old;
@@ -220,10 +213,9 @@ void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const p
 }
 
 bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
-    const auto & store    = *cache.store;
-    const auto   kept_now = kept(store.groups(), pr);
-    const auto   kept_new = kept(next.groups,    pr);
-    if (store.plain() || !cache.sidecar->calibrated()) {
+    const auto kept_now = kept(store.groups(), pr);
+    const auto kept_new = kept(next.groups,    pr);
+    if (store.plain() || !setup.sidecar.calibrated()) {
         return true;
     }
 
@@ -235,31 +227,29 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
         // what keeps its place and type is not rounded again
         lost += i < sp.n_old && kept_now[i] == kept_new[i] ? sp.variance[i]*(1.0f - kept_now[i]) : 0.0;
     }
-    return gain*store.stage_slots(next.stage) > lost*n_stored(stream);
+    return gain*store.stage_slots()[next.stage] > lost*tables[stream].n_token();
 }
 
 void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
-    auto & store = *cache.store;
-
     const uint32_t rank = rank_of(pr, &next);
     std::vector<float> turn;
     if (store.plain()) {
-        if (!cache.sidecar->calibrated()) {
+        if (!setup.sidecar.calibrated()) {
             xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
                       pr.kd == kind::K ? 'K' : 'V', pr.ig);
         }
-        turn = cache.sidecar->basis(pr.ig, pr.kd, rank); // which the next stage begins with
+        turn = setup.sidecar.basis(pr.ig, pr.kd, rank); // which the next stage begins with
     } else {
         store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
     }
-    xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, stored_chunks(stream), turn, &next);
+    xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, tables[stream].used(), turn, &next);
 
     auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
     n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
 }
 
 bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
-    return sp.unit || xkv_orthonormalize(sp.rows, sp.n, cache.store->groups()[pr.ig].dim[pr.kd]);
+    return sp.unit || xkv_orthonormalize(sp.rows, sp.n, store.groups()[pr.ig].dim[pr.kd]);
 }
 
 bool xkv_online_bases::solve(uint32_t rank, space & sp) {
@@ -283,7 +273,6 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
 }
 
 void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next) {
-    auto &         store    = *cache.store;
     const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
     const uint32_t rank_old = store.groups()[pr.ig].rank[pr.kd];
     const uint32_t rank     = rank_of(pr, next);
@@ -311,7 +300,7 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
     }
     store.set_basis(pr.kd, pr.ig, stream, rows, next);
     if (!turn.empty()) {
-        xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, stored_chunks(stream), turn, next);
+        xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next);
     }
     states[stream].n_dir[pr.kd][pr.ig] = std::min(rank, sp.n);
 }

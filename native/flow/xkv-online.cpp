@@ -1,9 +1,9 @@
 #include "flow/xkv-online.h"
 
-#include "cache/xkv-cache.h"
-#include "store/xkv-carry.h"
 #include "base/xkv-codec.h"
 #include "base/xkv-parallel.h"
+#include "format/xkv-sidecar.h"
+#include "store/xkv-carry.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -27,9 +27,8 @@ static float xkv_mean(const std::vector<float> & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
 }
 
-xkv_online_bases::xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush & flush) : cache(cache), flush(flush), states(cache.store->n_stream) {
-    const auto & store = *cache.store;
-
+xkv_online_bases::xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush) :
+    setup(setup), store(store), tables(tables), flush(flush), states(store.n_stream) {
     for (auto kd : { kind::K, kind::V }) {
         for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
             problems.push_back({ kd, ig });
@@ -41,7 +40,7 @@ xkv_online_bases::xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush &
 }
 
 float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, const problem & pr) const {
-    const auto spectrum = cache.sidecar->spectrum(pr.ig, pr.kd);
+    const auto spectrum = setup.sidecar.spectrum(pr.ig, pr.kd);
     const auto weight   = kept(groups, pr);
 
     double total = 0.0;
@@ -65,38 +64,19 @@ void xkv_online_bases::reset(uint32_t stream) {
     auto & st = states[stream];
     st = {};
     // few tokens say little beside the calibration, and an early update costs as much as a later one
-    st.n_next        = cache.sidecar->calibrated() ? cache.config.n_prior/2 : 0;
+    st.n_next        = setup.sidecar.calibrated() ? setup.config.n_prior/2 : 0;
     std::vector<float> wanted;
     for (const auto & pr : problems) {
-        const auto & gr = cache.store->groups()[pr.ig];
-        wanted.push_back(expect(cache.store->groups(), pr));
+        const auto & gr = store.groups()[pr.ig];
+        wanted.push_back(expect(store.groups(), pr));
         st.n_update[pr.kd].push_back(0);
-        st.n_dir   [pr.kd].push_back(cache.sidecar->calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
+        st.n_dir   [pr.kd].push_back(setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
     }
     st.info.expected = xkv_mean(wanted);
 }
 
-std::vector<uint32_t> xkv_online_bases::stored_chunks(uint32_t stream) const {
-    std::vector<uint32_t> res;
-    const auto & chunks = cache.get_chunks(stream);
-    for (uint32_t ic = 0; ic < chunks.size(); ++ic) {
-        if (chunks[ic].n > 0) {
-            res.push_back(ic);
-        }
-    }
-    return res;
-}
-
-uint32_t xkv_online_bases::n_stored(uint32_t stream) const {
-    uint32_t n = 0;
-    for (uint32_t ic : stored_chunks(stream)) {
-        n += cache.get_chunks(stream)[ic].n;
-    }
-    return n;
-}
-
 uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const {
-    uint32_t n = n_stored(stream);
+    uint32_t n = tables[stream].n_token();
     for (const auto & job : jobs) {
         n += job.cells.size();
     }
@@ -127,8 +107,8 @@ void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const 
 std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
                                                                   const xkv_store::layout * next) {
     auto &       st     = states[stream];
-    const auto & groups = next ? next->groups : cache.store->groups();
-    const bool   cold   = !cache.sidecar->calibrated();
+    const auto & groups = next ? next->groups : store.groups();
+    const bool   cold   = !setup.sidecar.calibrated();
 
     std::vector<problem> due;
     std::vector<float>   residual;
@@ -136,7 +116,7 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
     for (const auto & pr : problems) {
         wanted  .push_back(expect(groups, pr));
         residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
-        const float share  = cache.store->plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
+        const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
         const float excess = std::max(share*wanted.back(), XKV_ONLINE_EXCESS_MIN);
         if (cold || residual.back() > wanted.back() + excess) {
             due.push_back(pr);
@@ -151,14 +131,14 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
 void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
     auto & st = states[stream];
 
-    const bool     cold = !cache.sidecar->calibrated();
+    const bool     cold = !setup.sidecar.calibrated();
     const uint32_t n    = n_tokens(stream, jobs);
 
     if (4*n < st.n_next) {
         st.n_next = 2*n; // tokens were removed
     }
     // a stage with a next one checks at its end
-    if (n < st.n_next || cache.store->plain() || (!cold && cache.store->stage() + 1 < cache.store->n_stage())) {
+    if (n < st.n_next || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
         return;
     }
     st.n_next = 2*n;
@@ -182,7 +162,6 @@ ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<
 
 float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                 const std::vector<xkv_store::group> & groups) {
-    const auto &   store = *cache.store;
     const uint32_t dim   = groups[pr.ig].dim[pr.kd];
     const uint32_t rank  = std::min({ groups[pr.ig].rank[pr.kd], store.groups()[pr.ig].rank[pr.kd], dim });
 
@@ -212,12 +191,10 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
 
 void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                   const std::function<void(ggml_tensor *)> & use) {
-    const auto & store = *cache.store;
-
     graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
     use(input_tokens(stream, jobs, pr));
 
-    const auto   chunks  = store.plain() ? stored_chunks(stream) : std::vector<uint32_t>();
+    const auto   chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
     const size_t n_block = XKV_CARRY_BLOCK/store.n_chunk;
     for (size_t i = 0; i < chunks.size(); i += n_block) {
         auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
@@ -233,7 +210,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
     if (due.empty()) {
         return;
     }
-    cache.store->own_bases(stream);
+    store.own_bases(stream);
 
     // as many at a time as there are threads for eigenproblems and memory for spaces
     const size_t n_thread = std::max(1, lctx->get_cparams().n_threads_batch);

@@ -1,15 +1,15 @@
 #pragma once
 
 #include "flow/xkv-flush.h"
+#include "store/xkv-config.h"
 #include "store/xkv-store.h"
+#include "window/xkv-chunks.h"
 
 #include "xkv.h"
 
 #include <cstdint>
 #include <functional>
 #include <vector>
-
-class llama_kv_cache_xkv;
 
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
@@ -23,7 +23,7 @@ static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 // (Rayleigh-Ritz): products with many rows run on the backend, the small eigenproblems in LAPACK.
 class xkv_online_bases {
 public:
-    xkv_online_bases(llama_kv_cache_xkv & cache, const xkv_flush & flush);
+    xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush);
 
     // before the jobs' tokens are compressed; throws xkv_error
     void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
@@ -73,8 +73,10 @@ private:
         std::vector<float> values;   // [n] along the best basis, descending
     };
 
-    llama_kv_cache_xkv & cache;
-    const xkv_flush &    flush;
+    const xkv_setup                      setup;
+    xkv_store &                          store;
+    const std::vector<xkv_chunk_table> & tables; // per stream
+    const xkv_flush &                    flush;
 
     xkv_graph graph;
 
@@ -133,8 +135,6 @@ private:
 
     uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
 
-    uint32_t n_stored(uint32_t stream) const;
-
     // tokens stored and about to be
     uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;
 
@@ -143,6 +143,4 @@ private:
 
     // the tokens of the jobs as inputs of the graph
     ggml_tensor * input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
-
-    std::vector<uint32_t> stored_chunks(uint32_t stream) const;
 };

@@ -75,6 +75,14 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
     return res;
 }
 
+std::vector<uint32_t> xkv_store::stage_slots() const {
+    std::vector<uint32_t> res;
+    for (const auto & stage : stages) {
+        res.push_back(stage.n_slot);
+    }
+    return res;
+}
+
 void xkv_store::make_arena() {
     for (const auto & stage : stages) {
         for (auto kd : { kind::K, kind::V }) {

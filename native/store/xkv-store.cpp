@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 
 ggml_backend_buffer_type_t xkv_store::buft(uint32_t il) const {
     return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
@@ -84,6 +85,12 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
     for (const auto & [name, bytes] : parts()) {
         LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes/1024.0/1024.0);
     }
+}
+
+std::vector<uint32_t> xkv_store::layer_ids() const {
+    std::vector<uint32_t> res(layers.size());
+    std::iota(res.begin(), res.end(), 0);
+    return res;
 }
 
 //

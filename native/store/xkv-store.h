@@ -1,6 +1,7 @@
 #pragma once
 
 #include "format/xkv-sidecar.h"
+#include "store/xkv-config.h"
 
 #include "ggml-cpp.h"
 #include "ggml.h"
@@ -17,36 +18,6 @@ struct llama_model;
 
 // tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
 static const uint32_t XKV_SLOT_PAD = 256;
-
-// Checked copy of xkv_params. Sizes are in tokens.
-struct xkv_config {
-    struct segment {
-        uint32_t  rank;
-        ggml_type type;
-        ggml_type type_basis;
-    };
-
-    // A division of the store's bytes while at most n_slot tokens are stored: the fewer tokens, the more bits each.
-    struct stage {
-        uint32_t n_slot;
-
-        std::vector<std::vector<segment>> segments[2]; // per kind and group, by descending variance
-
-        ggml_type type = GGML_TYPE_COUNT; // without segments: of K and V as they are
-
-        bool plain() const { return segments[0].empty(); }
-    };
-
-    uint32_t  n_sink;
-    uint32_t  n_text_sink;
-    uint32_t  n_window;
-    uint32_t  n_absorb;
-    bool      online;
-    uint32_t  n_prior;
-    bool      fused;
-
-    std::vector<stage> stages; // by ascending n_slot; the last one's is the store's
-};
 
 // The compressed part of the cache: coefficients per group and token, bases and means per layer. Tensors only, the
 // bookkeeping of chunks is the cache's.
@@ -112,9 +83,13 @@ public:
 
     const std::vector<group> & groups() const { return now.groups; }
 
-    uint32_t stage()                 const { return now.stage; }
-    uint32_t n_stage()               const { return stages.size(); }
-    uint32_t stage_slots(uint32_t i) const { return stages[i].n_slot; }
+    // of the model, that are kept here
+    std::vector<uint32_t> layer_ids() const;
+
+    uint32_t stage()   const { return now.stage; }
+    uint32_t n_stage() const { return stages.size(); }
+
+    std::vector<uint32_t> stage_slots() const; // per stage
 
     // of the present stage
     bool     plain()      const { return stages[now.stage].plain(); }
