@@ -10,7 +10,7 @@
 static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
     const auto &   view = *inp->view;
-    const auto &   l   = view.store->layers[il];
+    const auto &   l   = view.store->layer_of(il);
     const auto &   gr  = view.store->groups()[l.ig];
 
     const int64_t n_embd_head = q->ne[0];
@@ -84,7 +84,7 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
 static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
     ggml_context * ctx = gctx.ctx0;
     const auto &   store = *inp->view->store;
-    const auto &   gr    = store.groups()[store.layers[il].ig];
+    const auto &   gr    = store.groups()[store.layer_of(il).ig];
 
     const int64_t n_slot      = p->ne[0];
     const int64_t n_tps       = p->ne[1];

@@ -35,7 +35,7 @@ static const xkv_cpu_ops & xkv_get_cpu_ops() {
 
 bool xkv_can_fuse(const xkv_view * view, int il) {
     const auto & store = *view->store;
-    const auto * coef  = store.groups()[store.layers[il].ig].segments[xkv_store::kind::K][0].coef;
+    const auto * coef  = store.groups()[store.layer_of(il).ig].segments[xkv_store::kind::K][0].coef;
 
     // a layer's tensors share a buffer type
     return view->setup->config.fused && ggml_backend_buffer_get_type(coef->buffer) == ggml_backend_cpu_buffer_type() &&
@@ -50,7 +50,7 @@ struct xkv_fused_layer {
 
 static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head, int64_t n_head_kv, int il) {
     const auto & store    = *inp->view->store;
-    const auto & gr       = store.groups()[store.layers[il].ig];
+    const auto & gr       = store.groups()[store.layer_of(il).ig];
     const auto   n_stream = inp->view->n_stream;
     const auto   stream_0 = inp->view->stream_0;
 
@@ -62,7 +62,7 @@ static xkv_cpu_layer * xkv_make_layer(llm_graph_input_xkv * inp, int64_t n_head,
     l.n_head_kv = n_head_kv;
     l.n_chunk   = store.n_chunk;
     l.n_frame   = inp->n_slot/store.n_chunk;
-    l.mean_k    = (const float *) store.layers[il].mean_k->data;
+    l.mean_k    = (const float *) store.layer_of(il).mean_k->data;
 
     inp->fill.resize(l.n_frame*n_stream);
     l.fill = inp->fill.data();

@@ -158,7 +158,7 @@ static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv
 static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_type type, int il) {
     ggml_context * ctx = gctx.ctx0;
     const auto &   view = *inp->view;
-    const auto &   l   = view.store->layers[il];
+    const auto &   l   = view.store->layer_of(il);
 
     const int64_t n_embd_head = kd == xkv_store::kind::K ? gctx.hparams.n_embd_head_k(il) : gctx.hparams.n_embd_head_v(il);
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
@@ -220,7 +220,7 @@ ggml_tensor * xkv_prepare_k(ggml_context * ctx, const xkv_view * view, ggml_tens
 }
 
 ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tensor * v_cur, int il) {
-    ggml_tensor * mean = view->store->layers[il].mean_v;
+    ggml_tensor * mean = view->store->layer_of(il).mean_v;
     v_cur = xkv_times(ctx, v_cur, view->setup->sidecar.scale[xkv_sidecar::V][il]);
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
 }
@@ -252,7 +252,7 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
     ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale/scale[xkv_sidecar::K][il], il);
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
-    ggml_tensor * mean = view->store->layers[il].mean_o;
+    ggml_tensor * mean = view->store->layer_of(il).mean_o;
     if (inp->absorb) {
         mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
     }
@@ -274,7 +274,7 @@ uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config) 
             n_segment = std::max<uint32_t>(n_segment, stage.segments[0][ig].size() + stage.segments[1][ig].size());
         }
         const uint32_t n_span = config.online ? store.n_stream : 1;
-        res += store.groups()[ig].count*(32 + n_span*(40 + 12*n_segment));
+        res += store.groups()[ig].layers.size()*(32 + n_span*(40 + 12*n_segment));
     }
     return res;
 }

@@ -41,7 +41,11 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
 
     store = std::make_unique<xkv_store>(model, *sidecar, config, GGML_PAD(n_chunks*n_chunk, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
 
-    window = std::make_unique<xkv_window>(model, params, cparams, store->layer_ids(), n_cell);
+    std::vector<uint32_t> layers;
+    for (const auto & l : store->layers()) {
+        layers.push_back(l.il);
+    }
+    window = std::make_unique<xkv_window>(model, params, cparams, layers, n_cell);
     tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
     flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
 }

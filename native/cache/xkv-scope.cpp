@@ -51,11 +51,8 @@ static std::shared_ptr<xkv_sidecar> xkv_open_sidecar(const xkv_params & params) 
     if (params.frame != 32 && params.frame != 64 && params.frame != 128 && params.frame != 256) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is %u tokens, expected 32, 64, 128 or 256", params.frame);
     }
-    std::vector<xkv_sidecar::group> groups;
-    for (uint32_t g = 0; g < params.n_group; ++g) {
-        groups.push_back({ params.first[g], params.count[g], { 0, 0 } });
-    }
-    return std::make_shared<xkv_sidecar>(std::move(groups), params.frame);
+    return std::make_shared<xkv_sidecar>(std::vector<uint32_t>(params.first, params.first + params.n_group),
+                                         std::vector<uint32_t>(params.count, params.count + params.n_group), params.frame);
 }
 
 static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_t n_segment, const xkv_sidecar & sidecar) {
@@ -147,7 +144,7 @@ void xkv_scope_close() {
 }
 
 static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::group & gr, ggml_type type_basis) {
-    for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+    for (uint32_t il : gr.layers) {
         if (hparams.n_embd_head_k(il) % xkv_block_size(type_basis) != 0) {
             xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
                       ggml_type_name(type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(type_basis));

@@ -14,7 +14,7 @@
 static const uint32_t XKV_FLUSH_BLOCK = 128;
 
 static size_t xkv_n_node(const xkv_store::group & gr) {
-    return 64 + gr.count*(32 + 8*(gr.segments[0].size() + gr.segments[1].size()));
+    return 64 + gr.layers.size()*(32 + 8*(gr.segments[0].size() + gr.segments[1].size()));
 }
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
@@ -24,7 +24,7 @@ ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uin
     if (kd == xkv_store::kind::V) {
         return ggml_get_rows(ctx, window.v(il, stream), cells); // the window holds centred V
     }
-    ggml_tensor * mean = store.layers[il].mean_k;
+    ggml_tensor * mean = store.layer_of(il).mean_k;
     ggml_tensor * k    = ggml_get_rows(ctx, window.k(il, stream), cells);
     k = ggml_reshape_3d(ctx, k, hparams.n_embd_head_k(il), hparams.n_head_kv(il), cells->ne[0]);
     k = xkv_rotate(ctx, setup.model, setup.cparams, il, k, origin);
@@ -37,7 +37,7 @@ ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint
     const auto & gr = store.groups()[ig];
 
     ggml_tensor * res = nullptr;
-    for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+    for (uint32_t il : gr.layers) {
         ggml_tensor * x = build_layer(graph.ctx(), kd, il, stream, cells, origin);
         res = res ? ggml_concat(graph.ctx(), res, x, 0) : x;
     }
@@ -45,17 +45,15 @@ ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint
 }
 
 std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells) {
-    const auto & layers = store.layers;
-
-    graph.begin(lctx, 64 + 8*layers.size());
+    graph.begin(lctx, 64 + 8*store.layers().size());
 
     ggml_context * ctx       = graph.ctx();
     ggml_tensor *  inp_cells = graph.input(GGML_TYPE_I32, std::vector<int64_t>(cells.begin(), cells.end()));
 
     std::vector<ggml_tensor *> energy; // per layer [1, n]
-    for (uint32_t il = 0; il < layers.size(); ++il) {
-        ggml_tensor * v = ggml_get_rows(ctx, window.v(il, stream), inp_cells);
-        v = ggml_add(ctx, v, layers[il].mean_v);
+    for (const auto & l : store.layers()) {
+        ggml_tensor * v = ggml_get_rows(ctx, window.v(l.il, stream), inp_cells);
+        v = ggml_add(ctx, v, l.mean_v);
         energy.push_back(ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
         graph.output(energy.back());
     }
@@ -109,7 +107,7 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
                 graph.output(coef[kd]);
                 continue;
             }
-            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+            for (uint32_t il : gr.layers) {
                 ggml_tensor * x     = build_layer(ctx, kd, il, stream, inp_cells, inp_origin);
                 ggml_tensor * x_all = nullptr;
                 for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
@@ -151,7 +149,7 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
             ggml_tensor * coef = graph.input(gr.rank[kd], store.n_chunk, store.get_coef(kd, ig, stream, ic));
             coef = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 
-            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+            for (uint32_t il : gr.layers) {
                 const auto part = [&](const xkv_store::segment & seg) {
                     return ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
                 };
@@ -165,10 +163,10 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
                     }
                 }
                 if (kd == xkv_store::kind::K) {
-                    x = ggml_add(ctx, x, store.layers[il].mean_k);
+                    x = ggml_add(ctx, x, store.layer_of(il).mean_k);
                     x = ggml_reshape_3d(ctx, x, hparams.n_embd_head_k(il), hparams.n_head_kv(il), n);
                     x = xkv_rotate(ctx, setup.model, setup.cparams, il, x, inp_origin);
-                    x = ggml_reshape_2d(ctx, x, store.layers[il].mean_k->ne[0], n);
+                    x = ggml_reshape_2d(ctx, x, store.layer_of(il).mean_k->ne[0], n);
                 }
                 ggml_tensor * dst = kd == xkv_store::kind::K ? window.k(il, stream) : window.v(il, stream);
                 graph.expand(ggml_set_rows(ctx, dst, x, inp_cells));

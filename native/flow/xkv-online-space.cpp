@@ -123,7 +123,7 @@ void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const st
         n_token += job.cells.size();
     }
 
-    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
     ggml_context * ctx  = graph.ctx();
     ggml_tensor *  s    = sp.unit ? nullptr : graph.input(dim, sp.n, sp.rows);
     const auto     into = [&](ggml_tensor * x) { return s ? ggml_mul_mat(ctx, s, x) : x; }; // [n, ...]

@@ -191,7 +191,7 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
 
 void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                   const std::function<void(ggml_tensor *)> & use) {
-    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers.size());
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
     use(input_tokens(stream, jobs, pr));
 
     const auto   chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();

@@ -56,31 +56,31 @@ static std::vector<float> xkv_get_scales(const xkv_sidecar & sc, const gguf_cont
     return std::vector<float>(data, data + n_layer);
 }
 
-// consecutive groups that cover the layers; fills their dimensions
-static void xkv_check_groups(const std::string & what, std::vector<xkv_sidecar::group> & groups, const std::vector<uint32_t> * n_embd) {
-    const size_t n_layer = std::min(n_embd[0].size(), n_embd[1].size());
+// groups cover the layers in their order
+void xkv_sidecar::fill_groups(const std::string & what) {
+    const size_t n_layer = std::min(n_embd[K].size(), n_embd[V].size());
 
     uint32_t next = 0;
     for (size_t g = 0; g < groups.size(); ++g) {
-        auto & gr = groups[g];
-        if (gr.first != next || gr.count == 0 || (uint64_t) gr.first + gr.count > n_layer) {
+        if (first[g] != next || count[g] == 0 || (uint64_t) first[g] + count[g] > n_layer) {
             xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu holds layers %u + %u, expected to start at layer %u and end within %zu layers",
-                      what.c_str(), g, gr.first, gr.count, next, n_layer);
+                      what.c_str(), g, first[g], count[g], next, n_layer);
         }
-        next = gr.first + gr.count;
-        for (int kd = 0; kd < 2; ++kd) {
-            gr.dim[kd] = 0;
-            for (uint32_t il = gr.first; il < next; ++il) {
-                gr.dim[kd] += n_embd[kd][il];
-            }
+        next = first[g] + count[g];
+        groups[g] = {};
+        for (uint32_t il = first[g]; il < next; ++il) {
+            groups[g].layers.push_back(il);
+            groups[g].dim[K] += n_embd[K][il];
+            groups[g].dim[V] += n_embd[V][il];
         }
     }
-    if (next != n_embd[0].size() || next != n_embd[1].size()) {
-        xkv_throw(XKV_STATUS_FORMAT, "%s: groups cover %u layers, expected %zu", what.c_str(), next, n_embd[0].size());
+    if (next != n_embd[K].size() || next != n_embd[V].size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "%s: groups cover %u layers, expected %zu", what.c_str(), next, n_embd[K].size());
     }
 }
 
-xkv_sidecar::xkv_sidecar(std::vector<group> groups, uint32_t frame) : frame(frame), groups(std::move(groups)) {}
+xkv_sidecar::xkv_sidecar(std::vector<uint32_t> first_, std::vector<uint32_t> count_, uint32_t frame) :
+    frame(frame), groups(first_.size()), first(std::move(first_)), count(std::move(count_)) {}
 
 void xkv_sidecar::set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v) {
     n_embd[K] = std::move(n_embd_k);
@@ -88,7 +88,7 @@ void xkv_sidecar::set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t>
     for (int kd = K; kd <= V; ++kd) {
         scale[kd].assign(n_embd[kd].size(), 1.0f);
     }
-    xkv_check_groups("groups without calibration", groups, n_embd);
+    fill_groups("groups without calibration");
 }
 
 xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
@@ -125,17 +125,15 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
     }
 
-    const auto first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
-    const auto count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
+    first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
+    count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
 
     if (first.empty() || count.size() != first.size()) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu and %zu entries, expected equal lengths", path.c_str(),
                   first.size(), count.size());
     }
-    for (size_t g = 0; g < first.size(); ++g) {
-        groups.push_back({ first[g], count[g], { 0, 0 } });
-    }
-    xkv_check_groups("sidecar " + path, groups, n_embd);
+    groups.resize(first.size());
+    fill_groups("sidecar " + path);
 
     const auto find = [&](size_t g, int kd, const char * what, uint64_t n_num, bool half) {
         char name[64];

@@ -15,16 +15,15 @@ public:
     enum kind { K = 0, V = 1 };
 
     struct group {
-        uint32_t first;    // first layer
-        uint32_t count;    // number of layers
-        uint32_t dim[2];   // numbers per token of all layers together
+        std::vector<uint32_t> layers; // of the model, ascending
+        uint32_t              dim[2]; // numbers per token of all layers together
     };
 
     // throws xkv_error
     explicit xkv_sidecar(const std::string & path);
 
-    // no calibration; dimensions are set by the model later
-    xkv_sidecar(std::vector<group> groups, uint32_t frame);
+    // no calibration; the groups' layers and dimensions are set by the model later
+    xkv_sidecar(std::vector<uint32_t> first, std::vector<uint32_t> count, uint32_t frame);
 
     // without calibration: numbers per token of K and V for each layer; throws xkv_error when the groups don't fit
     void set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v);
@@ -48,6 +47,12 @@ public:
     std::vector<group>    groups;
 
 private:
+    // layers of each group, as they are written: first one and how many
+    std::vector<uint32_t> first;
+    std::vector<uint32_t> count;
+
+    void fill_groups(const std::string & what);
+
     struct tensor {
         int      type;
         uint64_t offset; // from the start of the file

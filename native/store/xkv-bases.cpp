@@ -11,13 +11,13 @@
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
     GGML_ASSERT(!plain());
-    return bases_of(stream).tensors[kd][il][is];
+    return bases_of(stream).tensors[kd][slot_of.at(il)][is];
 }
 
 const xkv_store::segment & xkv_store::plain_segment(kind kd, uint32_t il) const {
     GGML_ASSERT(plain());
-    const group & gr = now.groups[layers[il].ig];
-    return gr.segments[kd][il - gr.first];
+    const layer & l = layer_of(il);
+    return now.groups[l.ig].segments[kd][l.place];
 }
 
 bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
@@ -27,15 +27,16 @@ bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
 xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const {
     basis_set res;
     for (auto kd : { kind::K, kind::V }) {
-        res.tensors[kd].resize(layers.size());
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            const auto & gr = groups[layers[il].ig];
+        res.tensors[kd].resize(layer_list.size());
+        for (size_t i = 0; i < layer_list.size(); ++i) {
+            const uint32_t il = layer_list[i].il;
+            const auto &   gr = groups[layer_list[i].ig];
             for (const auto & seg : gr.segments[kd]) {
                 ggml_tensor * t = kd == kind::K ?
-                    ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, model.hparams.n_embd_k_gqa(il), seg.rank) :
-                    ggml_new_tensor_2d(ctx_of(gr.first), seg.type_basis, seg.rank, model.hparams.n_embd_v_gqa(il));
+                    ggml_new_tensor_2d(ctx_of(gr.layers[0]), seg.type_basis, model.hparams.n_embd_k_gqa(il), seg.rank) :
+                    ggml_new_tensor_2d(ctx_of(gr.layers[0]), seg.type_basis, seg.rank, model.hparams.n_embd_v_gqa(il));
                 ggml_format_name(t, "xkv_basis_%c_l%u_%s", kd == kind::K ? 'k' : 'v', il, ggml_type_name(seg.type));
-                res.tensors[kd][il].push_back(t);
+                res.tensors[kd][i].push_back(t);
             }
         }
     }
@@ -52,16 +53,17 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
     const uint32_t dim = gr.dim[kd];
     GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
 
-    for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+    for (uint32_t il : gr.layers) {
+        const uint32_t off = layer_of(il).off[kd];
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment & seg    = gr.segments[kd][is];
-            ggml_tensor *   t      = bases.tensors[kd][il][is];
+            ggml_tensor *   t      = bases.tensors[kd][slot_of.at(il)][is];
             const uint32_t  n_embd = ggml_nelements(t)/seg.rank;
 
             std::vector<float> x(ggml_nelements(t));
             for (uint32_t r = 0; r < seg.rank; ++r) {
                 for (uint32_t i = 0; i < n_embd; ++i) {
-                    x[xkv_basis_index(t, kd, r, i)] = rows[(size_t) (seg.first + r)*dim + layers[il].off[kd] + i];
+                    x[xkv_basis_index(t, kd, r, i)] = rows[(size_t) (seg.first + r)*dim + off + i];
                 }
             }
             std::vector<uint8_t> data(ggml_nbytes(t));
@@ -76,7 +78,8 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     const uint32_t dim = gr.dim[kd];
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
-    for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+    for (uint32_t il : gr.layers) {
+        const uint32_t off = layer_of(il).off[kd];
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             const segment &     seg    = gr.segments[kd][is];
             const ggml_tensor * t      = basis(kd, il, is, stream);
@@ -88,7 +91,7 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
             xkv_decode(t->type, data.data(), x.data(), x.size());
             for (uint32_t r = 0; r < seg.rank; ++r) {
                 for (uint32_t i = 0; i < n_embd; ++i) {
-                    rows[(size_t) (seg.first + r)*dim + layers[il].off[kd] + i] = x[xkv_basis_index(t, kd, r, i)];
+                    rows[(size_t) (seg.first + r)*dim + off + i] = x[xkv_basis_index(t, kd, r, i)];
                 }
             }
         }
@@ -111,7 +114,7 @@ void xkv_store::own_bases(uint32_t stream) {
         return;
     }
     size_t n = 0;
-    for (const auto & l : layers) {
+    for (const auto & l : layer_list) {
         n += now.groups[l.ig].segments[kind::K].size() + now.groups[l.ig].segments[kind::V].size();
     }
     auto set = std::make_unique<own_bases_t>();
@@ -123,9 +126,9 @@ void xkv_store::own_bases(uint32_t stream) {
 
 void xkv_store::copy_bases(const basis_set & src, const basis_set & dst) const {
     for (auto kd : { kind::K, kind::V }) {
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            for (size_t is = 0; is < src.tensors[kd][il].size(); ++is) {
-                ggml_backend_tensor_copy(src.tensors[kd][il][is], dst.tensors[kd][il][is]);
+        for (size_t i = 0; i < src.tensors[kd].size(); ++i) {
+            for (size_t is = 0; is < src.tensors[kd][i].size(); ++is) {
+                ggml_backend_tensor_copy(src.tensors[kd][i][is], dst.tensors[kd][i][is]);
             }
         }
     }
@@ -161,8 +164,8 @@ void xkv_store::fill_means() {
 
         const auto mean_k = sidecar.mean(ig, kind::K);
         const auto mean_v = sidecar.mean(ig, kind::V);
-        for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-            const layer &  l          = layers[il];
+        for (uint32_t il : gr.layers) {
+            const layer &  l          = layer_of(il);
             const float *  v          = mean_v.data() + l.off[kind::V];
             const uint32_t n_head_dim = hparams.n_embd_head_v(il);
 

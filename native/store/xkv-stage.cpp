@@ -29,10 +29,10 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
 
     layout res = { stage, {}, {}, {}, {} };
 
-    size_t n_tensor = plain ? 2*layers.size() : 0;
+    size_t n_tensor = plain ? 2*layer_list.size() : 0;
     for (auto kd : { kind::K, kind::V }) {
         for (size_t ig = 0; ig < stages[stage].segments[kd].size(); ++ig) {
-            n_tensor += (1 + sidecar.groups[ig].count)*stages[stage].segments[kd][ig].size();
+            n_tensor += (1 + sidecar.groups[ig].layers.size())*stages[stage].segments[kd][ig].size();
         }
     }
     const ctx_of_t ctx_of = [&](uint32_t il) {
@@ -47,10 +47,10 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
         const auto & sg = sidecar.groups[ig];
 
-        group gr = { sg.first, sg.count, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {} };
+        group gr = { sg.layers, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {} };
         const auto add = [&](kind kd, ggml_type type, ggml_type type_basis, uint32_t rank) {
-            ggml_tensor * coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.first), type, rank, n, n_stream) :
-                                                 ggml_new_tensor_3d(ctx_of(gr.first), type, n, rank, n_stream);
+            ggml_tensor * coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.layers[0]), type, rank, n, n_stream) :
+                                                 ggml_new_tensor_3d(ctx_of(gr.layers[0]), type, n, rank, n_stream);
             ggml_format_name(coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(type));
 
             gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, coef });
@@ -58,7 +58,7 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
         };
         for (auto kd : { kind::K, kind::V }) {
             if (plain) {
-                for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
+                for (uint32_t il : gr.layers) {
                     add(kd, stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il]);
                 }
                 continue;
@@ -88,12 +88,12 @@ void xkv_store::make_arena() {
         for (auto kd : { kind::K, kind::V }) {
             for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
                 if (stage.plain()) {
-                    xkv_check_supported(device(sidecar.groups[ig].first), stage.type, "coefficients");
+                    xkv_check_supported(device(sidecar.groups[ig].layers[0]), stage.type, "coefficients");
                     continue;
                 }
                 for (const auto & seg : stage.segments[kd][ig]) {
-                    xkv_check_supported(device(sidecar.groups[ig].first), seg.type,       "coefficients");
-                    xkv_check_supported(device(sidecar.groups[ig].first), seg.type_basis, "bases");
+                    xkv_check_supported(device(sidecar.groups[ig].layers[0]), seg.type,       "coefficients");
+                    xkv_check_supported(device(sidecar.groups[ig].layers[0]), seg.type_basis, "bases");
                 }
             }
         }
@@ -115,7 +115,7 @@ void xkv_store::make_arena() {
     for (const auto & gr : full.groups) {
         for (auto kd : { kind::K, kind::V }) {
             for (const auto & seg : gr.segments[kd]) {
-                const auto   type = buft(gr.first);
+                const auto   type = buft(gr.layers[0]);
                 const size_t size = GGML_PAD(ggml_backend_buft_get_alloc_size(type, seg.coef), ggml_backend_buft_get_alignment(type));
                 arena_bytes[kd == kind::K ? PART_COEF_K : PART_COEF_V] += size;
                 arena_bytes[PART_BASES]                                -= size;

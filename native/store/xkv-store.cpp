@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 
 ggml_backend_buffer_type_t xkv_store::buft(uint32_t il) const {
     return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
@@ -56,13 +55,12 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a stage has %u slots, expected below the %u of the store", stages[stages.size() - 2].n_slot, n_slot);
     }
 
-    layers.resize(hparams.n_layer());
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
-        const auto & gr = sidecar.groups[ig];
-
+        uint32_t place  = 0;
         uint32_t off[2] = { 0, 0 };
-        for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-            layers[il] = { (uint32_t) ig, { off[0], off[1] }, nullptr, nullptr, nullptr };
+        for (uint32_t il : sidecar.groups[ig].layers) {
+            slot_of[il] = layer_list.size();
+            layer_list.push_back({ il, (uint32_t) ig, place++, { off[0], off[1] }, nullptr, nullptr, nullptr });
             off[0] += hparams.n_embd_k_gqa(il);
             off[1] += hparams.n_embd_v_gqa(il);
         }
@@ -70,14 +68,12 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 
     make_arena();
 
-    means = make_pool(PART_MEANS, 3*layers.size(), [&](const ctx_of_t & ctx_of) {
-        for (const auto & gr : groups()) {
-            for (uint32_t il = gr.first; il < gr.first + gr.count; ++il) {
-                auto * ctx = ctx_of(gr.first);
-                layers[il].mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(il));
-                layers[il].mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(il));
-                layers[il].mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(il)*hparams.n_head(il));
-            }
+    means = make_pool(PART_MEANS, 3*layer_list.size(), [&](const ctx_of_t & ctx_of) {
+        for (auto & l : layer_list) {
+            auto * ctx = ctx_of(groups()[l.ig].layers[0]);
+            l.mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(l.il));
+            l.mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
+            l.mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il)*hparams.n_head(l.il));
         }
     });
     fill_means();
@@ -85,12 +81,6 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
     for (const auto & [name, bytes] : parts()) {
         LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes/1024.0/1024.0);
     }
-}
-
-std::vector<uint32_t> xkv_store::layer_ids() const {
-    std::vector<uint32_t> res(layers.size());
-    std::iota(res.begin(), res.end(), 0);
-    return res;
 }
 
 //

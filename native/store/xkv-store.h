@@ -45,8 +45,8 @@ public:
     };
 
     struct group {
-        uint32_t first;
-        uint32_t count;
+        std::vector<uint32_t> layers; // of the model
+
         uint32_t dim [2]; // numbers per token of all layers
         uint32_t rank[2]; // of all segments
 
@@ -54,7 +54,9 @@ public:
     };
 
     struct layer {
+        uint32_t il; // of the model
         uint32_t ig;
+        uint32_t place; // in the group
         uint32_t off[2]; // the layer's first number among its group's
 
         ggml_tensor * mean_k; // [n_embd_k] f32
@@ -62,7 +64,7 @@ public:
         ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output, before it is unscaled
     };
 
-    // bases that streams share, or a stream's own: per kind, layer and segment
+    // bases that streams share, or a stream's own: per kind, layer of the store and segment
     struct basis_set {
         std::vector<std::vector<ggml_tensor *>> tensors[2];
     };
@@ -83,8 +85,10 @@ public:
 
     const std::vector<group> & groups() const { return now.groups; }
 
-    // of the model, that are kept here
-    std::vector<uint32_t> layer_ids() const;
+    const std::vector<layer> & layers() const { return layer_list; }
+
+    // by its index in the model, as everywhere
+    const layer & layer_of(uint32_t il) const { return layer_list[slot_of.at(il)]; }
 
     uint32_t stage()   const { return now.stage; }
     uint32_t n_stage() const { return stages.size(); }
@@ -141,8 +145,6 @@ public:
     const uint32_t n_slot;
     const uint32_t n_stream;
 
-    std::vector<layer> layers;
-
 private:
     enum part { PART_COEF_K, PART_COEF_V, PART_BASES, PART_MEANS, PART_COUNT };
 
@@ -163,6 +165,9 @@ private:
     const bool          offload;
 
     std::vector<xkv_config::stage> stages;
+
+    std::vector<layer>           layer_list; // those of the model that have a KV cache, group by group
+    std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
 
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena; // coefficients and bases
     size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
