@@ -34,6 +34,7 @@ demo: $(STAMP)/package $(STAMP)/model
 
 # -I and bin/pytest: the current folder, which holds the package's sources, is not on the path
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
+	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 	@$(VENV)/bin/pytest $(PYTEST)
 
 lint: $(STAMP)/package $(STAMP)/extras

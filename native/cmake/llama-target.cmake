@@ -1,7 +1,14 @@
 # Adds our sources to upstream's llama target: one libllama exports llama_* and xkv_*.
 
-file(GLOB xkv_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/src/*.cpp" "${PROJECT_SOURCE_DIR}/native/src/*.h")
-file(GLOB xkv_op_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ops/*/*.cpp")
+# a room includes only those before it: tests/build/test_rooms.py
+set(xkv_rooms base format store window flow attn cache api)
+
+set(xkv_sources)
+foreach(room IN LISTS xkv_rooms)
+    file(GLOB files CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/${room}/*.cpp" "${PROJECT_SOURCE_DIR}/native/${room}/*.h")
+    list(APPEND xkv_sources ${files})
+endforeach()
+file(GLOB xkv_op_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ops/*/*.cpp" "${PROJECT_SOURCE_DIR}/native/ops/*/*.h")
 list(APPEND xkv_sources ${xkv_op_sources} "${XKV_GENERATED_DIR}/xkv-build-id.cpp")
 
 # the command that writes the build id belongs to this directory, the target to upstream's
@@ -10,8 +17,7 @@ add_dependencies(llama xkv-build-id)
 set_source_files_properties("${XKV_GENERATED_DIR}/xkv-build-id.cpp" TARGET_DIRECTORY llama PROPERTIES GENERATED ON)
 
 target_sources(llama PRIVATE ${xkv_sources})
-target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native/src"
-    "${PROJECT_SOURCE_DIR}/native/ggml" "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
+target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" "${PROJECT_SOURCE_DIR}/native")
 set_source_files_properties(${xkv_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
 # ops of the CPU backend; with GGML_CPU_ALL_VARIANTS there is a target per instruction set

@@ -1,0 +1,173 @@
+// The C API: argument checks, and exceptions turned into codes.
+
+#include "xkv.h"
+
+#include "base/xkv-error.h"
+#include "cache/xkv-cache.h"
+#include "cache/xkv-capture.h"
+#include "cache/xkv-scope.h"
+#include "cache/xkv-support.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <cstring>
+#include <new>
+
+template <typename F> static int xkv_guard(F && f) {
+    try {
+        f();
+        return XKV_STATUS_OK;
+    } catch (const xkv_error & err) {
+        xkv_set_last_error(err.what());
+        return err.status;
+    } catch (const std::bad_alloc &) {
+        xkv_set_last_error("out of memory");
+        return XKV_STATUS_NO_MEMORY;
+    } catch (const std::exception & err) {
+        xkv_set_last_error(err.what());
+        return XKV_STATUS_INTERNAL;
+    }
+}
+
+static void xkv_require(const void * ptr, const char * name) {
+    if (!ptr) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is NULL", name);
+    }
+}
+
+static llama_kv_cache_xkv * xkv_cast(const llama_context * ctx) {
+    return dynamic_cast<llama_kv_cache_xkv *>(llama_get_memory(ctx));
+}
+
+static const llama_kv_cache_xkv & xkv_cast_seq(const llama_context * ctx, int32_t seq_id) {
+    const auto * xkv = xkv_cast(ctx);
+    if (!xkv) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the context's cache is not an xkv cache");
+    }
+    if (seq_id < 0 || (uint32_t) seq_id >= xkv->n_seq_max) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "seq_id is %d, expected 0 to %u", seq_id, xkv->n_seq_max - 1);
+    }
+    return *xkv;
+}
+
+int xkv_model_check(const llama_model * model) {
+    return xkv_guard([&] {
+        xkv_require(model, "model");
+        const std::string reason = xkv_unsupported_reason(*model);
+        if (!reason.empty()) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
+        }
+    });
+}
+
+int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_t * n_layer) {
+    return xkv_guard([&] {
+        xkv_require(model,   "model");
+        xkv_require(n_layer, "n_layer");
+        const uint32_t room = *n_layer;
+        *n_layer = model->hparams.n_layer();
+        for (uint32_t il = 0; layers && il < std::min(room, *n_layer); ++il) {
+            layers[il] = { model->hparams.n_embd_k_gqa(il), model->hparams.n_embd_v_gqa(il) };
+        }
+    });
+}
+
+int xkv_scope_begin(const xkv_params * params) {
+    return xkv_guard([&] {
+        xkv_require(params, "params");
+        xkv_set_last_error("");
+        xkv_scope_open(*params);
+    });
+}
+
+void xkv_scope_end(void) {
+    xkv_scope_close();
+}
+
+int xkv_context_is_xkv(const llama_context * ctx) {
+    return ctx && xkv_cast(ctx) ? 1 : 0;
+}
+
+int xkv_report(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_parts) {
+    return xkv_guard([&] {
+        xkv_require(ctx,     "ctx");
+        xkv_require(n_parts, "n_parts");
+
+        std::vector<std::pair<std::string, size_t>> list;
+        if (const auto * xkv = xkv_cast(ctx)) {
+            list = xkv->parts();
+        } else if (const auto * mem = llama_get_memory(ctx)) {
+            size_t bytes = 0;
+            for (const auto & [buft, size] : mem->memory_breakdown()) {
+                bytes += size;
+            }
+            list.emplace_back("K and V", bytes);
+        }
+
+        const uint32_t room = *n_parts;
+        *n_parts = list.size();
+        for (uint32_t i = 0; parts && i < std::min(room, *n_parts); ++i) {
+            parts[i] = {};
+            strncpy(parts[i].name, list[i].first.c_str(), sizeof(parts[i].name) - 1);
+            parts[i].bytes = list[i].second;
+        }
+    });
+}
+
+int xkv_seq_tokens(const llama_context * ctx, int32_t seq_id, uint32_t * n_exact, uint32_t * n_stored) {
+    return xkv_guard([&] {
+        xkv_require(ctx,      "ctx");
+        xkv_require(n_exact,  "n_exact");
+        xkv_require(n_stored, "n_stored");
+        xkv_cast_seq(ctx, seq_id).seq_tokens(seq_id, *n_exact, *n_stored);
+    });
+}
+
+int xkv_online(const llama_context * ctx, int32_t seq_id, xkv_online_info * info) {
+    return xkv_guard([&] {
+        xkv_require(ctx,  "ctx");
+        xkv_require(info, "info");
+        *info = xkv_cast_seq(ctx, seq_id).seq_online(seq_id);
+    });
+}
+
+const char * xkv_context_refusal(llama_context * ctx) {
+    static thread_local std::string text;
+
+    auto * xkv = ctx ? xkv_cast(ctx) : nullptr;
+    text = xkv ? xkv->take_refusal() : "";
+    return text.c_str();
+}
+
+int xkv_capture_new(llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,
+                    xkv_capture ** capture) {
+    return xkv_guard([&] {
+        xkv_require(ctx,     "ctx");
+        xkv_require(first,   "first");
+        xkv_require(count,   "count");
+        xkv_require(capture, "capture");
+        *capture = new xkv_capture(ctx, std::vector<uint32_t>(first, first + n_group), std::vector<uint32_t>(count, count + n_group), frame, n_sink);
+    });
+}
+
+void xkv_capture_free(xkv_capture * capture) {
+    delete capture;
+}
+
+int xkv_capture_add(xkv_capture * capture, int32_t seq_id) {
+    return xkv_guard([&] {
+        xkv_require(capture, "capture");
+        capture->add(seq_id);
+    });
+}
+
+int xkv_capture_read(const xkv_capture * capture, uint32_t group, int32_t kind, double * gram, double * sum, uint64_t * n_tokens) {
+    return xkv_guard([&] {
+        xkv_require(capture,  "capture");
+        xkv_require(gram,     "gram");
+        xkv_require(sum,      "sum");
+        xkv_require(n_tokens, "n_tokens");
+        capture->read(group, kind, gram, sum, n_tokens);
+    });
+}

@@ -1,0 +1,264 @@
+#include "cache/xkv-cache.h"
+
+#include "base/xkv-error.h"
+#include "flow/xkv-flow.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <utility>
+
+static uint32_t xkv_n_stream(const llama_cparams & cparams) {
+    return cparams.kv_unified ? 1 : cparams.n_seq_max;
+}
+
+// sequences that can share a stream
+static uint32_t xkv_n_seq_stream(const llama_cparams & cparams) {
+    return cparams.kv_unified ? cparams.n_seq_max : 1;
+}
+
+llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config) :
+    config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar), setup{ model, cparams, *sidecar, this->config } {
+    const uint32_t n_chunk = sidecar->frame;
+    const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
+    if (cparams.n_ctx_seq <= n_exact) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
+                  "n_ctx is %u tokens per sequence, expected more than sinks + window + chunk = %u + %u + %u; raise n_ctx or lower n_window",
+                  cparams.n_ctx_seq, config.n_sink, config.n_window, n_chunk);
+    }
+
+    const uint32_t n_stream = xkv_n_stream(cparams);
+    const uint32_t n_seq    = xkv_n_seq_stream(cparams);
+    const uint32_t n_cell   = GGML_PAD(n_seq*(n_exact + config.n_text_sink) + cparams.n_ubatch, 32);
+
+    // each sequence of a stream can leave one chunk that is not full
+    const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
+
+    store = std::make_unique<xkv_store>(model, *sidecar, config, GGML_PAD(n_chunks*n_chunk, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
+
+    std::vector<uint32_t> layers;
+    for (const auto & l : store->layers()) {
+        layers.push_back(l.il);
+    }
+    window = std::make_unique<xkv_window>(model, params, cparams, layers, n_cell);
+    tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
+    flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
+}
+
+llama_kv_cache_xkv::~llama_kv_cache_xkv() = default;
+
+llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    const auto fail = [](llama_memory_status status) { return std::make_unique<llama_kv_cache_xkv_context>(status); };
+
+    if (broken) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+        return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
+
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+    while (true) {
+        auto ubatch = tables.size() == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        ubatches.push_back(std::move(ubatch));
+    }
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return fail(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+            if (ubatch.seq_id_unq[s] >= (llama_seq_id) n_seq_max) {
+                refuse("the batch has sequence %d, expected below n_seq_max = %u", ubatch.seq_id_unq[s], n_seq_max);
+                return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+            }
+        }
+    }
+
+    // a stream holds n_ctx_seq tokens, however they are kept
+    std::vector<uint32_t> n_tokens(tables.size(), 0);
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            n_tokens[get_stream(ubatch.seq_id[i][0])]++;
+        }
+    }
+    for (uint32_t s = 0; s < tables.size(); ++s) {
+        const uint32_t n = n_tokens[s] + window->n_used(s) + tables[s].n_token();
+        if (n_tokens[s] > 0 && n > setup.cparams.n_ctx_seq) {
+            return fail(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        }
+    }
+
+    return std::make_unique<llama_kv_cache_xkv_context>(this, std::move(ubatches));
+}
+
+bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
+    std::vector<uint32_t> n_new(tables.size(), 0);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        n_new[get_stream(ubatch.seq_id[i][0])]++;
+    }
+    // tokens stay exact until their room is needed; sequences without new tokens make room as well
+    for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) n_seq_max; ++seq_id) {
+        const uint32_t stream = get_stream(seq_id);
+        if (n_new[stream] == 0 || window->n_used(stream) + n_new[stream] <= window->size()) {
+            continue;
+        }
+        try {
+            flow->leave(lctx, seq_id);
+        } catch (const std::exception & err) {
+            if (dynamic_cast<const xkv_flow_error *>(&err)) {
+                broken = true;
+                refuse("an update of the bases of sequence %d: %s; clear the cache", seq_id, err.what());
+            }
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            xkv_set_last_error(err.what());
+            return false;
+        }
+    }
+    return true;
+}
+
+llama_memory_context_ptr llama_kv_cache_xkv::init_full() {
+    return std::make_unique<llama_kv_cache_xkv_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_cache_xkv::init_update(llama_context * lctx, bool optimize) {
+    this->lctx = lctx;
+
+    return get_window()->init_update(lctx, optimize);
+}
+
+bool llama_kv_cache_xkv::get_can_shift() const {
+    return false;
+}
+
+void llama_kv_cache_xkv::clear(bool data) {
+    get_window()->clear(data);
+    if (data) {
+        flow->restart(0);
+    }
+    for (auto & table : tables) {
+        table.clear();
+    }
+    drop_unused();
+    broken = false;
+    refusal.clear();
+}
+
+void llama_kv_cache_xkv::drop_unused() {
+    window->drop_sinks();
+    for (uint32_t s = 0; s < tables.size(); ++s) {
+        if (tables[s].empty() && window->n_used(s) == 0) {
+            flow->reset(s);
+        }
+    }
+}
+
+xkv_online_info llama_kv_cache_xkv::seq_online(llama_seq_id seq_id) const {
+    return flow->info(get_stream(seq_id));
+}
+
+uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
+    uint32_t n_slot = 0;
+    for (uint32_t s = s0; s <= s1; ++s) {
+        n_slot = std::max(n_slot, tables[s].n_slot());
+    }
+    return GGML_PAD(n_slot, XKV_SLOT_PAD);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const {
+    auto res = get_window()->memory_breakdown();
+    for (const auto & [buft, bytes] : store->buffers()) {
+        res[buft] += bytes;
+    }
+    return res;
+}
+
+std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::parts() const {
+    auto res = store->parts();
+
+    size_t n_window = 0;
+    for (const auto & [buft, bytes] : get_window()->memory_breakdown()) {
+        n_window += bytes;
+    }
+    res.emplace_back("sinks and window", n_window);
+    return res;
+}
+
+void llama_kv_cache_xkv::refuse(const char * fmt, ...) {
+    char text[512];
+
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+
+    refusal = text;
+    xkv_set_last_error(refusal);
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, text);
+}
+
+std::string llama_kv_cache_xkv::take_refusal() {
+    return broken ? refusal : std::exchange(refusal, "");
+}
+
+void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+
+    xkv_throw(XKV_STATUS_UNSUPPORTED, "saving the state of an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
+}
+
+void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(io);
+    GGML_UNUSED(seq_id);
+    GGML_UNUSED(flags);
+
+    xkv_throw(XKV_STATUS_UNSUPPORTED, "loading a state into an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
+}
+
+//
+// llama_kv_cache_xkv_context
+//
+
+llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_memory_status status) : llama_kv_cache_context(status), xkv(nullptr) {}
+
+llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv) :
+    llama_kv_cache_context(xkv->get_window()), xkv(xkv), view(xkv->view(sinfos[0].s0, sinfos[0].s1)) {
+    view.n_slot = xkv->store->n_slot_now();
+}
+
+llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv, std::vector<llama_ubatch> ubatches) :
+    llama_kv_cache_context(xkv->get_window(), {}, std::move(ubatches)), xkv(xkv) {
+    sinfos.resize(this->ubatches.size()); // found micro-batch by micro-batch, after room was made
+}
+
+bool llama_kv_cache_xkv_context::apply() {
+    const auto & ubatch = ubatches[i_cur];
+
+    if (!xkv->flush(ubatch)) {
+        return false;
+    }
+    sinfos[i_cur] = kv->find_slot(ubatch, false);
+    if (sinfos[i_cur].empty()) {
+        LLAMA_LOG_ERROR("%s: no room in the window for %u tokens\n", __func__, ubatch.n_tokens);
+        return false;
+    }
+    kv->apply_ubatch(sinfos[i_cur], ubatch);
+
+    n_kv = kv->get_n_kv(sinfos[i_cur]);
+    view = xkv->view(sinfos[i_cur].s0, sinfos[i_cur].s1);
+
+    return true;
+}

@@ -1,0 +1,164 @@
+#include "cache/xkv-capture.h"
+
+#include "base/xkv-error.h"
+#include "base/xkv-frame.h"
+#include "cache/xkv-support.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <typeinfo>
+
+// tokens per graph
+static const size_t XKV_CAPTURE_BLOCK = 1024;
+
+xkv_capture::xkv_capture(llama_context * ctx, std::vector<uint32_t> first_, std::vector<uint32_t> count_, uint32_t frame, uint32_t n_sink) :
+    ctx(ctx), first(std::move(first_)), count(std::move(count_)), frame(frame), n_sink(n_sink) {
+    const auto & model   = ctx->get_model();
+    const auto & hparams = model.hparams;
+
+    const std::string reason = xkv_unsupported_reason(model);
+    if (!reason.empty()) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
+    }
+
+    auto * mem = ctx->get_memory();
+    cache = mem && typeid(*mem) == typeid(llama_kv_cache) ? static_cast<llama_kv_cache *>(mem) : nullptr;
+    if (!cache || (cache->type_k() != GGML_TYPE_F16 && cache->type_k() != GGML_TYPE_F32) || cache->type_v() != cache->type_k()) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "calibration needs a context with a plain f16 or f32 cache");
+    }
+    if (frame == 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is 0 tokens, expected at least 1");
+    }
+
+    for (size_t g = 0; g < first.size(); ++g) {
+        if (count[g] == 0 || (uint64_t) first[g] + count[g] > hparams.n_layer()) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu holds layers %u + %u, the model has %u", g, first[g], count[g], hparams.n_layer());
+        }
+        uint32_t dim[2] = { 0, 0 };
+        for (uint32_t il = first[g]; il < first[g] + count[g]; ++il) {
+            dim[0] += hparams.n_embd_k_gqa(il);
+            dim[1] += hparams.n_embd_v_gqa(il);
+        }
+        for (int kd = 0; kd < 2; ++kd) {
+            groups[kd].push_back({ dim[kd], std::vector<float>((size_t) dim[kd]*dim[kd], 0.0f), std::vector<double>(dim[kd], 0.0) });
+        }
+    }
+}
+
+void xkv_capture::add(llama_seq_id seq_id) {
+    if (seq_id < 0 || (uint32_t) seq_id >= cache->get_n_seq_max()) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "seq_id is %d, expected 0 to %u", seq_id, cache->get_n_seq_max() - 1);
+    }
+    llama_synchronize(ctx);
+
+    std::vector<int64_t> cells;
+    std::vector<int64_t> origin;
+    for (const auto & [pos, idx] : cache->get_cells(seq_id).seq_pos_get(seq_id)) {
+        if (pos < (llama_pos) n_sink) {
+            continue;
+        }
+        cells .push_back(idx);
+        origin.push_back(-(pos - (pos - (llama_pos) n_sink) % (llama_pos) frame));
+        if (cells.size() == XKV_CAPTURE_BLOCK) {
+            add_block(cache->get_stream(seq_id), cells, origin);
+            cells .clear();
+            origin.clear();
+        }
+    }
+    if (!cells.empty()) {
+        add_block(cache->get_stream(seq_id), cells, origin);
+    }
+}
+
+static llama_kv_cache::slot_info xkv_stream_info(uint32_t stream) {
+    llama_kv_cache::slot_info sinfo = {};
+    sinfo.s0 = stream;
+    sinfo.s1 = stream;
+    return sinfo;
+}
+
+ggml_tensor * xkv_capture::layer_k(uint32_t il, uint32_t stream, ggml_tensor * cells, ggml_tensor * origin) {
+    ggml_context * gctx = graph.ctx();
+
+    ggml_tensor * k = cache->get_k(gctx, il, cache->get_size(), xkv_stream_info(stream)); // [n_embd_head, n_head_kv, size]
+
+    const int64_t n_embd_head = k->ne[0];
+    const int64_t n_head_kv   = k->ne[1];
+
+    k = ggml_view_2d(gctx, k, n_embd_head*n_head_kv, k->ne[2], k->nb[2], 0);
+    k = ggml_get_rows(gctx, k, cells);
+    k = ggml_reshape_3d(gctx, k, n_embd_head, n_head_kv, cells->ne[0]);
+    k = xkv_rotate(gctx, ctx->get_model(), ctx->get_cparams(), il, k, origin);
+    return ggml_reshape_2d(gctx, k, n_embd_head*n_head_kv, cells->ne[0]);
+}
+
+ggml_tensor * xkv_capture::layer_v(uint32_t il, uint32_t stream, ggml_tensor * cells) {
+    ggml_context * gctx = graph.ctx();
+
+    ggml_tensor * v = cache->get_v(gctx, il, cache->get_size(), xkv_stream_info(stream));
+    if (v->nb[1] > v->nb[2]) {
+        v = ggml_cont(gctx, ggml_permute(gctx, v, 2, 1, 0, 3)); // stored transposed
+    }
+    v = ggml_view_2d(gctx, v, v->ne[0]*v->ne[1], v->ne[2], v->nb[2], 0);
+    return ggml_get_rows(gctx, v, cells);
+}
+
+void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells, const std::vector<int64_t> & origin) {
+    struct result {
+        sums *        to;
+        ggml_tensor * gram;
+        ggml_tensor * sum;
+    };
+
+    // one group at a time bounds the scratch
+    for (size_t g = 0; g < first.size(); ++g) {
+        graph.begin(ctx, 64 + 32*count[g]);
+
+        ggml_context * gctx       = graph.ctx();
+        ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I32, cells);
+        ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, origin);
+
+        std::vector<result> results;
+        for (int kd = 0; kd < 2; ++kd) {
+            ggml_tensor * x = nullptr; // [dim, n_token]
+            for (uint32_t il = first[g]; il < first[g] + count[g]; ++il) {
+                ggml_tensor * cur = kd == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells);
+                x = x ? ggml_concat(gctx, x, cur, 0) : cur;
+            }
+            x = ggml_cont(gctx, ggml_transpose(gctx, x));
+
+            results.push_back({ &groups[kd][g], ggml_mul_mat(gctx, x, x), ggml_sum_rows(gctx, x) });
+            for (ggml_tensor * t : { results.back().gram, results.back().sum }) {
+                ggml_set_output(t);
+                graph.expand(t);
+            }
+        }
+
+        graph.run();
+
+        std::vector<float> data;
+        for (const auto & r : results) {
+            data.resize(r.to->gram.size());
+            ggml_backend_tensor_get(r.gram, data.data(), 0, ggml_nbytes(r.gram));
+            std::transform(data.begin(), data.end(), r.to->gram.begin(), r.to->gram.begin(), std::plus<float>());
+
+            data.resize(r.to->dim);
+            ggml_backend_tensor_get(r.sum, data.data(), 0, ggml_nbytes(r.sum));
+            std::transform(data.begin(), data.end(), r.to->sum.begin(), r.to->sum.begin(), [](float a, double b) { return a + b; });
+        }
+    }
+    n_tokens += cells.size();
+}
+
+void xkv_capture::read(uint32_t group, int kind, double * gram, double * sum, uint64_t * n) const {
+    if (group >= first.size() || kind < 0 || kind > 1) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind, first.size());
+    }
+    const auto & from = groups[kind][group];
+    std::copy(from.gram.begin(), from.gram.end(), gram);
+    std::copy(from.sum .begin(), from.sum .end(), sum);
+    *n = n_tokens;
+}

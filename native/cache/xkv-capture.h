@@ -1,0 +1,47 @@
+#pragma once
+
+#include "base/xkv-graph.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <vector>
+
+class llama_kv_cache;
+
+// Calibration: sums over tokens of x and x x^T per group of layers, x being the chunk-frame K (or the V) of the group's
+// layers side by side. Memory does not grow with the number of tokens.
+struct xkv_capture {
+    // throws xkv_error
+    xkv_capture(llama_context * ctx, std::vector<uint32_t> first, std::vector<uint32_t> count, uint32_t frame, uint32_t n_sink);
+
+    // adds what a sequence holds now; throws xkv_error
+    void add(llama_seq_id seq_id);
+
+    // throws xkv_error
+    void read(uint32_t group, int kind, double * gram, double * sum, uint64_t * n_tokens) const;
+
+private:
+    struct sums {
+        uint32_t            dim;
+        std::vector<float>  gram; // of blocks of tokens: few enough terms for f32
+        std::vector<double> sum;
+    };
+
+    llama_context * const       ctx;
+    llama_kv_cache *            cache;
+    const std::vector<uint32_t> first;
+    const std::vector<uint32_t> count;
+    const uint32_t              frame;
+    const uint32_t              n_sink;
+
+    xkv_graph         graph;
+    std::vector<sums> groups[2]; // K, V
+    uint64_t          n_tokens = 0;
+
+    void add_block(uint32_t stream, const std::vector<int64_t> & cells, const std::vector<int64_t> & origin);
+
+    // [n_embd, n_token] f32 of one layer
+    ggml_tensor * layer_k(uint32_t il, uint32_t stream, ggml_tensor * cells, ggml_tensor * origin);
+    ggml_tensor * layer_v(uint32_t il, uint32_t stream, ggml_tensor * cells);
+};

@@ -1,0 +1,269 @@
+// How a context comes to have an xkv cache: the scope of a thread, and the hooks of llama_model::create_memory.
+
+#include "attn/xkv-attn.h"
+#include "base/xkv-codec.h"
+#include "base/xkv-error.h"
+#include "cache/xkv-cache-hooks.h"
+#include "cache/xkv-cache.h"
+#include "cache/xkv-scope.h"
+#include "cache/xkv-support.h"
+
+#include "llama-cparams.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <memory>
+
+struct xkv_scope {
+    xkv_config                   config;
+    std::shared_ptr<xkv_sidecar> sidecar;
+};
+
+static thread_local std::unique_ptr<xkv_scope> g_scope;
+
+static ggml_type xkv_check_type(const std::string & name, int32_t type, std::initializer_list<ggml_type> allowed) {
+    std::string names;
+    for (ggml_type t : allowed) {
+        if (type == t) {
+            return t;
+        }
+        names += std::string(names.empty() ? "" : ", ") + ggml_type_name(t);
+    }
+    const bool known = type >= 0 && type < GGML_TYPE_COUNT && ggml_type_name((ggml_type) type);
+    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is %s, expected one of %s", name.c_str(),
+              known ? ggml_type_name((ggml_type) type) : std::to_string(type).c_str(), names.c_str());
+}
+
+static uint32_t xkv_check_tokens(const char * name, int32_t value, int32_t min) {
+    if (value < min || value > (1 << 24)) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is %d tokens, expected %d to %d", name, value, min, 1 << 24);
+    }
+    return value;
+}
+
+static std::shared_ptr<xkv_sidecar> xkv_open_sidecar(const xkv_params & params) {
+    if (params.sidecar) {
+        return std::make_shared<xkv_sidecar>(params.sidecar);
+    }
+    if (!params.first || !params.count || params.n_group == 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sidecar is NULL and there are no groups, expected the path of a file that xkv-gguf convert wrote, or first and count");
+    }
+    if (params.frame != 32 && params.frame != 64 && params.frame != 128 && params.frame != 256) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is %u tokens, expected 32, 64, 128 or 256", params.frame);
+    }
+    return std::make_shared<xkv_sidecar>(std::vector<uint32_t>(params.first, params.first + params.n_group),
+                                         std::vector<uint32_t>(params.count, params.count + params.n_group), params.frame);
+}
+
+static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_t n_segment, const xkv_sidecar & sidecar) {
+    xkv_config::stage res = {};
+
+    const size_t n_group = sidecar.groups.size();
+    if (!list_in) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segments is NULL, expected at least one for K and V of each of %zu groups", n_group);
+    }
+    for (auto & segments : res.segments) {
+        segments.resize(n_group);
+    }
+    for (uint32_t i = 0; i < n_segment; ++i) {
+        const auto & seg = list_in[i];
+        if (seg.group >= n_group || seg.kind > 1 || seg.rank == 0) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u has group %u, kind %u and rank %u, expected a group below %zu, kind 0 or 1, a rank above 0",
+                      i, seg.group, seg.kind, seg.rank, n_group);
+        }
+        const std::string what = "segment " + std::to_string(i) + ": ";
+        const ggml_type   type = xkv_check_type(what + "type", seg.type,
+                { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0, GGML_TYPE_Q1_0 });
+        if (seg.kind == xkv_sidecar::V && sidecar.frame % xkv_block_size(type) != 0) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u stores V as %s in blocks of %u tokens, but chunks are %u tokens; expected a frame of a multiple",
+                      i, ggml_type_name(type), xkv_block_size(type), sidecar.frame);
+        }
+        const ggml_type type_basis = xkv_check_type(what + "type_basis", seg.type_basis,
+                { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
+        res.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis });
+    }
+    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
+        for (size_t g = 0; g < n_group; ++g) {
+            const auto & list = res.segments[kd][g];
+            if (list.empty()) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one", kd == xkv_sidecar::K ? 'K' : 'V', g);
+            }
+            for (size_t i = 0; i + 1 < list.size(); ++i) {
+                const uint32_t block = std::max(32u, kd == xkv_sidecar::K ? xkv_block_size(list[i].type) : 1);
+                if (list[i].rank % block != 0) {
+                    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %zu of %c of group %zu has rank %u, expected a multiple of %u", i,
+                              kd == xkv_sidecar::K ? 'K' : 'V', g, list[i].rank, block);
+                }
+            }
+        }
+    }
+    return res;
+}
+
+static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & sidecar, xkv_config & config) {
+    if (params.n_stage > 0 && !params.stages) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stages is NULL, expected %u", params.n_stage);
+    }
+    for (uint32_t i = 0; i < params.n_stage; ++i) {
+        const auto & from = params.stages[i];
+        if (from.n_slot == 0 || from.n_slot % XKV_SLOT_PAD != 0 || (i > 0 && from.n_slot <= params.stages[i - 1].n_slot)) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stage %u has %u slots, expected a multiple of %u above those of the stage before", i, from.n_slot, XKV_SLOT_PAD);
+        }
+        config.stages.push_back(i == 0 && !from.segments ? xkv_config::stage() : xkv_check_segments(from.segments, from.n_segment, sidecar));
+        config.stages.back().n_slot = from.n_slot;
+        if (config.stages.back().plain()) {
+            config.stages.back().type = xkv_check_type("stage 0: type", from.type, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
+        }
+    }
+    config.stages.push_back(xkv_check_segments(params.segments, params.n_segment, sidecar));
+}
+
+void xkv_scope_open(const xkv_params & params) {
+    auto scope = std::make_unique<xkv_scope>();
+
+    scope->sidecar = xkv_open_sidecar(params);
+
+    auto & config = scope->config;
+    config.n_sink   = xkv_check_tokens("n_sink",   params.n_sink,   0);
+    config.n_text_sink = xkv_check_tokens("n_text_sink", params.n_text_sink, 0);
+    config.n_window = xkv_check_tokens("n_window", params.n_window, 1);
+    config.n_absorb = xkv_check_tokens("n_absorb", params.n_absorb, 0);
+    config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);
+    config.online   = params.online != 0;
+    config.fused    = params.fused  != 0;
+    if (!config.online && !scope->sidecar->calibrated()) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
+    }
+    xkv_check_stages(params, *scope->sidecar, config);
+
+    g_scope = std::move(scope);
+}
+
+void xkv_scope_close() {
+    g_scope.reset();
+}
+
+static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::group & gr, ggml_type type_basis) {
+    for (uint32_t il : gr.layers) {
+        if (hparams.n_embd_head_k(il) % xkv_block_size(type_basis) != 0) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
+                      ggml_type_name(type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(type_basis));
+        }
+    }
+}
+
+// in a plain stage, a head's numbers are whole blocks
+static void xkv_check_plain(const llama_hparams & hparams) {
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const uint32_t n_k = hparams.n_embd_head_k(il);
+        const uint32_t n_v = hparams.n_embd_head_v(il);
+        if (n_k % 32 != 0 || n_v % 32 != 0) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "stage 0 has no segments, but the heads of layer %u have %u numbers of K and %u of V, expected multiples of 32; leave it out",
+                      il, n_k, n_v);
+        }
+    }
+}
+
+static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & sidecar, const xkv_config::stage & stage) {
+    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
+        for (size_t g = 0; g < sidecar.groups.size(); ++g) {
+            uint32_t rank = 0;
+            for (const auto & seg : stage.segments[kd][g]) {
+                if (kd == xkv_sidecar::K) { // rows of V's bases are directions
+                    xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
+                }
+                rank += seg.rank;
+            }
+            if (rank > sidecar.groups[g].dim[kd]) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
+                          kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
+            }
+        }
+    }
+}
+
+static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, const xkv_config & config) {
+    const std::string reason = xkv_unsupported_reason(model);
+    if (!reason.empty()) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
+    }
+    const auto & hparams = model.hparams;
+    if (!sidecar.calibrated()) {
+        std::vector<uint32_t> n_embd[2];
+        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+            n_embd[0].push_back(hparams.n_embd_k_gqa(il));
+            n_embd[1].push_back(hparams.n_embd_v_gqa(il));
+        }
+        sidecar.set_embd(n_embd[0], n_embd[1]);
+    }
+    if (sidecar.n_embd[0].size() != hparams.n_layer()) {
+        xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s is for %zu layers, the model has %u; run xkv-gguf convert for this model",
+                  sidecar.path.c_str(), sidecar.n_embd[0].size(), hparams.n_layer());
+    }
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != hparams.n_embd_v_gqa(il)) {
+            xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
+                      sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
+        }
+    }
+    for (const auto & stage : config.stages) {
+        if (stage.plain()) {
+            xkv_check_plain(hparams);
+        } else {
+            xkv_check_ranks(hparams, sidecar, stage);
+        }
+    }
+}
+
+// what went wrong reaches the caller of llama_init_from_model as a null pointer only: the text stays in xkv_last_error()
+template <typename F> static auto xkv_keep_error(F && f) {
+    try {
+        return f();
+    } catch (const std::exception & err) {
+        xkv_set_last_error(err.what());
+        throw;
+    }
+}
+
+llama_memory_i * xkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (!g_scope) {
+        return nullptr;
+    }
+    return xkv_keep_error([&]() -> llama_memory_i * {
+        xkv_check_model(model, *g_scope->sidecar, g_scope->config);
+        if (!cparams.flash_attn) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention is off, but an xkv cache needs it; set flash_attn_type to enabled or auto");
+        }
+        if (!cparams.causal_attn || cparams.embeddings) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "an xkv cache is for causal text generation, not for embeddings; use kv_mode f16");
+        }
+        if (params.type_v != params.type_k) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_k and type_v are %s and %s, expected the same for both: they are the window's", ggml_type_name(params.type_k),
+                      ggml_type_name(params.type_v));
+        }
+        xkv_check_type("type_k, the window's type,", params.type_k, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
+        for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+            const uint32_t block = xkv_block_size(params.type_k);
+            if (model.hparams.n_embd_head_k(il) % block != 0 || model.hparams.n_embd_head_v(il) % block != 0) {
+                xkv_throw(XKV_STATUS_UNSUPPORTED, "the window's type is %s, but the heads of layer %u have %u and %u numbers, expected multiples of %u; use f16",
+                          ggml_type_name(params.type_k), il, model.hparams.n_embd_head_k(il), model.hparams.n_embd_head_v(il), block);
+            }
+        }
+        return new llama_kv_cache_xkv(model, params, cparams, g_scope->sidecar, g_scope->config);
+    });
+}
+
+llama_memory_i * xkv_check_memory(llama_memory_i * mem) {
+    if (!g_scope || dynamic_cast<llama_kv_cache_xkv *>(mem)) {
+        return mem;
+    }
+    delete mem;
+    return xkv_keep_error([]() -> llama_memory_i * {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "this model does not keep a plain KV cache, and an xkv cache does not support its kind yet; use kv_mode f16, q8_0 or q4_0");
+    });
+}
+
+uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
+    const auto * xkv = dynamic_cast<const llama_kv_cache_xkv *>(mem);
+    return xkv ? xkv_attn_max_nodes(*xkv->store, xkv->config) : 0;
+}

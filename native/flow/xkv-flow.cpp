@@ -1,0 +1,147 @@
+#include "flow/xkv-flow.h"
+
+#include "flow/xkv-online.h"
+#include "format/xkv-sidecar.h"
+#include "store/xkv-carry.h"
+
+#include <algorithm>
+
+xkv_flow::xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables) :
+    setup(setup), store(store), window(window), tables(tables), flush(setup, store, window) {
+    if (setup.config.online) {
+        online = std::make_unique<xkv_online_bases>(setup, store, tables, flush);
+    }
+}
+
+xkv_flow::~xkv_flow() = default;
+
+void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
+    const uint32_t stream = window.get_stream(seq_id);
+
+    auto jobs = select(lctx, seq_id);
+    if (jobs.empty()) {
+        return;
+    }
+    make_room(lctx, stream, jobs);
+    adapt(lctx, stream, jobs);
+    flush.compress(lctx, stream, jobs);
+    commit(stream, jobs);
+}
+
+xkv_flow::jobs_t xkv_flow::select(llama_context * lctx, llama_seq_id seq_id) {
+    const uint32_t stream = window.get_stream(seq_id);
+    const auto &   config = setup.config;
+
+    auto jobs = xkv_select(window.tokens(seq_id), { config.n_sink, config.n_window, store.n_chunk });
+
+    const uint32_t n_sink = window.n_sink(seq_id);
+    if (jobs.empty() || n_sink >= config.n_text_sink) {
+        return jobs;
+    }
+    const auto cells = xkv_job_cells(jobs);
+    const auto sinks = xkv_select_sinks(cells, flush.value_drain(lctx, stream, cells), config.n_text_sink - n_sink);
+    for (uint32_t cell : sinks) {
+        window.set_sink(stream, cell);
+    }
+    xkv_leave_out(jobs, sinks);
+    return jobs;
+}
+
+void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
+    const auto & table  = tables[stream];
+    const size_t n_used = table.used().size();
+
+    const uint32_t stage = xkv_select_stage(store.stage_slots(), n_used == 0 ? 0 : store.stage(), store.n_chunk, n_used + jobs.size());
+    if (stage == store.n_stage()) {
+        xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), n_used, table.size());
+    }
+    if (stage != store.stage()) {
+        if (n_used == 0) {
+            restart(stage);
+        } else {
+            enter_stage(lctx, stream, stage, jobs);
+        }
+    }
+    const auto free = table.free(jobs.size());
+    for (size_t i = 0; i < jobs.size(); ++i) {
+        jobs[i].ic = free[i];
+    }
+}
+
+void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
+    const auto next = store.begin(stage);
+    if (online) {
+        online->enter_stage(lctx, stream, jobs, next);
+    } else {
+        xkv_graph graph;
+        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
+            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+                const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
+                xkv_carry_over(graph, lctx, store, kd, ig, stream, tables[stream].used(), turn, &next);
+            }
+        }
+    }
+    store.commit(next);
+}
+
+void xkv_flow::adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs) {
+    if (!online) {
+        return;
+    }
+    try {
+        online->observe(lctx, stream, jobs);
+    } catch (const std::exception & err) {
+        throw xkv_flow_error(XKV_STATUS_INTERNAL, err.what());
+    }
+}
+
+void xkv_flow::commit(uint32_t stream, const jobs_t & jobs) {
+    for (const auto & job : jobs) {
+        tables[stream].put(job.ic, job.chunk());
+    }
+    window.remove(stream, xkv_job_cells(jobs));
+}
+
+void xkv_flow::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const auto & chunk = tables[stream][ic];
+
+    std::vector<uint32_t> slots;
+    for (uint32_t i = 0; i < chunk.n; ++i) {
+        const llama_pos p = chunk.pos + chunk.offsets[i];
+        if (p >= p0 && p < p1) {
+            slots.push_back(i);
+        }
+    }
+    const auto cells = window.free_cells(stream, slots.size());
+
+    flush.restore(lctx, stream, ic, chunk.pos, slots, cells);
+
+    for (size_t i = 0; i < slots.size(); ++i) {
+        window.put(stream, cells[i], chunk.pos + chunk.offsets[slots[i]], seq_id);
+    }
+}
+
+void xkv_flow::restart(uint32_t stage) {
+    store.restart(stage);
+    for (uint32_t s = 0; online && s < tables.size(); ++s) {
+        online->reset(s);
+    }
+}
+
+void xkv_flow::reset(uint32_t stream) {
+    if (online) {
+        store.reset_bases(stream);
+        online->reset(stream);
+    }
+}
+
+void xkv_flow::copy(uint32_t src, uint32_t dst) {
+    store.copy_stream(src, dst);
+    if (online) {
+        online->copy(src, dst);
+    }
+}
+
+xkv_online_info xkv_flow::info(uint32_t stream) const {
+    return online ? online->info(stream) : xkv_online_info();
+}

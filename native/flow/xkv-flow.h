@@ -1,0 +1,65 @@
+#pragma once
+
+#include "base/xkv-error.h"
+#include "flow/xkv-flush.h"
+#include "flow/xkv-select.h"
+#include "store/xkv-config.h"
+#include "store/xkv-store.h"
+#include "window/xkv-chunks.h"
+#include "window/xkv-window.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+class xkv_online_bases;
+
+// bases and coefficients may not belong together any more
+struct xkv_flow_error : xkv_error {
+    using xkv_error::xkv_error;
+};
+
+// How tokens leave the window for the store: select (which ones, into which chunks), adapt (bases), encode (coefficients),
+// commit (tables and cells). And how they come back.
+class xkv_flow {
+public:
+    xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables);
+    ~xkv_flow();
+
+    // the oldest tokens of a sequence leave; throws xkv_error, and xkv_flow_error
+    void leave(llama_context * lctx, llama_seq_id seq_id);
+
+    // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence; throws xkv_error
+    void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // an empty store in a stage, with calibrated bases
+    void restart(uint32_t stage);
+
+    // the stream has no tokens any more
+    void reset(uint32_t stream);
+
+    // stream dst gets the coefficients and bases of stream src
+    void copy(uint32_t src, uint32_t dst);
+
+    // how the bases of the stream followed its tokens
+    xkv_online_info info(uint32_t stream) const;
+
+private:
+    using jobs_t = std::vector<xkv_flush_job>;
+
+    const xkv_setup                setup;
+    xkv_store &                    store;
+    xkv_window &                   window;
+    std::vector<xkv_chunk_table> & tables; // per stream
+
+    xkv_flush                         flush;
+    std::unique_ptr<xkv_online_bases> online; // empty while bases stay as calibrated
+
+    jobs_t select(llama_context * lctx, llama_seq_id seq_id);
+    void   adapt (llama_context * lctx, uint32_t stream, const jobs_t & jobs);
+    void   commit(uint32_t stream, const jobs_t & jobs);
+
+    // moves the store to the stage that has chunks for the jobs, and gives them free ones
+    void make_room  (llama_context * lctx, uint32_t stream, jobs_t & jobs);
+    void enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs);
+};

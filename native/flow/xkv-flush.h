@@ -1,0 +1,49 @@
+#pragma once
+
+#include "base/xkv-graph.h"
+#include "flow/xkv-select.h"
+#include "store/xkv-config.h"
+#include "store/xkv-store.h"
+#include "window/xkv-window.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <vector>
+
+// Moves tokens between window and store: projection onto the bases, and back.
+class xkv_flush {
+public:
+    using job = xkv_flush_job;
+
+    xkv_flush(const xkv_setup & setup, xkv_store & store, const xkv_window & window) : setup(setup), store(store), window(window) {}
+
+    // writes the coefficients of the jobs' tokens into their chunks; throws xkv_error
+    void compress(llama_context * lctx, uint32_t stream, const std::vector<job> & jobs);
+
+    // writes K and V of the tokens in slots of a chunk into cells of the window; throws xkv_error
+    void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,
+                 const std::vector<uint32_t> & cells);
+
+    // Energy of V of the tokens in cells over its mean, in the layer where that is least [cells.size()]. Attention sinks have
+    // values near zero (value-state drains, arXiv 2410.13835, section 2).
+    std::vector<float> value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells);
+
+    // nodes in a graph of this class for K or V of a group of layers: the tokens of cells, centred and K in the frames of
+    // their chunks, f32 [dim, n]; cells and origin (minus the chunks' positions) are inputs
+    ggml_tensor * build_group(xkv_graph & graph, xkv_store::kind kd, uint32_t ig, uint32_t stream, ggml_tensor * cells,
+                              ggml_tensor * origin) const;
+
+private:
+    const xkv_setup    setup;
+    xkv_store &        store;
+    const xkv_window & window;
+
+    xkv_graph graph;
+
+    void compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job);
+
+    // numbers of one layer [n_embd, n]
+    ggml_tensor * build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
+                              ggml_tensor * origin) const;
+};

@@ -1,0 +1,306 @@
+// The space in which new bases are looked for, the eigenproblem there, and what changes with the bases.
+
+#include "flow/xkv-online.h"
+
+#include "base/xkv-error.h"
+#include "base/xkv-lapack.h"
+#include "store/xkv-carry.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+#include <random>
+
+// share of the calibrated variance that an update weighs against the prompt; the rest lies in directions nobody keeps
+static const float XKV_ONLINE_PRIOR = 0.98f;
+
+// directions that one update can add
+static const uint32_t XKV_ONLINE_NEW = 64;
+
+// Eigenproblems up to this size cost little; a larger one leaves out what the next basis will hardly have room for.
+static const uint32_t XKV_ONLINE_SMALL = 1024;
+
+static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
+    return ggml_cont(ctx, ggml_transpose(ctx, x));
+}
+
+// directions of the old basis that a basis of a rank is looked for in
+static uint32_t xkv_n_kept(uint32_t rank) {
+    return std::max(XKV_ONLINE_SMALL, rank + rank/4);
+}
+
+size_t xkv_online_bases::space_bytes(uint32_t rank) {
+    const size_t n = xkv_n_kept(rank) + XKV_ONLINE_NEW;
+    return 6*n*n*sizeof(float); // rows, meet and its input, covariance, LAPACK's two
+}
+
+uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
+    return (next ? next->groups : store.groups())[pr.ig].rank[pr.kd];
+}
+
+std::vector<float> xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const {
+    const auto & gr    = store.groups()[pr.ig];
+
+    auto res = store.plain() ? setup.sidecar.basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
+    res.resize((size_t) n_row*gr.dim[pr.kd], 0.0f);
+    return res;
+}
+
+void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
+    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
+    const bool     cold  = !setup.sidecar.calibrated();
+
+    // the old basis: of a plain store, all numbers, or as many calibrated directions as are worth it
+    sp.n_old = std::min(states[stream].n_dir[pr.kd][pr.ig], xkv_n_kept(rank));
+    if (store.plain()) {
+        sp.n_old = dim <= xkv_n_kept(rank) ? dim : cold ? 0 : xkv_n_kept(rank);
+    }
+    sp.n    = sp.n_old;
+    sp.unit = store.plain() && sp.n == dim;
+    if (sp.unit) {
+        return;
+    }
+    sp.rows = rows_of(stream, pr, sp.n_old);
+
+    // the main directions of what it misses in the tokens
+    uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
+    for (const auto & job : jobs) {
+        n_token += job.cells.size();
+    }
+    const uint32_t n_new = std::min({ dim - std::min(dim, sp.n_old), n_token, cold ? rank : XKV_ONLINE_NEW });
+    if (n_new > 0) {
+        const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
+        sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
+        sp.n += n_new;
+    }
+}
+
+std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                            uint32_t n_new, const space & sp) {
+    const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+
+    std::mt19937                    rng(pr.ig);
+    std::normal_distribution<float> normal;
+    std::vector<float>              omega((size_t) dim*n_new);
+    std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
+
+    // the second moments of tokens z [dim, n] outside the old rows, times random directions
+    std::vector<float> res(omega.size(), 0.0f);
+    each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {
+        ggml_context * ctx = graph.ctx();
+        if (sp.n_old > 0) {
+            ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
+            z = ggml_sub(ctx, z, ggml_mul_mat(ctx, xkv_transposed(ctx, b), ggml_mul_mat(ctx, b, z)));
+        }
+        ggml_tensor * y = ggml_mul_mat(ctx, z, graph.input(dim, n_new, omega)); // [n, n_new]
+        y = ggml_mul_mat(ctx, xkv_transposed(ctx, z), y);                       // [dim, n_new]
+        graph.output(y);
+        graph.run();
+        const auto part = graph.read(y);
+        std::transform(part.begin(), part.end(), res.begin(), res.begin(), std::plus<float>());
+    });
+    return res;
+}
+
+std::vector<float> xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
+    std::vector<float> res;
+    for (size_t j = first; j < first + n; ++j) {
+        auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
+        part.resize((size_t) tables[stream][chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);
+        res.insert(res.end(), part.begin(), part.end());
+    }
+    return res;
+}
+
+void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
+    const auto &   gr     = store.groups()[pr.ig];
+    const uint32_t dim    = gr.dim[pr.kd];
+    const auto     chunks = tables[stream].used();
+
+    uint32_t n_token = 0;
+    for (const auto & job : jobs) {
+        n_token += job.cells.size();
+    }
+
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
+    ggml_context * ctx  = graph.ctx();
+    ggml_tensor *  s    = sp.unit ? nullptr : graph.input(dim, sp.n, sp.rows);
+    const auto     into = [&](ggml_tensor * x) { return s ? ggml_mul_mat(ctx, s, x) : x; }; // [n, ...]
+
+    // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
+    // at hand stand for them.
+    std::vector<float> scale(sp.n, 1.0f);
+    if (!store.plain()) {
+        const uint32_t n_since = tables[stream].n_token() - std::min(tables[stream].n_token(), states[stream].n_update[pr.kd][pr.ig]);
+        std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_since + n_token)/n_token));
+    }
+    ggml_tensor * x = ggml_mul(ctx, into(input_tokens(stream, jobs, pr)), graph.input(sp.n, 1, std::move(scale)));
+    x = xkv_transposed(ctx, x);
+    ggml_tensor * cov = ggml_mul_mat(ctx, x, x);
+
+    if (setup.sidecar.calibrated() && setup.config.n_prior > 0) {
+        const auto  variance = setup.sidecar.spectrum(pr.ig, pr.kd);
+        const float total    = std::accumulate(variance.begin(), variance.end(), 0.0f);
+
+        uint32_t n_row = 0;
+        for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR*total; ++n_row) {
+            sum += variance[n_row];
+        }
+        auto rows = setup.sidecar.basis(pr.ig, pr.kd, n_row);
+        for (uint32_t i = 0; i < n_row; ++i) {
+            const float f = sqrtf(variance[i]*setup.config.n_prior);
+            std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
+        }
+        ggml_tensor * p = xkv_transposed(ctx, into(graph.input(dim, n_row, std::move(rows)))); // [n_row, n]
+        cov = ggml_add(ctx, cov, ggml_mul_mat(ctx, p, p));
+    }
+    graph.output(cov);
+
+    // the space's rows times the directions of stored coefficients
+    if (!store.plain() && sp.n_old > 0) {
+        ggml_tensor * meet = ggml_mul_mat(ctx, graph.input(dim, sp.n_old, rows_of(stream, pr, sp.n_old)), s); // [n_old, n]
+        graph.output(meet);
+        graph.run();
+        sp.meet = graph.read(meet);
+    } else {
+        graph.run();
+    }
+    sp.cov = graph.read(cov);
+
+    if (!chunks.empty() && (store.plain() || sp.n_old > 0)) {
+        add_stored(lctx, stream, pr, chunks, sp);
+    }
+}
+
+void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp) {
+    const uint32_t rank    = store.groups()[pr.ig].rank[pr.kd];
+    const size_t   n_block = XKV_CARRY_BLOCK/store.n_chunk;
+    const uint32_t n_sum   = store.plain() ? sp.n : sp.n_old;
+
+    const auto add = [](std::vector<float> & sum, const std::vector<float> & x) {
+        std::transform(x.begin(), x.end(), sum.begin(), sum.begin(), std::plus<float>());
+    };
+    std::vector<float> sum((size_t) n_sum*n_sum, 0.0f); // of a a^T; of a plain store, in the space already
+    for (size_t i = 0; i < chunks.size(); i += n_block) {
+        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+        graph.begin(lctx, 64);
+        ggml_context * ctx = graph.ctx();
+
+        const int64_t n = coef.size()/rank;
+        ggml_tensor * a = graph.input(rank, n, std::move(coef));
+        if (!store.plain()) {
+            a = ggml_view_2d(ctx, a, sp.n_old, n, a->nb[1], 0);
+        } else if (!sp.unit) {
+            a = ggml_mul_mat(ctx, graph.input(rank, sp.n, sp.rows), a);
+        }
+        a = xkv_transposed(ctx, a);
+        ggml_tensor * c = ggml_mul_mat(ctx, a, a);
+        graph.output(c);
+        graph.run();
+        add(sum, graph.read(c));
+    }
+    if (!store.plain()) {
+        graph.begin(lctx, 64);
+        ggml_tensor * s = graph.input(sp.n_old, sp.n, sp.meet);
+        ggml_tensor * t = ggml_mul_mat(graph.ctx(), graph.input(sp.n_old, sp.n_old, std::move(sum)), s); // [n_old, n]
+        t = ggml_mul_mat(graph.ctx(), s, t);
+        graph.output(t);
+        graph.run();
+        sum = graph.read(t);
+    }
+    add(sp.cov, sum);
+}
+
+bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
+    const auto kept_now = kept(store.groups(), pr);
+    const auto kept_new = kept(next.groups,    pr);
+    if (store.plain() || !setup.sidecar.calibrated()) {
+        return true;
+    }
+
+    double gain = 0.0;
+    double lost = 0.0;
+    for (uint32_t i = 0; i < kept_new.size(); ++i) {
+        gain += i < sp.n     ? sp.values  [i]*kept_new[i] : 0.0;
+        gain -= i < sp.n_old ? sp.variance[i]*kept_new[i] : 0.0;
+        // what keeps its place and type is not rounded again
+        lost += i < sp.n_old && kept_now[i] == kept_new[i] ? sp.variance[i]*(1.0f - kept_now[i]) : 0.0;
+    }
+    return gain*store.stage_slots()[next.stage] > lost*tables[stream].n_token();
+}
+
+void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
+    const uint32_t rank = rank_of(pr, &next);
+    std::vector<float> turn;
+    if (store.plain()) {
+        if (!setup.sidecar.calibrated()) {
+            xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
+                      pr.kd == kind::K ? 'K' : 'V', pr.ig);
+        }
+        turn = setup.sidecar.basis(pr.ig, pr.kd, rank); // which the next stage begins with
+    } else {
+        store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
+    }
+    xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, tables[stream].used(), turn, &next);
+
+    auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
+    n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
+}
+
+bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
+    return sp.unit || xkv_orthonormalize(sp.rows, sp.n, store.groups()[pr.ig].dim[pr.kd]);
+}
+
+bool xkv_online_bases::solve(uint32_t rank, space & sp) {
+    auto & x = sp.cov;
+    if (sp.n == 0) {
+        return false;
+    }
+    for (uint32_t i = 0; i < sp.n; ++i) {
+        sp.variance.push_back(x[(size_t) i*sp.n + i]);
+    }
+    if (!xkv_eigen(x, sp.n, sp.values)) {
+        return false;
+    }
+    x.resize((size_t) std::min(rank, sp.n)*sp.n);
+    if (std::any_of(x.begin(), x.end(), [](float v) { return !std::isfinite(v); })) {
+        return false;
+    }
+    x.resize((size_t) rank*sp.n, 0.0f);
+    sp.combos = std::move(x);
+    return true;
+}
+
+void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next) {
+    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t rank_old = store.groups()[pr.ig].rank[pr.kd];
+    const uint32_t rank     = rank_of(pr, next);
+
+    auto rows = sp.combos; // the new basis [rank, dim]
+    if (!sp.unit) {
+        graph.begin(lctx, 64);
+        ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
+        ggml_tensor * r = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(dim, sp.n, sp.rows)), x);
+        graph.output(r);
+        graph.run();
+        rows = graph.read(r);
+    }
+    std::vector<float> turn; // old coefficients to new ones [rank, rank_old]
+    if (store.plain()) {
+        turn = rows;
+    } else if (sp.n_old > 0) {
+        graph.begin(lctx, 64);
+        ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
+        ggml_tensor * t = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(sp.n_old, sp.n, sp.meet)), x);
+        t = ggml_pad(graph.ctx(), t, rank_old - sp.n_old, 0, 0, 0);
+        graph.output(t);
+        graph.run();
+        turn = graph.read(t);
+    }
+    store.set_basis(pr.kd, pr.ig, stream, rows, next);
+    if (!turn.empty()) {
+        xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next);
+    }
+    states[stream].n_dir[pr.kd][pr.ig] = std::min(rank, sp.n);
+}

@@ -1,0 +1,255 @@
+#include "flow/xkv-online.h"
+
+#include "base/xkv-codec.h"
+#include "base/xkv-parallel.h"
+#include "format/xkv-sidecar.h"
+#include "store/xkv-carry.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <numeric>
+
+// New bases are worth their work when the error is this much above the calibrated one, as a share of that and at least of the
+// variance. In the last stage, re-coding costs as much as it gains below that. At the plain stage's end, most of what other text
+// of the calibration's kind loses is less than so much more, and nearly all that other kinds lose is more.
+// Between stages with bases any more will do, since pays() weighs it.
+static const float XKV_ONLINE_EXCESS       = 0.05f;
+static const float XKV_ONLINE_EXCESS_PLAIN = 0.15f;
+static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
+
+// of spaces at a time
+static const size_t XKV_ONLINE_BYTES = 64*1024*1024;
+
+static float xkv_mean(const std::vector<float> & x) {
+    return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
+}
+
+xkv_online_bases::xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush) :
+    setup(setup), store(store), tables(tables), flush(flush), states(store.n_stream) {
+    for (auto kd : { kind::K, kind::V }) {
+        for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
+            problems.push_back({ kd, ig });
+        }
+    }
+    for (uint32_t s = 0; s < states.size(); ++s) {
+        reset(s);
+    }
+}
+
+float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, const problem & pr) const {
+    const auto spectrum = setup.sidecar.spectrum(pr.ig, pr.kd);
+    const auto weight   = kept(groups, pr);
+
+    double total = 0.0;
+    double lost  = 0.0;
+    for (size_t i = 0; i < spectrum.size(); ++i) {
+        total += spectrum[i];
+        lost  += spectrum[i]*(i < weight.size() ? 1.0f - weight[i] : 1.0f);
+    }
+    return total > 0.0 ? lost/total : 0.0;
+}
+
+std::vector<float> xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
+    std::vector<float> res;
+    for (const auto & seg : groups[pr.ig].segments[pr.kd]) {
+        res.insert(res.end(), seg.rank, 1.0f - xkv_noise(seg.type));
+    }
+    return res;
+}
+
+void xkv_online_bases::reset(uint32_t stream) {
+    auto & st = states[stream];
+    st = {};
+    // few tokens say little beside the calibration, and an early update costs as much as a later one
+    st.n_next        = setup.sidecar.calibrated() ? setup.config.n_prior/2 : 0;
+    std::vector<float> wanted;
+    for (const auto & pr : problems) {
+        const auto & gr = store.groups()[pr.ig];
+        wanted.push_back(expect(store.groups(), pr));
+        st.n_update[pr.kd].push_back(0);
+        st.n_dir   [pr.kd].push_back(setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
+    }
+    st.info.expected = xkv_mean(wanted);
+}
+
+uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const {
+    uint32_t n = tables[stream].n_token();
+    for (const auto & job : jobs) {
+        n += job.cells.size();
+    }
+    return n;
+}
+
+void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next) {
+    auto & st = states[stream];
+
+    const state before = st;
+    try {
+        st.n_seen = n_tokens(stream, jobs);
+        st.n_next = 2*st.n_seen;
+        const auto due = find_due(lctx, stream, jobs, &next);
+        for (const auto & pr : problems) {
+            if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd && d.ig == pr.ig; })) {
+                carry_over(lctx, stream, pr, next);
+            }
+        }
+        update(lctx, stream, jobs, due, &next);
+    } catch (...) {
+        st = before; // the store stays in its stage
+        throw;
+    }
+    graph.release();
+}
+
+std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                                                  const xkv_store::layout * next) {
+    auto &       st     = states[stream];
+    const auto & groups = next ? next->groups : store.groups();
+    const bool   cold   = !setup.sidecar.calibrated();
+
+    std::vector<problem> due;
+    std::vector<float>   residual;
+    std::vector<float>   wanted;
+    for (const auto & pr : problems) {
+        wanted  .push_back(expect(groups, pr));
+        residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
+        const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
+        const float excess = std::max(share*wanted.back(), XKV_ONLINE_EXCESS_MIN);
+        if (cold || residual.back() > wanted.back() + excess) {
+            due.push_back(pr);
+        }
+    }
+    st.info.n_check++;
+    st.info.residual = xkv_mean(residual);
+    st.info.expected = xkv_mean(wanted);
+    return due;
+}
+
+void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
+    auto & st = states[stream];
+
+    const bool     cold = !setup.sidecar.calibrated();
+    const uint32_t n    = n_tokens(stream, jobs);
+
+    if (4*n < st.n_next) {
+        st.n_next = 2*n; // tokens were removed
+    }
+    // a stage with a next one checks at its end
+    if (n < st.n_next || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
+        return;
+    }
+    st.n_next = 2*n;
+    st.n_seen = n;
+
+    update(lctx, stream, jobs, find_due(lctx, stream, jobs, nullptr), nullptr);
+    graph.release();
+}
+
+ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
+    std::vector<int64_t> cells;
+    std::vector<int64_t> origin;
+    for (const auto & job : jobs) {
+        cells .insert(cells .end(), job.cells.begin(), job.cells.end());
+        origin.insert(origin.end(), job.cells.size(), -job.pos);
+    }
+    ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, std::move(cells));
+    ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
+    return flush.build_group(graph, pr.kd, pr.ig, stream, inp_cells, inp_origin);
+}
+
+float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                const std::vector<xkv_store::group> & groups) {
+    const uint32_t dim   = groups[pr.ig].dim[pr.kd];
+    const uint32_t rank  = std::min({ groups[pr.ig].rank[pr.kd], store.groups()[pr.ig].rank[pr.kd], dim });
+
+    auto weight = kept(groups, pr);
+    weight.resize(rank);
+
+    const auto rows = rows_of(stream, pr, rank);
+
+    double total = 0.0;
+    double keep  = 0.0;
+    each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {                                            // [dim, n]
+        ggml_context * ctx = graph.ctx();
+
+        ggml_tensor * b = graph.input(dim, rank, rows);
+        ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                       // [rank, n]
+
+        ggml_tensor * of_all  = ggml_sum(ctx, ggml_sqr(ctx, z));
+        ggml_tensor * of_kept = ggml_sum(ctx, ggml_mul(ctx, ggml_sqr(ctx, a), graph.input(rank, 1, weight)));
+        graph.output(of_all);
+        graph.output(of_kept);
+        graph.run();
+        total += graph.read(of_all) [0];
+        keep  += graph.read(of_kept)[0];
+    });
+    return total > 0.0 ? std::max(0.0, 1.0 - keep/total) : 0.0;
+}
+
+void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                  const std::function<void(ggml_tensor *)> & use) {
+    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
+    use(input_tokens(stream, jobs, pr));
+
+    const auto   chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
+    const size_t n_block = XKV_CARRY_BLOCK/store.n_chunk;
+    for (size_t i = 0; i < chunks.size(); i += n_block) {
+        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+        graph.begin(lctx, 64);
+        const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+        const int64_t  n   = coef.size()/dim;
+        use(graph.input(dim, n, std::move(coef)));
+    }
+}
+
+void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                              const std::vector<problem> & due, const xkv_store::layout * next) {
+    if (due.empty()) {
+        return;
+    }
+    store.own_bases(stream);
+
+    // as many at a time as there are threads for eigenproblems and memory for spaces
+    const size_t n_thread = std::max(1, lctx->get_cparams().n_threads_batch);
+
+    size_t n_bytes = 0;
+    for (const auto & pr : due) {
+        n_bytes = std::max(n_bytes, space_bytes(rank_of(pr, next)));
+    }
+    const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
+    uint32_t     n_applied = 0;
+    for (size_t first = 0; first < due.size(); first += n_most) {
+        const size_t n = std::min(n_most, due.size() - first);
+
+        std::vector<space> spaces(n);
+        for (size_t i = 0; i < n; ++i) {
+            build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
+        }
+        std::vector<char> solved(n);
+        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = orthonormalize(due[first + i], spaces[i]); });
+        for (size_t i = 0; i < n; ++i) {
+            if (solved[i]) {
+                build_cov(lctx, stream, jobs, due[first + i], spaces[i]);
+            }
+        }
+        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = solved[i] && solve(rank_of(due[first + i], next), spaces[i]); });
+        for (size_t i = 0; i < n; ++i) {
+            const auto & pr = due[first + i];
+            if (!solved[i]) {
+                LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
+                               pr.kd == kind::K ? 'K' : 'V', pr.ig);
+            }
+            if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
+                apply(lctx, stream, pr, spaces[i], next);
+                n_applied++;
+                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
+            } else if (next) {
+                carry_over(lctx, stream, pr, *next);
+            }
+        }
+    }
+    states[stream].info.n_update += n_applied > 0;
+}

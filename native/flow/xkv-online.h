@@ -1,0 +1,146 @@
+#pragma once
+
+#include "flow/xkv-flush.h"
+#include "store/xkv-config.h"
+#include "store/xkv-store.h"
+#include "window/xkv-chunks.h"
+
+#include "xkv.h"
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
+
+// Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
+// the window, onto which stored coefficients are projected. They are looked for at the end of each stage, and in the last one
+// when the number of a stream's stored tokens has doubled, where the bases lose more than calibration made expect: on all tokens
+// of a plain stage, which were rounded to its type only, else on those about to leave. Between stages with bases they are taken
+// only if that takes away more than rounding once more costs; without calibration always.
+//
+// The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it
+// (Rayleigh-Ritz): products with many rows run on the backend, the small eigenproblems in LAPACK.
+class xkv_online_bases {
+public:
+    xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush);
+
+    // before the jobs' tokens are compressed; throws xkv_error
+    void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+
+    // the bases and stored coefficients of the store's next stage; throws xkv_error
+    void enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next);
+
+    // the stream has no tokens any more
+    void reset(uint32_t stream);
+
+    // stream dst holds a copy of stream src
+    void copy(uint32_t src, uint32_t dst) { states[dst] = states[src]; }
+
+    xkv_online_info info(uint32_t stream) const { return states[stream].info; }
+
+private:
+    using kind = xkv_store::kind;
+
+    struct state {
+        uint32_t        n_next = 0; // tokens at which the next check is due
+        uint32_t        n_seen = 0; // tokens at the last check
+        xkv_online_info info   = {};
+
+        // per kind and group: directions in use; fewer than the rank only when there was no calibration
+        std::vector<uint32_t> n_dir[2];
+
+        std::vector<uint32_t> n_update[2]; // per kind and group: tokens at the last update
+    };
+
+    // one kind of one group
+    struct problem {
+        kind     kd;
+        uint32_t ig;
+    };
+
+    // what an update works with: rows of the old basis, then new directions
+    struct space {
+        uint32_t           n_old = 0;
+        uint32_t           n     = 0;
+        bool               unit  = false; // all numbers of a plain store, without rows
+        std::vector<float> rows;   // [n, dim] orthonormal
+        std::vector<float> meet;   // [n, n_old] rows times old directions; not of a plain store
+        std::vector<float> cov;    // [n, n] the expected covariance of future tokens
+        std::vector<float> combos; // [rank, n] the new basis in terms of rows; unused ones are zero
+
+        std::vector<float> variance; // [n] along the rows
+        std::vector<float> values;   // [n] along the best basis, descending
+    };
+
+    const xkv_setup                      setup;
+    xkv_store &                          store;
+    const std::vector<xkv_chunk_table> & tables; // per stream
+    const xkv_flush &                    flush;
+
+    xkv_graph graph;
+
+    std::vector<state>   states;   // per stream
+    std::vector<problem> problems; // all kinds and groups
+
+    // share of the variance that the calibrated bases lose on the calibration data
+    float expect(const std::vector<xkv_store::group> & groups, const problem & pr) const;
+
+    // share of the tokens' variance that is lost when directions have the types of groups
+    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                  const std::vector<xkv_store::group> & groups);
+
+    // the tokens [dim, n] that are known as they are, some at a time: those of the jobs, and of a plain store the stored ones
+    void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                    const std::function<void(ggml_tensor *)> & use);
+
+    // whose bases lose more than expected in the next stage, or in the present one
+    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout * next);
+
+    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
+                const xkv_store::layout * next);
+
+    // what an update to bases of a rank needs at most, about
+    static size_t space_bytes(uint32_t rank);
+
+    // an update's steps: the space, an orthonormal basis of it, the covariance there
+    void build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
+                    space & sp);
+    bool orthonormalize(const problem & pr, space & sp) const;
+
+    // directions that span what the tokens have outside the old rows (randomized range finder) [n_new, dim]
+    std::vector<float> sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
+                              const space & sp);
+
+    // of the tokens in n chunks [tokens, rank]
+    std::vector<float> stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
+    void build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
+    // adds the covariance of the tokens in the store
+    void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
+
+    // combos of the given rank
+    static bool solve(uint32_t rank, space & sp);
+
+    // whether the solution takes away more error than there is in rounding stored coefficients once more
+    bool pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const;
+
+    // the old basis and coefficients as they are, in the next stage
+    void carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next);
+
+    // writes bases and coefficients to the next stage, or to the present one
+    void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next);
+
+    // the directions in use; of a plain store the calibrated ones
+    std::vector<float> rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
+
+    uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
+
+    // tokens stored and about to be
+    uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;
+
+    // weight 1 - noise of every direction's type [rank]
+    static std::vector<float> kept(const std::vector<xkv_store::group> & groups, const problem & pr);
+
+    // the tokens of the jobs as inputs of the graph
+    ggml_tensor * input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
+};

@@ -1,0 +1,200 @@
+#include "format/xkv-sidecar.h"
+
+#include "base/xkv-error.h"
+
+#include "ggml-cpp.h"
+#include "ggml.h"
+#include "gguf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+static const uint32_t XKV_FORMAT_VERSION = 3;
+
+static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
+    const int64_t id = gguf_find_key(ctx, key);
+    if (id < 0) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s is missing; run xkv-gguf convert again", sc.path.c_str(), key);
+    }
+    if (gguf_get_kv_type(ctx, id) != type) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s has type %s, expected %s", sc.path.c_str(), key,
+                  gguf_type_name(gguf_get_kv_type(ctx, id)), gguf_type_name(type));
+    }
+    return id;
+}
+
+static uint32_t xkv_get_u32(const xkv_sidecar & sc, const gguf_context * ctx, const char * key) {
+    return gguf_get_val_u32(ctx, xkv_find_key(sc, ctx, key, GGUF_TYPE_UINT32));
+}
+
+static std::vector<uint32_t> xkv_get_u32s(const xkv_sidecar & sc, const gguf_context * ctx, const char * key) {
+    const int64_t id = xkv_find_key(sc, ctx, key, GGUF_TYPE_ARRAY);
+    if (gguf_get_arr_type(ctx, id) != GGUF_TYPE_UINT32) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s holds %s, expected u32", sc.path.c_str(), key,
+                  gguf_type_name(gguf_get_arr_type(ctx, id)));
+    }
+    const uint32_t * data = (const uint32_t *) gguf_get_arr_data(ctx, id);
+    return std::vector<uint32_t>(data, data + gguf_get_arr_n(ctx, id));
+}
+
+static std::vector<float> xkv_get_scales(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, size_t n_layer) {
+    const int64_t id = xkv_find_key(sc, ctx, key, GGUF_TYPE_ARRAY);
+    if (gguf_get_arr_type(ctx, id) != GGUF_TYPE_FLOAT32 || gguf_get_arr_n(ctx, id) != n_layer) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s holds %zu of %s, expected %zu of f32", sc.path.c_str(), key,
+                  (size_t) gguf_get_arr_n(ctx, id), gguf_type_name(gguf_get_arr_type(ctx, id)), n_layer);
+    }
+    const float * data = (const float *) gguf_get_arr_data(ctx, id);
+    for (size_t il = 0; il < n_layer; ++il) {
+        if (!(data[il] > 0.0f) || !std::isfinite(data[il])) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s is %g for layer %zu, expected a finite number above 0", sc.path.c_str(),
+                      key, data[il], il);
+        }
+    }
+    return std::vector<float>(data, data + n_layer);
+}
+
+// groups cover the layers in their order
+void xkv_sidecar::fill_groups(const std::string & what) {
+    const size_t n_layer = std::min(n_embd[K].size(), n_embd[V].size());
+
+    uint32_t next = 0;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        if (first[g] != next || count[g] == 0 || (uint64_t) first[g] + count[g] > n_layer) {
+            xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu holds layers %u + %u, expected to start at layer %u and end within %zu layers",
+                      what.c_str(), g, first[g], count[g], next, n_layer);
+        }
+        next = first[g] + count[g];
+        groups[g] = {};
+        for (uint32_t il = first[g]; il < next; ++il) {
+            groups[g].layers.push_back(il);
+            groups[g].dim[K] += n_embd[K][il];
+            groups[g].dim[V] += n_embd[V][il];
+        }
+    }
+    if (next != n_embd[K].size() || next != n_embd[V].size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "%s: groups cover %u layers, expected %zu", what.c_str(), next, n_embd[K].size());
+    }
+}
+
+xkv_sidecar::xkv_sidecar(std::vector<uint32_t> first_, std::vector<uint32_t> count_, uint32_t frame) :
+    frame(frame), groups(first_.size()), first(std::move(first_)), count(std::move(count_)) {}
+
+void xkv_sidecar::set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v) {
+    n_embd[K] = std::move(n_embd_k);
+    n_embd[V] = std::move(n_embd_v);
+    for (int kd = K; kd <= V; ++kd) {
+        scale[kd].assign(n_embd[kd].size(), 1.0f);
+    }
+    fill_groups("groups without calibration");
+}
+
+xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
+    if (FILE * f = fopen(path.c_str(), "rb")) {
+        file.reset(f, fclose);
+    } else {
+        xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot be opened", path.c_str());
+    }
+    fseek(file.get(), 0, SEEK_END);
+    const uint64_t size = (uint64_t) ftell(file.get());
+
+    gguf_context_ptr ctx(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    if (!ctx) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: not a readable GGUF file", path.c_str());
+    }
+    const int64_t id_arch = xkv_find_key(*this, ctx.get(), "general.architecture", GGUF_TYPE_STRING);
+    if (strcmp(gguf_get_val_str(ctx.get(), id_arch), "xkv") != 0) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: general.architecture is %s, expected xkv; pass the file that xkv-gguf convert wrote",
+                  path.c_str(), gguf_get_val_str(ctx.get(), id_arch));
+    }
+    const uint32_t version = xkv_get_u32(*this, ctx.get(), "xkv.format_version");
+    if (version != XKV_FORMAT_VERSION) {
+        xkv_throw(XKV_STATUS_VERSION, "sidecar %s: format version %u, expected %u; %s", path.c_str(), version, XKV_FORMAT_VERSION,
+                  version > XKV_FORMAT_VERSION ? "upgrade xkv-gguf" : "run xkv-gguf convert again");
+    }
+
+    frame     = xkv_get_u32(*this, ctx.get(), "xkv.frame");
+    n_embd[K] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_k");
+    n_embd[V] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_v");
+    scale [K] = xkv_get_scales(*this, ctx.get(), "xkv.scale_k", n_embd[K].size());
+    scale [V] = xkv_get_scales(*this, ctx.get(), "xkv.scale_v", n_embd[V].size());
+
+    if (frame != 32 && frame != 64 && frame != 128 && frame != 256) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
+    }
+
+    first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
+    count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
+
+    if (first.empty() || count.size() != first.size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu and %zu entries, expected equal lengths", path.c_str(),
+                  first.size(), count.size());
+    }
+    groups.resize(first.size());
+    fill_groups("sidecar " + path);
+
+    const auto find = [&](size_t g, int kd, const char * what, uint64_t n_num, bool half) {
+        char name[64];
+        snprintf(name, sizeof(name), "group.%zu.%c.%s", g, kd == K ? 'k' : 'v', what);
+
+        const int64_t id = gguf_find_tensor(ctx.get(), name);
+        if (id < 0) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s is missing", path.c_str(), name);
+        }
+        const ggml_type type = gguf_get_tensor_type(ctx.get(), id);
+        if ((type != GGML_TYPE_F32 && !(half && type == GGML_TYPE_F16)) || gguf_get_tensor_size(ctx.get(), id) != n_num*ggml_type_size(type)) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s and %zu bytes, expected %llu numbers of f32%s", path.c_str(),
+                      name, ggml_type_name(type), gguf_get_tensor_size(ctx.get(), id), (unsigned long long) n_num, half ? " or f16" : "");
+        }
+        const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id) };
+        if (t.offset + n_num*ggml_type_size(type) > size) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated",
+                      path.c_str(), name, (unsigned long long) size);
+        }
+        return t;
+    };
+    for (size_t g = 0; g < groups.size(); ++g) {
+        for (int kd = K; kd <= V; ++kd) {
+            const uint64_t dim = groups[g].dim[kd];
+            bases  [kd].push_back(find(g, kd, "basis",    dim*dim, true));
+            means  [kd].push_back(find(g, kd, "mean",     dim,     false));
+            spectra[kd].push_back(find(g, kd, "spectrum", dim,     false));
+        }
+    }
+}
+
+std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n) const {
+    std::vector<float>       res(n);
+    std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
+
+    void * dst = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
+    if (fseek(file.get(), (long) t.offset, SEEK_SET) != 0 ||
+        fread(dst, ggml_type_size((ggml_type) t.type), n, file.get()) != n) {
+        xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n,
+                  (unsigned long long) t.offset);
+    }
+    if (t.type == GGML_TYPE_F16) {
+        ggml_fp16_to_fp32_row(half.data(), res.data(), n);
+    }
+    return res;
+}
+
+std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row) const {
+    const uint64_t     dim = groups[g].dim[kd];
+    std::vector<float> res;
+    if (calibrated()) {
+        res = read(bases[kd][g], std::min<uint64_t>(n_row, dim)*dim);
+    }
+    res.resize(n_row*dim, 0.0f);
+    return res;
+}
+
+std::vector<float> xkv_sidecar::mean(uint32_t g, kind kd) const {
+    return calibrated() ? read(means[kd][g], groups[g].dim[kd]) : std::vector<float>(groups[g].dim[kd], 0.0f);
+}
+
+std::vector<float> xkv_sidecar::spectrum(uint32_t g, kind kd) const {
+    return calibrated() ? read(spectra[kd][g], groups[g].dim[kd]) : std::vector<float>(groups[g].dim[kd], 0.0f);
+}

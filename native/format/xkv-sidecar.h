@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+// The sidecar file of a model (convert/FORMAT.md): bases, means and spectra per group of layers. The constructor reads and
+// checks the metadata; the tensors are read on demand, from a file that stays open.
+//
+// Without calibration there is no file: groups alone, with bases, means and spectra of zeros, and scales of 1.
+class xkv_sidecar {
+public:
+    enum kind { K = 0, V = 1 };
+
+    struct group {
+        std::vector<uint32_t> layers; // of the model, ascending
+        uint32_t              dim[2]; // numbers per token of all layers together
+    };
+
+    // throws xkv_error
+    explicit xkv_sidecar(const std::string & path);
+
+    // no calibration; the groups' layers and dimensions are set by the model later
+    xkv_sidecar(std::vector<uint32_t> first, std::vector<uint32_t> count, uint32_t frame);
+
+    // without calibration: numbers per token of K and V for each layer; throws xkv_error when the groups don't fit
+    void set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v);
+
+    bool calibrated() const { return file != nullptr; }
+
+    // the first n_row directions, each dim numbers, [n_row*dim]; zeros beyond dim; throws xkv_error
+    std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row) const;
+
+    // [dim]; throws xkv_error
+    std::vector<float> mean(uint32_t g, kind kd) const;
+
+    // [dim] variance along each direction, descending; throws xkv_error
+    std::vector<float> spectrum(uint32_t g, kind kd) const;
+
+    const std::string path;
+
+    uint32_t              frame = 0; // chunk length in tokens
+    std::vector<uint32_t> n_embd[2];  // per layer: numbers per token of K and V
+    std::vector<float>    scale[2];   // per layer: what K and V are multiplied by, so that errors weigh the same
+    std::vector<group>    groups;
+
+private:
+    // layers of each group, as they are written: first one and how many
+    std::vector<uint32_t> first;
+    std::vector<uint32_t> count;
+
+    void fill_groups(const std::string & what);
+
+    struct tensor {
+        int      type;
+        uint64_t offset; // from the start of the file
+    };
+
+    std::vector<tensor> bases[2]; // per group
+    std::vector<tensor> means[2];
+    std::vector<tensor> spectra[2];
+
+    std::shared_ptr<FILE> file;
+
+    std::vector<float> read(const tensor & t, uint64_t n) const;
+};

@@ -1,0 +1,203 @@
+#include "store/xkv-store.h"
+
+#include "base/xkv-codec.h"
+#include "base/xkv-error.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <map>
+
+ggml_backend_buffer_type_t xkv_store::buft(uint32_t il) const {
+    return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+}
+
+ggml_backend_dev_t xkv_store::device(uint32_t il) const {
+    return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const {
+    pool res = { what, {}, {} };
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+    make([&](uint32_t il) {
+        auto & ctx = ctx_map[buft(il)];
+        if (!ctx) {
+            ctx = ggml_init({ /*.mem_size =*/ n_tensors*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true });
+            res.ctxs.emplace_back(ctx);
+        }
+        return ctx;
+    });
+    for (const auto & [type, ctx] : ctx_map) {
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, type);
+        if (!buf) {
+            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio",
+                      ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type), ggml_backend_buft_name(type));
+        }
+        ggml_backend_buffer_clear(buf, 0);
+        res.bufs.emplace_back(buf);
+    }
+    return res;
+}
+
+xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot,
+                     uint32_t n_stream, bool offload) :
+    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), stages(config.stages), own(n_stream) {
+    const auto & hparams = model.hparams;
+
+    stages.back().n_slot = n_slot;
+    // streams fill at different times, but share the tensors
+    stages.erase(stages.begin(), n_stream > 1 ? stages.end() - 1 : stages.begin());
+    if (stages.size() > 1 && stages[stages.size() - 2].n_slot >= n_slot) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a stage has %u slots, expected below the %u of the store", stages[stages.size() - 2].n_slot, n_slot);
+    }
+
+    for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
+        uint32_t place  = 0;
+        uint32_t off[2] = { 0, 0 };
+        for (uint32_t il : sidecar.groups[ig].layers) {
+            slot_of[il] = layer_list.size();
+            layer_list.push_back({ il, (uint32_t) ig, place++, { off[0], off[1] }, nullptr, nullptr, nullptr });
+            off[0] += hparams.n_embd_k_gqa(il);
+            off[1] += hparams.n_embd_v_gqa(il);
+        }
+    }
+
+    make_arena();
+
+    means = make_pool(PART_MEANS, 3*layer_list.size(), [&](const ctx_of_t & ctx_of) {
+        for (auto & l : layer_list) {
+            auto * ctx = ctx_of(groups()[l.ig].layers[0]);
+            l.mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(l.il));
+            l.mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
+            l.mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il)*hparams.n_head(l.il));
+        }
+    });
+    fill_means();
+
+    for (const auto & [name, bytes] : parts()) {
+        LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes/1024.0/1024.0);
+    }
+}
+
+//
+// coefficients
+//
+
+std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
+    const group & gr = now.groups[ig];
+
+    std::vector<float>   res((size_t) n_chunk*gr.rank[kd]);
+    std::vector<uint8_t> data;
+    std::vector<float>   x;
+    for (const auto & seg : gr.segments[kd]) {
+        const ggml_tensor * t = seg.coef;
+        x.resize((size_t) n_chunk*seg.rank);
+        if (kd == kind::K) {
+            data.resize(n_chunk*t->nb[1]);
+            ggml_backend_tensor_get(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+        } else {
+            const size_t n_byte = ggml_row_size(t->type, n_chunk);
+            data.resize(seg.rank*n_byte);
+            ggml_backend_tensor_get_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+        }
+        xkv_decode(seg.type, data.data(), x.data(), x.size());
+        for (uint32_t i = 0; i < n_chunk; ++i) {
+            for (uint32_t r = 0; r < seg.rank; ++r) {
+                res[(size_t) i*gr.rank[kd] + seg.first + r] = kd == kind::K ? x[(size_t) i*seg.rank + r] : x[(size_t) r*n_chunk + i];
+            }
+        }
+    }
+    return res;
+}
+
+void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) const {
+    const group & gr = (next ? *next : now).groups[ig];
+
+    std::vector<uint8_t> data;
+    std::vector<float>   x;
+    for (const auto & seg : gr.segments[kd]) {
+        ggml_tensor * t = seg.coef;
+        x.resize((size_t) n_chunk*seg.rank);
+        for (uint32_t i = 0; i < n_chunk; ++i) {
+            for (uint32_t r = 0; r < seg.rank; ++r) {
+                x[kd == kind::K ? (size_t) i*seg.rank + r : (size_t) r*n_chunk + i] = coef[(size_t) i*gr.rank[kd] + seg.first + r];
+            }
+        }
+        data.resize(ggml_row_size(seg.type, x.size()));
+        xkv_encode(seg.type, x.data(), data.data(), x.size());
+        if (kd == kind::K) {
+            ggml_backend_tensor_set(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+        } else {
+            const size_t n_byte = ggml_row_size(t->type, n_chunk);
+            ggml_backend_tensor_set_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+        }
+    }
+}
+
+void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
+    reset_bases(dst);
+    if (own[src]) {
+        own_bases(dst);
+        copy_bases(own[src]->bases, own[dst]->bases);
+    }
+    std::vector<uint8_t> data;
+    for (const auto & gr : now.groups) {
+        for (auto kd : { kind::K, kind::V }) {
+            for (const auto & seg : gr.segments[kd]) {
+                data.resize(seg.coef->nb[2]);
+                ggml_backend_tensor_get(seg.coef, data.data(), src*data.size(), data.size());
+                ggml_backend_tensor_set(seg.coef, data.data(), dst*data.size(), data.size());
+            }
+        }
+    }
+}
+
+//
+// report
+//
+
+std::vector<std::pair<std::string, size_t>> xkv_store::parts() const {
+    size_t bytes[PART_COUNT];
+    std::copy(std::begin(arena_bytes), std::end(arena_bytes), bytes);
+
+    const auto count = [&](const pool & p) {
+        for (const auto & buf : p.bufs) {
+            bytes[p.what] += ggml_backend_buffer_get_size(buf.get());
+        }
+    };
+    count(means);
+    for (const auto & set : own) {
+        if (set) {
+            count(set->mem);
+        }
+    }
+    return {
+        { "K coefficients",  bytes[PART_COEF_K] },
+        { "V coefficients",  bytes[PART_COEF_V] },
+        { "bases and means", bytes[PART_BASES] + bytes[PART_MEANS] },
+    };
+}
+
+std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> xkv_store::buffers() const {
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> res;
+
+    const auto list = [&](const pool & p) {
+        for (const auto & buf : p.bufs) {
+            res.emplace_back(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
+        }
+    };
+    for (const auto & [type, buf] : arena) {
+        res.emplace_back(type, ggml_backend_buffer_get_size(buf.get()));
+    }
+    list(means);
+    for (const auto & set : own) {
+        if (set) {
+            list(set->mem);
+        }
+    }
+    return res;
+}

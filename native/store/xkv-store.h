@@ -1,0 +1,210 @@
+#pragma once
+
+#include "format/xkv-sidecar.h"
+#include "store/xkv-config.h"
+
+#include "ggml-cpp.h"
+#include "ggml.h"
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct llama_model;
+
+// tokens of a graph's slot range, so that a graph is rebuilt once per so many flushed tokens only
+static const uint32_t XKV_SLOT_PAD = 256;
+
+// The compressed part of the cache: coefficients per group and token, bases and means per layer. Tensors only, the
+// bookkeeping of chunks is the cache's.
+//
+// Coefficients are laid out so that a page table can be put over them later: a slot is a token, a chunk is n_chunk
+// consecutive slots, and every tensor addresses it by its first slot. The directions of a group and kind are ordered by
+// variance and split into segments, one tensor and type each.
+//   K: one row per slot, so that a chunk is contiguous and a query meets it as one matrix
+//   V: one row per direction, so that a quantization block is one direction over the tokens of one chunk
+//
+// Coefficients and bases share one buffer per device, which a stage of the store divides: while few tokens are stored, each
+// has more directions and bits. The first stage can be plain: K (in the frames of chunks) and V as they are, in one segment per
+// layer whose directions are the layer's numbers, without bases.
+class xkv_store {
+public:
+    using kind = xkv_sidecar::kind;
+
+    struct segment {
+        ggml_type type;
+        ggml_type type_basis; // GGML_TYPE_COUNT in a plain store
+        uint32_t  first; // direction
+        uint32_t  rank;  // padded to whole blocks; directions beyond the plan are zero
+
+        ggml_tensor * coef; // K [rank, n_slot, n_stream], V [n_slot, rank, n_stream]
+    };
+
+    struct group {
+        std::vector<uint32_t> layers; // of the model
+
+        uint32_t dim [2]; // numbers per token of all layers
+        uint32_t rank[2]; // of all segments
+
+        std::vector<segment> segments[2];
+    };
+
+    struct layer {
+        uint32_t il; // of the model
+        uint32_t ig;
+        uint32_t place; // in the group
+        uint32_t off[2]; // the layer's first number among its group's
+
+        ggml_tensor * mean_k; // [n_embd_k] f32
+        ggml_tensor * mean_v; // [n_embd_v] f32
+        ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output, before it is unscaled
+    };
+
+    // bases that streams share, or a stream's own: per kind, layer of the store and segment
+    struct basis_set {
+        std::vector<std::vector<ggml_tensor *>> tensors[2];
+    };
+
+    // tensors of one stage
+    struct layout {
+        uint32_t           stage;
+        std::vector<group> groups;
+        basis_set          bases;
+
+        std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+        std::vector<ggml_backend_buffer_ptr>                   bufs; // while the layout is not the store's
+    };
+
+    // starts in the last stage; throws xkv_error
+    xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot, uint32_t n_stream,
+              bool offload);
+
+    const std::vector<group> & groups() const { return now.groups; }
+
+    const std::vector<layer> & layers() const { return layer_list; }
+
+    // by its index in the model, as everywhere
+    const layer & layer_of(uint32_t il) const { return layer_list[slot_of.at(il)]; }
+
+    uint32_t stage()   const { return now.stage; }
+    uint32_t n_stage() const { return stages.size(); }
+
+    std::vector<uint32_t> stage_slots() const; // per stage
+
+    // of the present stage
+    bool     plain()      const { return stages[now.stage].plain(); }
+    uint32_t n_slot_now() const { return stages[now.stage].n_slot; }
+
+    // an empty store in another stage, with the calibrated bases
+    void restart(uint32_t stage);
+
+    // another stage, to be filled beside the present one by set_basis and set_coef, that then takes its place; it has the
+    // calibrated bases; throws xkv_error
+    layout begin(uint32_t stage) const;
+    void   commit(const layout & next);
+
+    // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; there are none in a plain store
+    ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
+
+    // of a plain store: K or V of a layer
+    const segment & plain_segment(kind kd, uint32_t il) const;
+
+    // true when none of the streams has bases of its own
+    bool shares_bases(uint32_t s0, uint32_t n) const;
+
+    // grows whenever a stream gets or loses bases of its own or the stage changes, so that graphs with old tensors are rebuilt
+    uint32_t n_change() const { return n_tensor_change; }
+
+    // directions of a group as rows [rank, dim]
+    std::vector<float> get_basis(kind kd, uint32_t ig, uint32_t stream) const;
+    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows, const layout * next = nullptr);
+
+    // before set_basis: bases of the stream's own where several streams share the calibrated ones; throws xkv_error
+    void own_bases(uint32_t stream);
+
+    // back to the calibrated bases; throws xkv_error
+    void reset_bases(uint32_t stream);
+
+    // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
+    std::vector<float> get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
+    void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
+
+    void copy_stream(uint32_t src, uint32_t dst);
+
+    // bytes allocated, by part
+    std::vector<std::pair<std::string, size_t>> parts() const;
+
+    // by buffer type
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> buffers() const;
+
+    const uint32_t n_chunk;
+    const uint32_t n_slot;
+    const uint32_t n_stream;
+
+private:
+    enum part { PART_COEF_K, PART_COEF_V, PART_BASES, PART_MEANS, PART_COUNT };
+
+    // tensors of one part and their buffers
+    struct pool {
+        part                                 what;
+        std::vector<ggml_context_ptr>        ctxs;
+        std::vector<ggml_backend_buffer_ptr> bufs;
+    };
+
+    struct own_bases_t {
+        pool      mem;
+        basis_set bases;
+    };
+
+    const llama_model & model;
+    const xkv_sidecar & sidecar;
+    const bool          offload;
+
+    std::vector<xkv_config::stage> stages;
+
+    std::vector<layer>           layer_list; // those of the model that have a KV cache, group by group
+    std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
+
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena; // coefficients and bases
+    size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
+
+    layout now;
+    pool   means;
+
+    bool                                      changed = false; // a single stream has changed the calibrated bases
+    std::vector<std::unique_ptr<own_bases_t>> own;             // per stream, empty while the calibrated ones are used
+
+    uint32_t n_tensor_change = 0;
+
+    ggml_backend_buffer_type_t buft(uint32_t il) const;
+    ggml_backend_dev_t         device(uint32_t il) const;
+
+    // tensors that make creates, allocated and zeroed; ctx_of gives the context for a layer's buffer type
+    using ctx_of_t = std::function<ggml_context *(uint32_t il)>;
+
+    pool make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const;
+
+    void make_arena();
+
+    // tensors without memory
+    layout    make_layout(uint32_t stage) const;
+    basis_set make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
+
+    // zeroes the arena and puts a layout without memory there
+    void place(layout && fresh);
+
+    const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
+
+    void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const;
+    void fill_bases(const layout & l) const;
+    void copy_bases(const basis_set & src, const basis_set & dst) const;
+    void fill_means();
+};
+
+// With a basis as it is stored: coefficients [rank, n] of x [n_embd, n], and back.
+ggml_tensor * xkv_to_coef  (ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * x);
+ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef);

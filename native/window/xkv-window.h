@@ -1,0 +1,57 @@
+#pragma once
+
+#include "window/xkv-chunks.h"
+
+#include "llama-kv-cache.h"
+#include "llama-memory.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+// Sinks and recent tokens, exact: a plain llama_kv_cache. Nothing else knows how that keeps its cells and tensors.
+class xkv_window {
+public:
+    // layers: of the model, that have a KV cache
+    xkv_window(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+               const std::vector<uint32_t> & layers, uint32_t n_cell);
+
+    llama_kv_cache * get() const { return kv.get(); }
+
+    uint32_t size()                          const { return kv->get_size(); } // cells of a stream
+    uint32_t get_stream(llama_seq_id seq_id) const { return kv->get_stream(seq_id); }
+
+    // storage of a layer: K [n_embd_k, size], V [n_embd_v, size]
+    ggml_tensor * k(uint32_t il, uint32_t stream) const;
+    ggml_tensor * v(uint32_t il, uint32_t stream) const;
+
+    uint32_t n_used(uint32_t stream)      const { return cells(stream).get_used(); }
+    uint32_t n_token(llama_seq_id seq_id) const { return kv->get_cells(seq_id).seq_pos_get(seq_id).size(); }
+
+    // of a sequence, by ascending positions
+    std::vector<xkv_token> tokens(llama_seq_id seq_id) const;
+
+    // cells that are empty, or will be once the sequence's tokens in [p0, p1) are removed
+    uint32_t n_free(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // the first empty cells; throws xkv_error when there are fewer
+    std::vector<uint32_t> free_cells(uint32_t stream, size_t n) const;
+
+    void put   (uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id seq_id);
+    void remove(uint32_t stream, const std::vector<uint32_t> & list);
+
+    // attention sinks in the text, which stay while their cell is used
+    void     set_sink(uint32_t stream, uint32_t cell) { sinks[stream][cell] = true; }
+    uint32_t n_sink(llama_seq_id seq_id) const;
+    void     drop_sinks();
+
+    // all of a sequence, into the stream of another one
+    void copy(llama_context * lctx, llama_seq_id src, llama_seq_id dst);
+
+private:
+    std::unique_ptr<llama_kv_cache> kv;
+
+    std::vector<std::vector<bool>> sinks; // per stream and cell
+
+    llama_kv_cells & cells(uint32_t stream) const;
+};
