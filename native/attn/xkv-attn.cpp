@@ -1,4 +1,5 @@
-// Attention over store and window. Two paths that compute the same:
+// Attention over store and window. Three paths that compute the same:
+//   packed:       the op XKV_ATTN, where a layer's device has it
 //   materialized: K and V of the stored tokens are rebuilt for one layer, then flash attention (many queries)
 //   absorbed:     queries go to the chunks' frames and through the basis, and meet the coefficients (few queries)
 
@@ -27,10 +28,27 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
     const uint32_t n_chunk  = view->store->n_chunk;
     const uint32_t n_stream = view->n_stream;
 
-    for (uint32_t i = 0; i < fill.size(); ++i) {
-        const uint32_t n_frame = n_slot/n_chunk;
-        const auto &   chunks  = view->table(i/n_frame);
-        fill[i] = i%n_frame < chunks.size() ? chunks[i%n_frame].n : 0;
+    if (frame && frame->buffer) {
+        std::vector<int32_t> data;
+        for (uint32_t s = 0; s < n_stream; ++s) {
+            const auto & chunks = view->table(s);
+            for (uint32_t ic = 0; ic < n_slot/n_chunk; ++ic) {
+                data.push_back(ic < chunks.size() && chunks[ic].n > 0 ? -chunks[ic].pos : 0);
+            }
+        }
+        ggml_backend_tensor_set(frame, data.data(), 0, ggml_nbytes(frame));
+    }
+
+    if (fill && fill->buffer) {
+        std::vector<int32_t> data(ggml_nelements(fill), 0);
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            const llama_seq_id seq_id = ubatch->seq_id[i][0];
+            const auto &       chunks = view->table_of(seq_id);
+            for (uint32_t ic = 0; ic < std::min<size_t>(n_slot/n_chunk, chunks.size()); ++ic) {
+                data[(size_t) i*fill->ne[0] + ic] = chunks[ic].seqs.test(seq_id) ? chunks[ic].n : 0;
+            }
+        }
+        ggml_backend_tensor_set(fill, data.data(), 0, ggml_nbytes(fill));
     }
 
     if (origin && origin->buffer) {
@@ -239,21 +257,26 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention was turned off for this context, but an xkv cache needs it; set flash_attn_type to enabled");
     }
 
-    auto * inp = xkv_get_input(gctx, view);
-    if (!inp->mask_all) {
-        ggml_tensor * mask = inp_kv->get_kq_mask();
-        inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
+    auto * inp  = xkv_get_input(gctx, view);
+    auto * mask = inp_kv->get_kq_mask();
+
+    const auto & scale  = view->setup->sidecar.scale;
+    const float  times  = kq_scale/scale[xkv_sidecar::K][il];
+    const bool   packed = view->store->groups()[view->store->layer_of(il).ig].packed;
+
+    ggml_tensor * out;
+    if (packed) {
+        out = xkv_attn_packed(gctx, inp, q, k, v, mask, times, il);
+    } else {
+        if (!inp->mask_all) {
+            inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
+        }
+        out = (inp->absorb ? xkv_attn_absorbed : xkv_attn_materialized)(gctx, inp, q, k, v, times, il);
     }
-
-    auto * attn = !inp->absorb ? xkv_attn_materialized : xkv_can_fuse(view, il) ? xkv_attn_fused : xkv_attn_absorbed;
-
-    const auto & scale = view->setup->sidecar.scale;
-
-    ggml_tensor * out = attn(gctx, inp, q, k, v, kq_scale/scale[xkv_sidecar::K][il], il);
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
     ggml_tensor * mean = view->store->layer_of(il).mean_o;
-    if (inp->absorb) {
+    if (packed || inp->absorb) {
         mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
     }
     out = ggml_add(gctx.ctx0, out, mean);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attn/xkv-view.h"
+#include "base/xkv-frame.h"
 
 #include "llama-graph.h"
 
@@ -25,9 +26,12 @@ public:
 
     std::map<const ggml_tensor *, ggml_tensor *> coef; // per segment: f32 [rank, n_slot, 1, n_stream]
 
-    // what fused ops read
-    std::vector<uint32_t>              fill;   // [n_frame*n_stream] tokens in the chunk
-    std::vector<std::shared_ptr<void>> layers;
+    // of packed groups
+    ggml_tensor * frame = nullptr; // I32 [n_frame*n_stream] minus the chunk's position
+    ggml_tensor * fill  = nullptr; // I32 [n_frame, n_tokens/n_stream, n_stream] tokens of the chunk that a query sees
+
+    // pairs (1, 0) turned to the chunks' frames [n_rot, 1, n_frame*n_stream], per kind of RoPE
+    std::map<xkv_rope, ggml_tensor *> turn;
 
     const xkv_view * view;
 
@@ -65,10 +69,9 @@ ggml_tensor * xkv_concat_spans(ggml_context * ctx, const xkv_view * view, int di
 ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                                 ggml_tensor * v, float kq_scale, int il);
 
-// the same of fused ops; xkv_can_fuse says whether the layer's device has them
-bool          xkv_can_fuse  (const xkv_view * view, int il);
-ggml_tensor * xkv_attn_fused(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                             ggml_tensor * v, float kq_scale, int il);
+// the same of the op XKV_ATTN, where the layer's group is packed; mask: of the window
+ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
+                              ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il);
 
 // graph nodes beyond the model's own
 uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config);

@@ -13,3 +13,26 @@ struct llama_model;
 // Returns x itself for layers without RoPE.
 ggml_tensor * xkv_rotate(ggml_context * ctx, const llama_model & model, const llama_cparams & cparams, uint32_t il, ggml_tensor * x,
                          ggml_tensor * pos);
+
+// RoPE of a layer.
+struct xkv_rope {
+    int           n_rot; // numbers of a head that are turned; 0: none
+    int           first; // the first one
+    bool          neox;  // pairs (i, i + n_rot/2), else (2i, 2i + 1)
+    int           type;
+    int           n_ctx_orig;
+    float         freq_base;
+    float         freq_scale;
+    float         ext_factor;
+    float         attn_factor; // takes YaRN's magnitude away
+    float         beta_fast;
+    float         beta_slow;
+    ggml_tensor * factors;
+
+    bool operator<(const xkv_rope & other) const;
+};
+
+xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, uint32_t il);
+
+// cosine and sine for pos [n] as the pairs (1, 0) turned [n_rot, 1, n]
+ggml_tensor * xkv_turn(ggml_context * ctx, const xkv_rope & rope, ggml_tensor * pos);

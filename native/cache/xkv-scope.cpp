@@ -8,6 +8,8 @@
 #include "cache/xkv-scope.h"
 #include "cache/xkv-support.h"
 
+#include "ops/xkv_attn/xkv-attn-op.h"
+
 #include "llama-cparams.h"
 #include "llama-model.h"
 
@@ -89,6 +91,10 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
                 xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one", kd == xkv_sidecar::K ? 'K' : 'V', g);
             }
             for (size_t i = 0; i + 1 < list.size(); ++i) {
+                if (xkv_attn_type_index(list[i].type) >= xkv_attn_type_index(list[i + 1].type)) {
+                    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segments %zu and %zu of %c of group %zu have types %s and %s, expected each type once, in the order f32, f16, q8_0, q5_0, q4_0, q2_0, q1_0",
+                              i, i + 1, kd == xkv_sidecar::K ? 'K' : 'V', g, ggml_type_name(list[i].type), ggml_type_name(list[i + 1].type));
+                }
                 const uint32_t block = std::max(32u, kd == xkv_sidecar::K ? xkv_block_size(list[i].type) : 1);
                 if (list[i].rank % block != 0) {
                     xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %zu of %c of group %zu has rank %u, expected a multiple of %u", i,
@@ -131,6 +137,14 @@ void xkv_scope_open(const xkv_params & params) {
     config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);
     config.online   = params.online != 0;
     config.fused    = params.fused  != 0;
+    config.tolerance = params.tolerance;
+    config.n_lead    = params.n_lead;
+    if (!(params.tolerance >= 0.0f && params.tolerance <= 1.0f)) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "tolerance is %g, expected 0 to 1", params.tolerance);
+    }
+    if (params.tolerance > 0.0f && (params.n_lead <= 0 || params.n_lead > UINT16_MAX || params.n_lead % 32 != 0)) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_lead is %d directions, expected a multiple of 32 above 0", params.n_lead);
+    }
     if (!config.online && !scope->sidecar->calibrated()) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }

@@ -21,11 +21,11 @@ target_include_directories(llama PRIVATE "${PROJECT_SOURCE_DIR}/native/include" 
 set_source_files_properties(${xkv_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
 # ops of the CPU backend; with GGML_CPU_ALL_VARIANTS there is a target per instruction set
-file(GLOB xkv_ggml_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ggml/*.c" "${PROJECT_SOURCE_DIR}/native/ggml/*.cpp"
+file(GLOB xkv_ggml_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/native/ggml/*.c"
     "${PROJECT_SOURCE_DIR}/native/ops/*/cpu/*.cpp")
 foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
     if (backend MATCHES "^ggml-cpu" AND TARGET ${backend})
         target_sources(${backend} PRIVATE ${xkv_ggml_sources})
-        target_include_directories(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ggml" "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn/cpu")
+        target_include_directories(${backend} PRIVATE "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn/cpu")
     endif()
 endforeach()

@@ -14,7 +14,7 @@
 static const uint32_t XKV_FLUSH_BLOCK = 128;
 
 static size_t xkv_n_node(const xkv_store::group & gr) {
-    return 64 + gr.layers.size()*(32 + 8*(gr.segments[0].size() + gr.segments[1].size()));
+    return 64 + gr.layers.size()*(32 + 16);
 }
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
@@ -109,11 +109,8 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
             }
             for (uint32_t il : gr.layers) {
                 ggml_tensor * x     = build_layer(ctx, kd, il, stream, inp_cells, inp_origin);
-                ggml_tensor * x_all = nullptr;
-                for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-                    ggml_tensor * x_seg = xkv_to_coef(ctx, kd, store.basis(kd, il, is, stream), x);
-                    x_all = x_all ? ggml_concat(ctx, x_all, x_seg, 0) : x_seg;
-                }
+                ggml_tensor * basis = graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream));
+                ggml_tensor * x_all = ggml_mul_mat(ctx, basis, x);
                 coef[kd] = coef[kd] ? ggml_add(ctx, coef[kd], x_all) : x_all;
             }
             graph.output(coef[kd]);
@@ -150,17 +147,14 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
             coef = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 
             for (uint32_t il : gr.layers) {
-                const auto part = [&](const xkv_store::segment & seg) {
-                    return ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
-                };
                 ggml_tensor * x = nullptr; // [n_embd, n]
                 if (store.plain()) {
-                    x = part(store.plain_segment(kd, il));
+                    const auto & seg = store.plain_segment(kd, il);
+                    x = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
                 } else {
-                    for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-                        ggml_tensor * x_seg = xkv_from_coef(ctx, kd, store.basis(kd, il, is, stream), part(gr.segments[kd][is]));
-                        x = x ? ggml_add(ctx, x, x_seg) : x_seg;
-                    }
+                    const auto rows = store.get_basis_layer(kd, il, stream);
+                    ggml_tensor * basis = graph.input(rows.size()/gr.rank[kd], gr.rank[kd], rows);
+                    x = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, basis)), coef);
                 }
                 if (kd == xkv_store::kind::K) {
                     x = ggml_add(ctx, x, store.layer_of(il).mean_k);

@@ -72,7 +72,10 @@ struct xkv_params {
     int32_t                    n_absorb;   // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
     int32_t                    online;     // 1: bases follow the prompt, 0: they stay as calibrated
     int32_t                    n_prior;    // tokens that the calibration is worth when bases are updated
-    int32_t                    fused;      // 1: fused ops for absorbed attention where a layer's device has them (CPU), 0: stock ops only
+    int32_t                    fused;      // 1: the op XKV_ATTN where a layer's device has it (CPU), 0: stock ops only
+    float                      tolerance;  // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
+                                           // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
+    int32_t                    n_lead;     // a multiple of 32
 };
 
 // How the bases of a stream followed its tokens.

@@ -1,6 +1,7 @@
 // Bases and means of the store: from the sidecar, and a stream's own once they have been adapted.
 
 #include "base/xkv-codec.h"
+#include "store/xkv-pack.h"
 #include "store/xkv-store.h"
 
 #include "llama-model.h"
@@ -12,6 +13,29 @@
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
     GGML_ASSERT(!plain());
     return bases_of(stream).tensors[kd][slot_of.at(il)][is];
+}
+
+ggml_tensor * xkv_store::packed_basis(uint32_t il, uint32_t stream) const {
+    return bases_of(stream).packed[slot_of.at(il)];
+}
+
+uint32_t xkv_store::n_head_dim(kind kd, uint32_t il) const {
+    return kd == kind::K ? model.hparams.n_embd_head_k(il) : model.hparams.n_embd_head_v(il);
+}
+
+void xkv_store::each_basis(const group & gr, kind kd, uint32_t il, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const {
+    size_t at = 0;
+    for (auto k : { kind::K, kind::V }) {
+        for (uint32_t h = 0; h < model.hparams.n_head_kv(il); ++h) {
+            for (const auto & seg : gr.segments[k]) {
+                if (k == kd) {
+                    f(seg, h, at);
+                }
+                const uint32_t n = n_head_dim(k, il);
+                at += k == kind::K ? xkv_packed_size(seg.type_basis, seg.rank, n) : xkv_packed_size(seg.type_basis, n, seg.rank);
+            }
+        }
+    }
 }
 
 const xkv_store::segment & xkv_store::plain_segment(kind kd, uint32_t il) const {
@@ -26,15 +50,30 @@ bool xkv_store::shares_bases(uint32_t s0, uint32_t n) const {
 
 xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const {
     basis_set res;
+    res.packed.resize(layer_list.size(), nullptr);
     for (auto kd : { kind::K, kind::V }) {
         res.tensors[kd].resize(layer_list.size());
-        for (size_t i = 0; i < layer_list.size(); ++i) {
-            const uint32_t il = layer_list[i].il;
-            const auto &   gr = groups[layer_list[i].ig];
+    }
+    for (size_t i = 0; i < layer_list.size(); ++i) {
+        const uint32_t il  = layer_list[i].il;
+        const auto &   gr  = groups[layer_list[i].ig];
+        auto *         ctx = ctx_of(gr.layers[0]);
+        if (gr.packed) {
+            size_t n_byte = 0;
+            for (auto kd : { kind::K, kind::V }) {
+                for (const auto & seg : gr.segments[kd]) {
+                    n_byte += ggml_row_size(seg.type_basis, (int64_t) seg.rank*sidecar.n_embd[kd][il]);
+                }
+            }
+            res.packed[i] = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, n_byte);
+            ggml_format_name(res.packed[i], "xkv_basis_l%u", il);
+            continue;
+        }
+        for (auto kd : { kind::K, kind::V }) {
             for (const auto & seg : gr.segments[kd]) {
-                ggml_tensor * t = kd == kind::K ?
-                    ggml_new_tensor_2d(ctx_of(gr.layers[0]), seg.type_basis, model.hparams.n_embd_k_gqa(il), seg.rank) :
-                    ggml_new_tensor_2d(ctx_of(gr.layers[0]), seg.type_basis, seg.rank, model.hparams.n_embd_v_gqa(il));
+                const int64_t n_embd = sidecar.n_embd[kd][il];
+                ggml_tensor * t = kd == kind::K ? ggml_new_tensor_2d(ctx, seg.type_basis, n_embd, seg.rank) :
+                                                  ggml_new_tensor_2d(ctx, seg.type_basis, seg.rank, n_embd);
                 ggml_format_name(t, "xkv_basis_%c_l%u_%s", kd == kind::K ? 'k' : 'v', il, ggml_type_name(seg.type));
                 res.tensors[kd][i].push_back(t);
             }
@@ -43,9 +82,9 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
     return res;
 }
 
-// where the number of direction r of a segment for number i of a layer stands in its basis
-static size_t xkv_basis_index(const ggml_tensor * t, xkv_store::kind kd, uint32_t r, uint32_t i) {
-    return kd == xkv_store::kind::K ? (size_t) r*t->ne[0] + i : (size_t) i*t->ne[0] + r;
+// where the number of direction r of a segment for number i of n stands in its basis: K by direction, V by number
+static size_t xkv_basis_index(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n, uint32_t r, uint32_t i) {
+    return kd == xkv_store::kind::K ? (size_t) r*n + i : (size_t) i*seg.rank + r;
 }
 
 void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const {
@@ -53,24 +92,75 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
     const uint32_t dim = gr.dim[kd];
     GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
 
+    // the segment's rows for n numbers of a layer
+    const auto part = [&](const segment & seg, uint32_t first, uint32_t n) {
+        std::vector<float> x((size_t) seg.rank*n);
+        for (uint32_t r = 0; r < seg.rank; ++r) {
+            for (uint32_t i = 0; i < n; ++i) {
+                x[xkv_basis_index(seg, kd, n, r, i)] = rows[(size_t) (seg.first + r)*dim + first + i];
+            }
+        }
+        return x;
+    };
+    std::vector<uint8_t> data;
     for (uint32_t il : gr.layers) {
         const uint32_t off = layer_of(il).off[kd];
+        if (gr.packed) {
+            ggml_tensor *  t = bases.packed[slot_of.at(il)];
+            const uint32_t n = n_head_dim(kd, il);
+            each_basis(gr, kd, il, [&](const segment & seg, uint32_t head, size_t at) {
+                const auto x = part(seg, off + head*n, n);
+                data.resize(ggml_row_size(seg.type_basis, x.size()));
+                xkv_pack(seg.type_basis, x.data(), kd == kind::K ? seg.rank : n, kd == kind::K ? n : seg.rank, data.data());
+                ggml_backend_tensor_set(t, data.data(), at, data.size());
+            });
+            continue;
+        }
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-            const segment & seg    = gr.segments[kd][is];
-            ggml_tensor *   t      = bases.tensors[kd][slot_of.at(il)][is];
-            const uint32_t  n_embd = ggml_nelements(t)/seg.rank;
-
-            std::vector<float> x(ggml_nelements(t));
-            for (uint32_t r = 0; r < seg.rank; ++r) {
-                for (uint32_t i = 0; i < n_embd; ++i) {
-                    x[xkv_basis_index(t, kd, r, i)] = rows[(size_t) (seg.first + r)*dim + off + i];
-                }
-            }
-            std::vector<uint8_t> data(ggml_nbytes(t));
+            ggml_tensor * t = bases.tensors[kd][slot_of.at(il)][is];
+            const auto    x = part(gr.segments[kd][is], off, sidecar.n_embd[kd][il]);
+            data.resize(ggml_nbytes(t));
             xkv_encode(t->type, x.data(), data.data(), x.size());
             ggml_backend_tensor_set(t, data.data(), 0, data.size());
         }
     }
+}
+
+std::vector<float> xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream) const {
+    const group &  gr     = now.groups[layer_of(il).ig];
+    const uint32_t n_embd = sidecar.n_embd[kd][il];
+
+    std::vector<float>   rows((size_t) gr.rank[kd]*n_embd);
+    std::vector<uint8_t> data;
+    std::vector<float>   x;
+    const auto put = [&](const segment & seg, uint32_t first, uint32_t n) {
+        for (uint32_t r = 0; r < seg.rank; ++r) {
+            for (uint32_t i = 0; i < n; ++i) {
+                rows[(size_t) (seg.first + r)*n_embd + first + i] = x[xkv_basis_index(seg, kd, n, r, i)];
+            }
+        }
+    };
+    if (gr.packed) {
+        const ggml_tensor * t = packed_basis(il, stream);
+        const uint32_t      n = n_head_dim(kd, il);
+        each_basis(gr, kd, il, [&](const segment & seg, uint32_t head, size_t at) {
+            x.resize((size_t) seg.rank*n);
+            data.resize(ggml_row_size(seg.type_basis, x.size()));
+            ggml_backend_tensor_get(t, data.data(), at, data.size());
+            xkv_unpack(seg.type_basis, data.data(), kd == kind::K ? seg.rank : n, kd == kind::K ? n : seg.rank, x.data());
+            put(seg, head*n, n);
+        });
+        return rows;
+    }
+    for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
+        const ggml_tensor * t = basis(kd, il, is, stream);
+        data.resize(ggml_nbytes(t));
+        x.resize(ggml_nelements(t));
+        ggml_backend_tensor_get(t, data.data(), 0, data.size());
+        xkv_decode(t->type, data.data(), x.data(), x.size());
+        put(gr.segments[kd][is], 0, n_embd);
+    }
+    return rows;
 }
 
 std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
@@ -79,21 +169,10 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
 
     std::vector<float> rows((size_t) gr.rank[kd]*dim);
     for (uint32_t il : gr.layers) {
-        const uint32_t off = layer_of(il).off[kd];
-        for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-            const segment &     seg    = gr.segments[kd][is];
-            const ggml_tensor * t      = basis(kd, il, is, stream);
-            const uint32_t      n_embd = ggml_nelements(t)/seg.rank;
-
-            std::vector<uint8_t> data(ggml_nbytes(t));
-            std::vector<float>   x(ggml_nelements(t));
-            ggml_backend_tensor_get(t, data.data(), 0, data.size());
-            xkv_decode(t->type, data.data(), x.data(), x.size());
-            for (uint32_t r = 0; r < seg.rank; ++r) {
-                for (uint32_t i = 0; i < n_embd; ++i) {
-                    rows[(size_t) (seg.first + r)*dim + off + i] = x[xkv_basis_index(t, kd, r, i)];
-                }
-            }
+        const auto     part = get_basis_layer(kd, il, stream);
+        const uint32_t n    = sidecar.n_embd[kd][il];
+        for (uint32_t r = 0; r < gr.rank[kd]; ++r) {
+            std::copy_n(part.begin() + (size_t) r*n, n, rows.begin() + (size_t) r*dim + layer_of(il).off[kd]);
         }
     }
     return rows;
@@ -113,7 +192,7 @@ void xkv_store::own_bases(uint32_t stream) {
     if (n_stream == 1 || own[stream]) {
         return;
     }
-    size_t n = 0;
+    size_t n = layer_list.size();
     for (const auto & l : layer_list) {
         n += now.groups[l.ig].segments[kind::K].size() + now.groups[l.ig].segments[kind::V].size();
     }
@@ -125,6 +204,11 @@ void xkv_store::own_bases(uint32_t stream) {
 }
 
 void xkv_store::copy_bases(const basis_set & src, const basis_set & dst) const {
+    for (size_t i = 0; i < src.packed.size(); ++i) {
+        if (src.packed[i]) {
+            ggml_backend_tensor_copy(src.packed[i], dst.packed[i]);
+        }
+    }
     for (auto kd : { kind::K, kind::V }) {
         for (size_t i = 0; i < src.tensors[kd].size(); ++i) {
             for (size_t is = 0; is < src.tensors[kd][i].size(); ++is) {
@@ -185,10 +269,6 @@ void xkv_store::fill_means() {
 static ggml_tensor * xkv_transposed_f32(ggml_context * ctx, ggml_tensor * basis) {
     basis = basis->type == GGML_TYPE_F32 ? basis : ggml_cast(ctx, basis, GGML_TYPE_F32);
     return ggml_cont(ctx, ggml_transpose(ctx, basis));
-}
-
-ggml_tensor * xkv_to_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * x) {
-    return ggml_mul_mat(ctx, kd == xkv_store::kind::K ? basis : xkv_transposed_f32(ctx, basis), x);
 }
 
 ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef) {

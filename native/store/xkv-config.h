@@ -36,6 +36,8 @@ struct xkv_config {
     bool      online;
     uint32_t  n_prior;
     bool      fused;
+    float     tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
+    uint32_t  n_lead;    // directions of K and V
 
     std::vector<stage> stages; // by ascending n_slot; the last one's is the store's
 };

@@ -5,6 +5,7 @@
 #include "store/xkv-store.h"
 
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -29,7 +30,7 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
 
     layout res = { stage, {}, {}, {}, {} };
 
-    size_t n_tensor = plain ? 2*layer_list.size() : 0;
+    size_t n_tensor = sidecar.groups.size() + 2*layer_list.size();
     for (auto kd : { kind::K, kind::V }) {
         for (size_t ig = 0; ig < stages[stage].segments[kd].size(); ++ig) {
             n_tensor += (1 + sidecar.groups[ig].layers.size())*stages[stage].segments[kd][ig].size();
@@ -47,26 +48,53 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
         const auto & sg = sidecar.groups[ig];
 
-        group gr = { sg.layers, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {} };
-        const auto add = [&](kind kd, ggml_type type, ggml_type type_basis, uint32_t rank) {
-            ggml_tensor * coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.layers[0]), type, rank, n, n_stream) :
-                                                 ggml_new_tensor_3d(ctx_of(gr.layers[0]), type, n, rank, n_stream);
-            ggml_format_name(coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(type));
+        group gr = { sg.layers, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {}, nullptr };
 
-            gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, coef });
-            gr.rank[kd] += rank;
-        };
+        const bool pack = can_pack(sg.layers);
         for (auto kd : { kind::K, kind::V }) {
+            const auto add = [&](ggml_type type, ggml_type type_basis, uint32_t rank, uint32_t n_head) {
+                gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, nullptr, 0, pack ? n_head : 1 });
+                gr.rank[kd] += rank;
+            };
             if (plain) {
                 for (uint32_t il : gr.layers) {
-                    add(kd, stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il]);
+                    add(stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il], model.hparams.n_head_kv(il));
                 }
                 continue;
             }
             for (const auto & seg : stages[stage].segments[kd][ig]) {
                 // rows of K, and of the bases of V, are whole blocks
                 const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
-                add(kd, seg.type, seg.type_basis, GGML_PAD(seg.rank, block));
+                add(seg.type, seg.type_basis, GGML_PAD(seg.rank, block), 1);
+            }
+        }
+        if (pack) {
+            // K, then V; of each layer when plain
+            size_t n_byte = 0;
+            const auto place = [&](segment & seg) {
+                seg.offset = n_byte;
+                n_byte += ggml_row_size(seg.type, (int64_t) n_chunk*seg.rank);
+            };
+            for (size_t i = 0; plain && i < gr.layers.size(); ++i) {
+                place(gr.segments[kind::K][i]);
+                place(gr.segments[kind::V][i]);
+            }
+            for (auto kd : { kind::K, kind::V }) {
+                for (auto & seg : gr.segments[kd]) {
+                    if (!plain) {
+                        place(seg);
+                    }
+                }
+            }
+            gr.packed = ggml_new_tensor_3d(ctx_of(gr.layers[0]), GGML_TYPE_I8, n_byte, n/n_chunk, n_stream);
+            ggml_format_name(gr.packed, "xkv_coef_g%zu", ig);
+        } else {
+            for (auto kd : { kind::K, kind::V }) {
+                for (auto & seg : gr.segments[kd]) {
+                    seg.coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.layers[0]), seg.type, seg.rank, n, n_stream) :
+                                               ggml_new_tensor_3d(ctx_of(gr.layers[0]), seg.type, n, seg.rank, n_stream);
+                    ggml_format_name(seg.coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(seg.type));
+                }
             }
         }
         res.groups.push_back(gr);
@@ -87,6 +115,9 @@ void xkv_store::make_arena() {
     for (const auto & stage : stages) {
         for (auto kd : { kind::K, kind::V }) {
             for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
+                if (can_pack(sidecar.groups[ig].layers)) {
+                    continue;
+                }
                 if (stage.plain()) {
                     xkv_check_supported(device(sidecar.groups[ig].layers[0]), stage.type, "coefficients");
                     continue;
@@ -113,14 +144,26 @@ void xkv_store::make_arena() {
         }
     }
     for (const auto & gr : full.groups) {
-        for (auto kd : { kind::K, kind::V }) {
-            for (const auto & seg : gr.segments[kd]) {
-                const auto   type = buft(gr.layers[0]);
-                const size_t size = GGML_PAD(ggml_backend_buft_get_alloc_size(type, seg.coef), ggml_backend_buft_get_alignment(type));
-                arena_bytes[kd == kind::K ? PART_COEF_K : PART_COEF_V] += size;
-                arena_bytes[PART_BASES]                                -= size;
+        const auto type = buft(gr.layers[0]);
+        const auto size = [&](const ggml_tensor * t) {
+            return GGML_PAD(ggml_backend_buft_get_alloc_size(type, t), ggml_backend_buft_get_alignment(type));
+        };
+        size_t n_k = 0;
+        size_t n   = 0;
+        if (gr.packed) {
+            n   = size(gr.packed);
+            n_k = gr.segments[kind::V][0].offset*ggml_nrows(gr.packed);
+        } else {
+            for (auto kd : { kind::K, kind::V }) {
+                for (const auto & seg : gr.segments[kd]) {
+                    n   += size(seg.coef);
+                    n_k += kd == kind::K ? size(seg.coef) : 0;
+                }
             }
         }
+        arena_bytes[PART_COEF_K] += n_k;
+        arena_bytes[PART_COEF_V] += n - n_k;
+        arena_bytes[PART_BASES]  -= n;
     }
 
     // where layers are on several devices, each has to hold its share of every stage

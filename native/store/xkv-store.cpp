@@ -2,6 +2,8 @@
 
 #include "base/xkv-codec.h"
 #include "base/xkv-error.h"
+#include "ops/xkv_attn/xkv-attn-op.h"
+#include "store/xkv-pack.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -17,6 +19,21 @@ ggml_backend_buffer_type_t xkv_store::buft(uint32_t il) const {
 
 ggml_backend_dev_t xkv_store::device(uint32_t il) const {
     return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
+    const auto & hparams = model.hparams;
+
+    return fused && std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
+        ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 8*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+
+        const xkv_attn_params params = {};
+        ggml_tensor * q = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), hparams.n_head(il),    1, 1);
+        ggml_tensor * k = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_k(il), hparams.n_head_kv(il), 32, 1);
+        ggml_tensor * v = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_v(il), hparams.n_head_kv(il), 32, 1);
+        ggml_tensor * m = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, 32, 1, 1, 1);
+        return ggml_backend_dev_supports_op(device(il), xkv_attn(ctx.get(), { q, k, v, m }, &params));
+    });
 }
 
 xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const {
@@ -45,7 +62,8 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
 
 xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot,
                      uint32_t n_stream, bool offload) :
-    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), stages(config.stages), own(n_stream) {
+    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), fused(config.fused), stages(config.stages),
+    own(n_stream) {
     const auto & hparams = model.hparams;
 
     stages.back().n_slot = n_slot;
@@ -87,6 +105,18 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 // coefficients
 //
 
+// Coefficients of a segment stand as rows that are quantized: K [n_chunk, rank], V [rank, n_chunk]. In a plain store, packed, so
+// does each KV head.
+template <typename F> static void xkv_each_number(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n_chunk, F && f) {
+    const uint32_t n = seg.rank/seg.n_head; // of a head
+    for (uint32_t i = 0; i < n_chunk; ++i) {
+        for (uint32_t r = 0; r < seg.rank; ++r) {
+            const uint32_t h = r/n;
+            f((size_t) h*n*n_chunk + (kd == xkv_store::kind::K ? (size_t) i*n + r % n : (size_t) (r % n)*n_chunk + i), i, r);
+        }
+    }
+}
+
 std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
     const group & gr = now.groups[ig];
 
@@ -94,22 +124,26 @@ std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, ui
     std::vector<uint8_t> data;
     std::vector<float>   x;
     for (const auto & seg : gr.segments[kd]) {
-        const ggml_tensor * t = seg.coef;
         x.resize((size_t) n_chunk*seg.rank);
-        if (kd == kind::K) {
-            data.resize(n_chunk*t->nb[1]);
-            ggml_backend_tensor_get(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
-        } else {
-            const size_t n_byte = ggml_row_size(t->type, n_chunk);
-            data.resize(seg.rank*n_byte);
-            ggml_backend_tensor_get_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
-        }
-        xkv_decode(seg.type, data.data(), x.data(), x.size());
-        for (uint32_t i = 0; i < n_chunk; ++i) {
-            for (uint32_t r = 0; r < seg.rank; ++r) {
-                res[(size_t) i*gr.rank[kd] + seg.first + r] = kd == kind::K ? x[(size_t) i*seg.rank + r] : x[(size_t) r*n_chunk + i];
+        data.resize(ggml_row_size(seg.type, x.size()));
+        if (gr.packed) {
+            const uint32_t n = seg.rank/seg.n_head;
+            ggml_backend_tensor_get(gr.packed, data.data(), stream*gr.packed->nb[2] + ic*gr.packed->nb[1] + seg.offset, data.size());
+            for (uint32_t h = 0; h < seg.n_head; ++h) {
+                const uint8_t * from = data.data() + h*data.size()/seg.n_head;
+                xkv_unpack(seg.type, from, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, x.data() + (size_t) h*n*n_chunk);
             }
+        } else {
+            const ggml_tensor * t = seg.coef;
+            if (kd == kind::K) {
+                ggml_backend_tensor_get(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+            } else {
+                const size_t n_byte = ggml_row_size(t->type, n_chunk);
+                ggml_backend_tensor_get_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+            }
+            xkv_decode(seg.type, data.data(), x.data(), x.size());
         }
+        xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { res[(size_t) i*gr.rank[kd] + seg.first + r] = x[at]; });
     }
     return res;
 }
@@ -120,14 +154,19 @@ void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, con
     std::vector<uint8_t> data;
     std::vector<float>   x;
     for (const auto & seg : gr.segments[kd]) {
-        ggml_tensor * t = seg.coef;
         x.resize((size_t) n_chunk*seg.rank);
-        for (uint32_t i = 0; i < n_chunk; ++i) {
-            for (uint32_t r = 0; r < seg.rank; ++r) {
-                x[kd == kind::K ? (size_t) i*seg.rank + r : (size_t) r*n_chunk + i] = coef[(size_t) i*gr.rank[kd] + seg.first + r];
-            }
-        }
         data.resize(ggml_row_size(seg.type, x.size()));
+        xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { x[at] = coef[(size_t) i*gr.rank[kd] + seg.first + r]; });
+        if (gr.packed) {
+            const uint32_t n = seg.rank/seg.n_head;
+            for (uint32_t h = 0; h < seg.n_head; ++h) {
+                uint8_t * to = data.data() + h*data.size()/seg.n_head;
+                xkv_pack(seg.type, x.data() + (size_t) h*n*n_chunk, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, to);
+            }
+            ggml_backend_tensor_set(gr.packed, data.data(), stream*gr.packed->nb[2] + ic*gr.packed->nb[1] + seg.offset, data.size());
+            continue;
+        }
+        ggml_tensor * t = seg.coef;
         xkv_encode(seg.type, x.data(), data.data(), x.size());
         if (kd == kind::K) {
             ggml_backend_tensor_set(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
@@ -145,12 +184,19 @@ void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
         copy_bases(own[src]->bases, own[dst]->bases);
     }
     std::vector<uint8_t> data;
+    const auto copy = [&](ggml_tensor * t) {
+        data.resize(t->nb[2]);
+        ggml_backend_tensor_get(t, data.data(), src*data.size(), data.size());
+        ggml_backend_tensor_set(t, data.data(), dst*data.size(), data.size());
+    };
     for (const auto & gr : now.groups) {
+        if (gr.packed) {
+            copy(gr.packed);
+            continue;
+        }
         for (auto kd : { kind::K, kind::V }) {
             for (const auto & seg : gr.segments[kd]) {
-                data.resize(seg.coef->nb[2]);
-                ggml_backend_tensor_get(seg.coef, data.data(), src*data.size(), data.size());
-                ggml_backend_tensor_set(seg.coef, data.data(), dst*data.size(), data.size());
+                copy(seg.coef);
             }
         }
     }

@@ -22,9 +22,10 @@ static const uint32_t XKV_SLOT_PAD = 256;
 // The compressed part of the cache: coefficients per group and token, bases and means per layer. Tensors only, the
 // bookkeeping of chunks is the cache's.
 //
-// Coefficients are laid out so that a page table can be put over them later: a slot is a token, a chunk is n_chunk
-// consecutive slots, and every tensor addresses it by its first slot. The directions of a group and kind are ordered by
-// variance and split into segments, one tensor and type each.
+// A slot is a token, a chunk is n_chunk consecutive slots. The directions of a group and kind are ordered by variance and split
+// into segments, one type each. Where a layer's device has the op XKV_ATTN, coefficients and bases are packed as it reads
+// them: a chunk of a group is one piece of memory, the bases of a layer another. Elsewhere they are laid out for stock ops, in
+// one tensor per segment:
 //   K: one row per slot, so that a chunk is contiguous and a query meets it as one matrix
 //   V: one row per direction, so that a quantization block is one direction over the tokens of one chunk
 //
@@ -41,7 +42,9 @@ public:
         uint32_t  first; // direction
         uint32_t  rank;  // padded to whole blocks; directions beyond the plan are zero
 
-        ggml_tensor * coef; // K [rank, n_slot, n_stream], V [n_slot, rank, n_stream]
+        ggml_tensor * coef;   // not packed: K [rank, n_slot, n_stream], V [n_slot, rank, n_stream]
+        size_t        offset; // packed: bytes from the chunk's begin
+        uint32_t      n_head; // packed, in a plain store: KV heads that follow each other; else 1
     };
 
     struct group {
@@ -51,6 +54,8 @@ public:
         uint32_t rank[2]; // of all segments
 
         std::vector<segment> segments[2];
+
+        ggml_tensor * packed; // I8 [bytes of a chunk, n_slot/n_chunk, n_stream], or nullptr
     };
 
     struct layer {
@@ -67,6 +72,8 @@ public:
     // bases that streams share, or a stream's own: per kind, layer of the store and segment
     struct basis_set {
         std::vector<std::vector<ggml_tensor *>> tensors[2];
+
+        std::vector<ggml_tensor *> packed; // per layer of the store: I8 [bytes], or nullptr
     };
 
     // tensors of one stage
@@ -110,6 +117,9 @@ public:
     // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; there are none in a plain store
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
 
+    // bases of a layer as XKV_ATTN reads them, in a group that is packed
+    ggml_tensor * packed_basis(uint32_t il, uint32_t stream) const;
+
     // of a plain store: K or V of a layer
     const segment & plain_segment(kind kd, uint32_t il) const;
 
@@ -128,6 +138,9 @@ public:
 
     // back to the calibrated bases; throws xkv_error
     void reset_bases(uint32_t stream);
+
+    // the part of a layer, [rank, n_embd]
+    std::vector<float> get_basis_layer(kind kd, uint32_t il, uint32_t stream) const;
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     std::vector<float> get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
@@ -163,6 +176,7 @@ private:
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
+    const bool          fused;
 
     std::vector<xkv_config::stage> stages;
 
@@ -183,6 +197,9 @@ private:
     ggml_backend_buffer_type_t buft(uint32_t il) const;
     ggml_backend_dev_t         device(uint32_t il) const;
 
+    // whether the device of the layers has XKV_ATTN for them
+    bool can_pack(const std::vector<uint32_t> & layers) const;
+
     // tensors that make creates, allocated and zeroed; ctx_of gives the context for a layer's buffer type
     using ctx_of_t = std::function<ggml_context *(uint32_t il)>;
 
@@ -200,11 +217,15 @@ private:
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
     void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const;
+
+    // f(segment, KV head, bytes from the begin of the layer's packed bases) for what is packed of one kind
+    void each_basis(const group & gr, kind kd, uint32_t il, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const;
+
+    uint32_t n_head_dim(kind kd, uint32_t il) const; // numbers of a head
     void fill_bases(const layout & l) const;
     void copy_bases(const basis_set & src, const basis_set & dst) const;
     void fill_means();
 };
 
-// With a basis as it is stored: coefficients [rank, n] of x [n_embd, n], and back.
-ggml_tensor * xkv_to_coef  (ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * x);
+// with a basis as it is stored: x [n_embd, n] of coefficients [rank, n]
 ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef);

@@ -8,12 +8,13 @@
 //   2    v      [d_v, n_head_kv, n_exact, n_stream]   F32 F16 Q8_0
 //   3    mask   [n_exact, n_tps, 1, n_stream]         F32 F16  added to the exact tokens' scores
 //   4    coef   [bytes of K and V, n_frame, n_stream] I8       packed coefficients of each chunk (xkv-tiles.h)
-//   5    basis  [bytes, 1 or n_stream]                I8       mean of K, then packed bases of the layer
+//   5    basis  [bytes]                               I8       packed bases of the layer
 //   6    turn   [n_rot, 1, n_frame*n_stream]          F32      (1, 0) pairs turned to each chunk's frame
 //   7    fill   [n_frame, n_tps, n_stream]            I32      tokens of each chunk that a query sees
+//   8    mean   [d_k*n_head_kv]                       F32      of K in the frames of chunks
 //   dst         [d_v, n_head, n_tps, n_stream]        F32
 //
-// Without stored tokens src 4 to 7 are absent.
+// Without stored tokens src 4 to 8 are absent; without bases (plain) src 5 is, without RoPE src 6.
 //
 // With tolerance 0, or more than XKV_ATTN_MAX_QUERY queries, all directions count for all tokens. Otherwise the first `lead`
 // directions do, and the rest only in blocks of XKV_ATTN_FINE tokens whose share of a query's softmax exceeds the tolerance.
@@ -74,18 +75,19 @@ static inline int xkv_attn_type_index(enum ggml_type type) {
     return -1;
 }
 
-// without stored tokens coef, basis, turn and fill are NULL
-struct ggml_tensor * xkv_attn(
-    struct ggml_context *          ctx,
-    struct ggml_tensor *           q,
-    struct ggml_tensor *           k,
-    struct ggml_tensor *           v,
-    struct ggml_tensor *           mask,
-    struct ggml_tensor *           coef,
-    struct ggml_tensor *           basis,
-    struct ggml_tensor *           turn,
-    struct ggml_tensor *           fill,
-    const struct xkv_attn_params * params);
+struct xkv_attn_src {
+    struct ggml_tensor * q;
+    struct ggml_tensor * k;
+    struct ggml_tensor * v;
+    struct ggml_tensor * mask;
+    struct ggml_tensor * coef;
+    struct ggml_tensor * basis;
+    struct ggml_tensor * turn;
+    struct ggml_tensor * fill;
+    struct ggml_tensor * mean;
+};
+
+struct ggml_tensor * xkv_attn(struct ggml_context * ctx, struct xkv_attn_src src, const struct xkv_attn_params * params);
 
 #ifdef __cplusplus
 }

@@ -11,7 +11,7 @@
 //   f16, f32           16 columns of 16 numbers
 //
 // Coefficients of a chunk: K, then V. Each by segment (type); K by 16 tokens, then columns of directions; V by 16 directions, then
-// columns of tokens. Bases of a layer: f32 mean of K, then by KV head K and after all heads V; each by segment; K by 16 directions,
+// columns of tokens. Bases of a layer: K by KV head, then V; each by segment; K by 16 directions,
 // then columns of a head's numbers; V by 16 of a head's numbers, then columns of directions.
 
 #pragma once

@@ -247,7 +247,7 @@ struct xkv_decode_span {
     // query i in the chunk's frame
     void turn_query(int64_t ic, int64_t i) const {
         const int64_t n    = l.dim[XKV_K];
-        const float * mean = l.mean_k(s) + l.head_kv(i)*n;
+        const float * mean = l.mean_k(l.head_kv(i));
 
         float * x = b.qf + i*dim;
         l.rotate(ic, s, l.query(i, s), x);
@@ -277,7 +277,7 @@ struct xkv_decode_span {
             return;
         }
         const int64_t   head = l.head_kv(list[0]);
-        const uint8_t * base = l.bases(XKV_K, head, s);
+        const uint8_t * base = l.bases(XKV_K, head);
         for (int is = 0; is < l.n_segment[XKV_K]; ++is) {
             const auto &  seg  = l.segments[XKV_K][is];
             const int64_t r0   = std::max(d0 - seg.first, (int64_t) 0);
@@ -610,7 +610,7 @@ static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, in
             xkv_add_f32(n_v, 1.0f, acc, o);
         } else {
             xkv_round(acc, n, b.yc, b.ys, b.yn);
-            const uint8_t * base = l.bases(XKV_V, l.head_kv(i), s);
+            const uint8_t * base = l.bases(XKV_V, l.head_kv(i));
             for (int64_t c = 0; c < n_v; c += 16) {
                 f32r res = xkv_load(o + c);
                 for (int is = 0; is < l.n_segment[XKV_V]; ++is) {

@@ -29,6 +29,7 @@ struct xkv_attn_layer {
     const ggml_tensor * basis;
     const ggml_tensor * turn;
     const ggml_tensor * fill;
+    const ggml_tensor * mean;
     ggml_tensor *       dst;
 
     int64_t dim[2]; // numbers of a head
@@ -56,6 +57,7 @@ struct xkv_attn_layer {
         basis = t->src[5];
         turn  = t->src[6];
         fill  = t->src[7];
+        mean  = t->src[8];
 
         dim[XKV_K] = q->ne[0];
         dim[XKV_V] = t->ne[0];
@@ -73,7 +75,7 @@ struct xkv_attn_layer {
         dense      = par.tolerance == 0.0f;
 
         size_t at = 0;
-        kind_basis[XKV_K] = n_head_kv*dim[XKV_K]*sizeof(float);
+        kind_basis[XKV_K] = 0;
         for (int kd = 0; kd < 2; ++kd) {
             rank[kd]       = 0;
             n_segment[kd]  = 0;
@@ -102,11 +104,9 @@ struct xkv_attn_layer {
 
     const uint8_t * chunk(int64_t ic, int64_t s) const { return (const uint8_t *) coef->data + ic*coef->nb[1] + s*coef->nb[2]; }
 
-    const uint8_t * bases(int kd, int64_t head, int64_t s) const {
-        return (const uint8_t *) basis->data + (basis->ne[1] > 1 ? s*basis->nb[1] : 0) + kind_basis[kd] + head*head_basis[kd];
-    }
+    const uint8_t * bases(int kd, int64_t head) const { return (const uint8_t *) basis->data + kind_basis[kd] + head*head_basis[kd]; }
 
-    const float * mean_k(int64_t s) const { return (const float *) ((const char *) basis->data + (basis->ne[1] > 1 ? s*basis->nb[1] : 0)); }
+    const float * mean_k(int64_t head) const { return (const float *) mean->data + head*dim[XKV_K]; }
 
     const float * query(int64_t i, int64_t s) const {
         return (const float *) ((const char *) q->data + i % n_head*q->nb[1] + i/n_head*q->nb[2] + s*q->nb[3]);

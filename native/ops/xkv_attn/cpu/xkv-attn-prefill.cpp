@@ -152,7 +152,7 @@ struct xkv_prefill {
                 const auto &    seg  = l.segments[kd][is];
                 const int64_t   cols = xkv_tile_cols(seg.type_basis);
                 const size_t    tile = xkv_tile_bytes(seg.type_basis, 16, cols);
-                const uint8_t * p    = l.bases(kd, head, s) + seg.basis;
+                const uint8_t * p    = l.bases(kd, head) + seg.basis;
                 if (kd == XKV_K) {
                     for (int64_t r = 0; r < seg.rank; r += 16) {
                         for (int64_t c = 0; c < l.dim[XKV_K]; c += cols, p += tile) {
@@ -229,7 +229,7 @@ struct xkv_prefill {
                 xkv_mul<false>(m, l.rank[XKV_V], dv, a, b.base_v, dv, c);
             }
         }
-        const float * mean = l.mean_k(s) + head*l.dim[XKV_K];
+        const float * mean = l.mean_k(head);
         for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
             for (int64_t t = 0; t < n; t += 16) {
                 xkv_store(b.kt + d*n + t, xkv_load(b.kt + d*n + t) + mean[d]);

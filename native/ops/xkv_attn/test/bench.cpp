@@ -1,7 +1,7 @@
 // Times the op on one thread beside f16 flash attention of the same build, on random coefficients: what is within reach.
 //   bench TOKENS N_HEAD N_HEAD_KV HEAD_DIM FRAME SHAPE TOLERANCE N_TPS
 // SHAPE: ranks of K and V by type, f32,f16,q8_0,q5_0,q4_0,q2_0,q1_0, as "0,0,64,64,128,192,0:0,0,64,64,128,128,0"; leads as ":128:128"
-#include "../cpu/xkv-attn-layer.h"
+#include "case.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -38,66 +38,28 @@ int main(int argc, char ** argv) {
     const int reps = argc > 10 ? atoi(argv[10]) : 20;
 
     xkv_attn_params par = {};
-    par.scale = 1.0f/sqrtf(D); par.tolerance = tol; par.n_chunk = C; par.flags = XKV_ATTN_ROPE_NEOX;
     {
         std::string s = argv[6]; size_t at = 0;
         for (int kd = 0; kd < 2; ++kd) for (int i = 0; i < XKV_ATTN_N_TYPE; ++i) {
             size_t e = s.find_first_of(",:", at); par.rank[kd][i] = atoi(s.substr(at, e - at).c_str()); at = e + 1;
         }
         size_t e = s.find(':', at); par.lead[0] = atoi(s.substr(at, e - at).c_str()); par.lead[1] = atoi(s.substr(e + 1).c_str());
+    }
+    xkv_case c;
+    c.n_stored = N; c.n_head = H; c.n_head_kv = HK; c.dim_k = c.dim_v = D; c.n_chunk = C; c.n_tps = T; c.n_exact = NE; c.exact = GGML_TYPE_Q8_0;
+    c.tolerance = tol; c.full = true; c.causal = T > 8; c.decay = 64;
+    for (int kd = 0; kd < 2; ++kd) {
+        c.lead[kd] = par.lead[kd];
         for (int i = 0; i < XKV_ATTN_N_TYPE; ++i) {
-            const int b = i < 2 ? i : i < 5 ? 2 : 4;
-            par.type_basis[i] = b | b << 4;
+            c.rank [kd][i] = par.rank[kd][i];
+            c.basis[kd][i] = xkv_attn_type(i < 2 ? i : i < 5 ? 2 : 4);
         }
     }
-    ggml_init_params ip = { (size_t) 8 << 30, nullptr, false };
-    ggml_context * ctx = ggml_init(ip);
+    ggml_context * ctx = ggml_init({ (size_t) 8 << 30, nullptr, false });
     std::mt19937 rng(1);
-    std::normal_distribution<float> nd;
-    const auto fill_f32 = [&](ggml_tensor * t, float s) { for (int64_t i = 0; i < ggml_nelements(t); ++i) ((float *) t->data)[i] = s*nd(rng); };
-
-    ggml_tensor * q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D, H, T, 1); fill_f32(q, 1);
-    ggml_tensor * k = ggml_new_tensor_4d(ctx, GGML_TYPE_Q8_0, D, HK, NE, 1);
-    ggml_tensor * v = ggml_new_tensor_4d(ctx, GGML_TYPE_Q8_0, D, HK, NE, 1);
-    for (ggml_tensor * t : { k, v }) { std::vector<float> x(ggml_nelements(t)); for (auto & y : x) y = nd(rng); ggml_quantize_chunk(GGML_TYPE_Q8_0, x.data(), t->data, 0, HK*NE, D, nullptr); }
-    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, NE, T, 1, 1);
-    for (int64_t t = 0; t < T; ++t) for (int64_t j = 0; j < NE; ++j) ((ggml_fp16_t *) mask->data)[t*NE + j] = ggml_fp32_to_fp16(T > 8 && j > 320 + t ? -INFINITY : 0.0f);
-    const int64_t F = N/C;
-    ggml_tensor * dst = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D, H, T, 1);
-    // sizes by a first reading without tensors
-    dst->src[0] = q; dst->src[1] = k; dst->src[2] = v; dst->src[3] = mask;
-    memcpy(dst->op_params, &par, sizeof(par));
-    xkv_attn_layer l0(dst);
-    int64_t n_coef = 0;
-    for (int kd = 0; kd < 2; ++kd) n_coef += l0.head_coef[kd];
-    const int64_t n_basis = l0.kind_basis[1] + HK*l0.head_basis[1];
-    ggml_tensor * coef  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, n_coef, F, 1);
-    ggml_tensor * basis = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, n_basis, 1);
-    ggml_tensor * turn  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, 1, F);
-    ggml_tensor * fill  = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, F, T, 1);
-    for (int64_t i = 0; i < ggml_nelements(fill); ++i) ((int32_t *) fill->data)[i] = C;
-    for (int64_t f = 0; f < F; ++f) for (int64_t i = 0; i < D/2; ++i) { const double a = f*C*pow(10000.0, -2.0*i/D); ((float *) turn->data)[f*D + i] = cos(a); ((float *) turn->data)[f*D + D/2 + i] = sin(-a); }
-    // random codes with scales of a decaying spectrum
-    const auto fill_tiles = [&](uint8_t * p, ggml_type type, int64_t bytes, float size) {
-        const size_t tb = xkv_tile_bytes(type, 16, xkv_tile_cols(type));
-        for (int64_t i = 0; i < bytes; i += tb) {
-            for (size_t j = 0; j < tb; ++j) p[i + j] = rng();
-            if (type == GGML_TYPE_F32) { for (size_t j = 0; j < tb/4; ++j) ((float *) (p + i))[j] = size*nd(rng); continue; }
-            if (type == GGML_TYPE_F16) { for (size_t j = 0; j < tb/2; ++j) ((ggml_fp16_t *) (p + i))[j] = ggml_fp32_to_fp16(size*nd(rng)); continue; }
-            const float m = type == GGML_TYPE_Q8_0 ? 64 : type == GGML_TYPE_Q5_0 ? 8 : type == GGML_TYPE_Q4_0 ? 4 : 1;
-            for (int r = 0; r < 16; ++r) ((ggml_fp16_t *) (p + i))[r] = ggml_fp32_to_fp16(size/m);
-        }
-    };
-    for (int64_t f = 0; f < F; ++f) for (int kd = 0; kd < 2; ++kd) for (int is = 0; is < l0.n_segment[kd]; ++is) {
-        const auto & seg = l0.segments[kd][is];
-        fill_tiles((uint8_t *) coef->data + f*n_coef + seg.coef, seg.type, xkv_tile_bytes(seg.type, C, seg.rank), 1.0f/(1 + seg.first/16.0f));
-    }
-    memset(basis->data, 0, n_basis);
-    for (int kd = 0; kd < 2; ++kd) for (int64_t h = 0; h < HK; ++h) for (int is = 0; is < l0.n_segment[kd]; ++is) {
-        const auto & seg = l0.segments[kd][is];
-        fill_tiles((uint8_t *) basis->data + l0.kind_basis[kd] + h*l0.head_basis[kd] + seg.basis, seg.type_basis, xkv_tile_bytes(seg.type_basis, seg.rank, D), 0.5f);
-    }
-    dst->src[4] = coef; dst->src[5] = basis; dst->src[6] = turn; dst->src[7] = fill;
+    ggml_tensor * dst = xkv_make_case(ctx, c, 1);
+    ggml_tensor * q = dst->src[0];
+    const int64_t n_coef = dst->src[4]->ne[0];
     const xkv_attn_layer l(dst);
 
     const bool prefill = T > XKV_ATTN_MAX_QUERY;
@@ -127,7 +89,7 @@ int main(int argc, char ** argv) {
     ggml_tensor * fm = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, NA, T, 1, 1);
     memset(fm->data, 0, ggml_nbytes(fm));
     ggml_tensor * fq = ggml_permute(ctx, q, 0, 2, 1, 3);
-    ggml_tensor * fo = ggml_flash_attn_ext(ctx, fq, fk, fv, fm, par.scale, 0, 0);
+    ggml_tensor * fo = ggml_flash_attn_ext(ctx, fq, fk, fv, fm, 1.0f/sqrtf(D), 0, 0);
     ggml_flash_attn_ext_set_prec(fo, GGML_PREC_F32);
     ggml_cgraph * gf = ggml_new_graph(ctx);
     ggml_build_forward_expand(gf, fo);

@@ -24,7 +24,6 @@ struct xkv_case {
     int64_t rot_first = 0;
     bool full   = false; // all chunks are full
     bool causal = true;
-    bool own_bases = false;
     float decay = 16.0f; // directions over which sizes halve
 };
 
@@ -98,10 +97,10 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
         }
     }
     if (c.n_stored == 0) {
-        return xkv_attn(ctx, q, kv[0], kv[1], mask, nullptr, nullptr, nullptr, nullptr, &par);
+        return xkv_attn(ctx, { q, kv[0], kv[1], mask }, &par);
     }
 
-    ggml_tensor * sizes = xkv_attn(ctx, q, kv[0], kv[1], mask, nullptr, nullptr, nullptr, nullptr, &par);
+    ggml_tensor * sizes = xkv_attn(ctx, { q, kv[0], kv[1], mask }, &par);
     const xkv_attn_layer l(sizes);
     const int64_t n_frame = c.n_stored/c.n_chunk;
     const bool    plain   = c.flags & XKV_ATTN_PLAIN;
@@ -110,7 +109,8 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
     const int64_t n_basis = l.kind_basis[XKV_V] + c.n_head_kv*l.head_basis[XKV_V];
 
     ggml_tensor * coef  = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, n_coef, n_frame, c.n_stream);
-    ggml_tensor * basis = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, n_basis, c.own_bases ? c.n_stream : 1);
+    ggml_tensor * basis = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, std::max<int64_t>(n_basis, 1), 1);
+    ggml_tensor * mean  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_head_kv*c.dim_k);
     ggml_tensor * fill  = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_frame, c.n_tps, c.n_stream);
     ggml_tensor * turn  = nullptr;
     const auto decay = [&](int64_t d) { return plain ? 1.0f : powf(0.5f, d/c.decay); };
@@ -137,22 +137,19 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
             }
         }
     }
-    for (int64_t s = 0; s < basis->ne[1]; ++s) {
-        float * mean = (float *) ((char *) basis->data + s*basis->nb[1]);
-        for (int64_t i = 0; i < c.n_head_kv*c.dim_k; ++i) {
-            mean[i] = 0.3f*nd(rng);
-        }
-        for (int kd = 0; kd < 2 && !plain; ++kd) {
-            for (int64_t h = 0; h < c.n_head_kv; ++h) {
-                for (int is = 0; is < l.n_segment[kd]; ++is) {
-                    const auto & seg  = l.segments[kd][is];
-                    uint8_t *    at   = (uint8_t *) mean + l.kind_basis[kd] + h*l.head_basis[kd] + seg.basis;
-                    const float  size = 0.25f;
-                    if (kd == XKV_K) {
-                        xkv_random_tiles(rng, seg.type_basis, at, seg.rank, c.dim_k, [&](int64_t, int64_t) { return size; });
-                    } else {
-                        xkv_random_tiles(rng, seg.type_basis, at, c.dim_v, seg.rank, [&](int64_t, int64_t) { return size; });
-                    }
+    for (int64_t i = 0; i < ggml_nelements(mean); ++i) {
+        ((float *) mean->data)[i] = 0.3f*nd(rng);
+    }
+    const auto size = [](int64_t, int64_t) { return 0.25f; };
+    for (int kd = 0; kd < 2 && !plain; ++kd) {
+        for (int64_t h = 0; h < c.n_head_kv; ++h) {
+            for (int is = 0; is < l.n_segment[kd]; ++is) {
+                const auto & seg = l.segments[kd][is];
+                uint8_t *    at  = (uint8_t *) basis->data + l.kind_basis[kd] + h*l.head_basis[kd] + seg.basis;
+                if (kd == XKV_K) {
+                    xkv_random_tiles(rng, seg.type_basis, at, seg.rank, c.dim_k, size);
+                } else {
+                    xkv_random_tiles(rng, seg.type_basis, at, c.dim_v, seg.rank, size);
                 }
             }
         }
@@ -169,5 +166,5 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
             }
         }
     }
-    return xkv_attn(ctx, q, kv[0], kv[1], mask, coef, basis, turn, fill, &par);
+    return xkv_attn(ctx, { q, kv[0], kv[1], mask, coef, plain ? nullptr : basis, turn, fill, mean }, &par);
 }

@@ -71,7 +71,7 @@ static inline std::vector<double> xkv_ref_attn(const ggml_tensor * t) {
                             }
                             continue;
                         }
-                        const uint8_t * b = l.bases(kd, h, s) + seg.basis;
+                        const uint8_t * b = l.bases(kd, h) + seg.basis;
                         const auto base = kd == XKV_K ? xkv_ref_rows(seg.type_basis, b, seg.rank, dim) : xkv_ref_rows(seg.type_basis, b, dim, seg.rank);
                         for (int64_t tok = 0; tok < l.n_chunk; ++tok) {
                             for (int64_t r = 0; r < seg.rank; ++r) {
@@ -85,7 +85,7 @@ static inline std::vector<double> xkv_ref_attn(const ggml_tensor * t) {
                 for (int64_t tok = 0; tok < l.n_chunk; ++tok) {
                     std::vector<float> k(dk), kr(dk), v(dv);
                     for (int64_t d = 0; d < dk; ++d) {
-                        k[d] = (float) x[XKV_K][tok*dk + d] + l.mean_k(s)[h*dk + d];
+                        k[d] = (float) x[XKV_K][tok*dk + d] + l.mean_k(h)[d];
                     }
                     kr = k;
                     for (int64_t d = 0; d < l.n_rot/2; ++d) {

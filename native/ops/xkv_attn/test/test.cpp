@@ -112,10 +112,7 @@ int main() {
         }
         c = with(f32(96));
         c.n_stream  = 3;
-        c.own_bases = true;
         check("streams" + at, c, 1e-5);
-        c.own_bases = false;
-        check("streams with the same bases" + at, c, 1e-5);
         c = with(f32(96));
         for (int kd = 0; kd < 2; ++kd) {
             c.rank[kd][0] = 32;
