@@ -10,11 +10,11 @@ import numpy as np
 
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.text import cut_texts, read_texts
 from xkv_gguf.errors import CalibrationError
+from xkv_gguf.plan.segments import KINDS, Kind
 
 FILE_LEN = 2048
 """Tokens per sequence of text from files."""

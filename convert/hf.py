@@ -10,10 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from xkv_gguf._loader import PACKAGE_DIR
-from xkv_gguf.convert.sidecar_info import SUFFIX
-from xkv_gguf.convert.sidecar_write import check_writable
 from xkv_gguf.errors import ModelError, OptionError
+from xkv_gguf.runtime.loader import PACKAGE_DIR
+from xkv_gguf.sidecar.info import SUFFIX
+from xkv_gguf.sidecar.write import check_writable
 
 OUTTYPES = ("f16", "q8_0")
 EXTRA = "pip install xkv-gguf[hf]"

@@ -11,25 +11,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from xkv_gguf import __version__, _loader
-from xkv_gguf._partial import Partial
-from xkv_gguf.convert.cache_plan import Wishes
+from xkv_gguf import __version__
+from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.find import cached_sidecar, find_sidecar
-from xkv_gguf.convert.fingerprint import model_fingerprint, read_model_header
-from xkv_gguf.convert.group_choice import Candidate, choose, predicted_distortion, within_reach
-from xkv_gguf.convert.model_shape import find_shape, known_shape
-from xkv_gguf.convert.plan import Kind, group_layers
 from xkv_gguf.convert.settings import GROUP_SIZE, Settings
-from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, sidecar_beside
-from xkv_gguf.convert.sidecar_write import check_writable, write_sidecar
-from xkv_gguf.convert.sizes import ModelShape
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
 from xkv_gguf.errors import SidecarError
+from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
+from xkv_gguf.model.shape import find_shape, known_shape
+from xkv_gguf.plan.cache_plan import Wishes
+from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
+from xkv_gguf.plan.segments import Kind, group_layers
+from xkv_gguf.plan.sizes import ModelShape
+from xkv_gguf.runtime import loader
+from xkv_gguf.sidecar.find import cached_sidecar, find_sidecar
+from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside
+from xkv_gguf.sidecar.read import read_sidecar
+from xkv_gguf.sidecar.write import check_writable, write_sidecar
 
 __all__ = ["Converted", "convert", "ensure_sidecar", "find_sidecar"]
 
@@ -83,7 +84,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         "model": fingerprint,
         "size": model.stat().st_size,
         "version": __version__,
-        "build": _loader.load().build_id,
+        "build": loader.load().build_id,
         "settings": settings.record(GROUP_SIZE),
     }
     partial = Partial(out, "convert", basis)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
-from xkv_gguf.convert.plan import group_layers
-from xkv_gguf.convert.sidecar_info import FRAMES, PLAN_CTX
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
+from xkv_gguf.plan.knob import DEFAULT_KNOB, Knob
+from xkv_gguf.plan.segments import group_layers
+from xkv_gguf.sidecar.info import FRAMES, PLAN_CTX
 
 GROUP_SIZE = 5
 AUTO_SIZES = (2, 5, 10)

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._reading import reading
-from ._stream import chat_pieces
-from .demo_model import demo_model
+from .cli._reading import reading
+from .cli._stream import chat_pieces
 from .errors import XkvError
-from .haystack import Haystack, build_haystack, make_needle
+from .lab.haystack import Haystack, build_haystack, make_needle
+from .model.demo_model import demo_model
 from .report import KvReport, format_bytes, format_table
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ def size_table(reports: list[KvReport]) -> str:
 
 def main() -> int:
     """Run the demo; 0 when the answer holds the fact, 1 when not."""
-    from . import Llama, _log
+    from . import Llama
+    from .runtime import log
 
-    _log.silence()
+    log.silence()
     model = demo_model()
     reports = [report_of(model, mode) for mode in OTHER_MODES]
     llm = Llama(model, kv_mode="xkv", n_ctx=N_CTX, verbose=False)

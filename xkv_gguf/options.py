@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .convert.cache_plan import Rank
-from .convert.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
-from .convert.knob import KNOBS, Knob, one_knob
-from .convert.plan import MAX_SEGMENTS
-from .convert.sidecar_info import FRAMES
 from .errors import OptionError
+from .plan.cache_plan import Rank
+from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
+from .plan.knob import KNOBS, Knob, one_knob
+from .plan.segments import MAX_SEGMENTS
+from .sidecar.info import FRAMES
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24
@@ -26,7 +26,7 @@ class XkvOptions:
     """How an xkv cache is laid out. Sizes are in tokens, types are ggml type names.
 
     One number decides the size: `ratio`, `coef_ratio`, `budget` or `quality`. None of them takes what the sidecar was
-    made for. What else is None then follows from it, see `convert.cache_plan`.
+    made for. What else is None then follows from it, see `plan.cache_plan`.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class XkvOptions:
     budget : int or str, optional
         All bytes of this cache: a whole number, or a size such as "26MiB".
     quality : str, optional
-        high, medium or low: a `coef_ratio` by name, see `convert.knob.QUALITIES`.
+        high, medium or low: a `coef_ratio` by name, see `plan.knob.QUALITIES`.
     n_sink : int
         First tokens of a sequence that stay exact.
     n_text_sink : int, optional

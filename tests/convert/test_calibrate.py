@@ -13,15 +13,15 @@ from xkv_gguf.convert import capture, pipeline, sensitivity
 from xkv_gguf.convert import settings as settings_module
 from xkv_gguf.convert.capture import Capture, model_layers
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.pipeline import Converted, convert
-from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.settings import Settings
-from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
+from xkv_gguf.plan.knob import Knob
+from xkv_gguf.plan.segments import KINDS
+from xkv_gguf.sidecar.read import read_sidecar
 
-from .conftest import Arrays
-from .tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
+from ..small_sidecar import Arrays
+from ..tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
 
 
 def run(model: Path, out: Path, **settings: Any) -> Converted:

@@ -13,7 +13,7 @@ import pytest
 
 from xkv_gguf import Llama
 from xkv_gguf.convert.settings import default_threads
-from xkv_gguf.haystack import Haystack, build_haystack, make_needle
+from xkv_gguf.lab.haystack import Haystack, build_haystack, make_needle
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

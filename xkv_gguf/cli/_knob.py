@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..convert.knob import KNOBS, QUALITIES
+from ..plan.knob import KNOBS, QUALITIES
 
 
 def add_knob_arguments(parser: argparse.ArgumentParser, default: str) -> None:

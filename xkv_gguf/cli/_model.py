@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._reading import reading
-from .._stream import Piece, chat_pieces, text_pieces
 from ..errors import OptionError
 from ..options import KV_MODES
 from ._knob import add_knob_arguments, knob_values
+from ._reading import reading
+from ._stream import Piece, chat_pieces, text_pieces
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -103,8 +103,8 @@ def open_llama(args: argparse.Namespace) -> Llama:
     XkvError
         See `xkv_gguf.Llama`.
     """
-    from .._model_file import open_model
-    from ..demo_model import demo_model
+    from ..model.demo_model import demo_model
+    from ..model.file import open_model
     from ..options import check_kv_mode
 
     check_kv_mode(args.kv_mode)
@@ -120,10 +120,11 @@ def open_llama(args: argparse.Namespace) -> Llama:
     if n_ctx is None:
         n_ctx = min(DEFAULT_N_CTX, open_model(path).n_ctx_train or DEFAULT_N_CTX)
 
-    from .. import Llama, _log
+    from .. import Llama
+    from ..runtime import log
 
     if not args.verbose:
-        _log.silence()
+        log.silence()
     threads = {} if args.threads is None else {"n_threads": args.threads, "n_threads_batch": args.threads}
     return Llama(path, kv_mode=args.kv_mode, xkv=xkv or None, n_ctx=n_ctx, verbose=args.verbose, **threads)
 

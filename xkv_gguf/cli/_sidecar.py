@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..cache_spec import CacheSpec
 from ..errors import OptionError
+from ..lab.cache_spec import CacheSpec
 
 
 def shared_sidecar(model: Path, specs: Sequence[CacheSpec], args: argparse.Namespace) -> str | None:

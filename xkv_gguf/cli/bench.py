@@ -18,16 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__, errors
-from .._files import check_writable, write_atomic
-from .._model_file import open_model
-from ..bench_plan import N_DECODE, N_PREFILL, Timing, parse_depths, schedule, summarize, table
-from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
-from ..convert.knob import KNOBS
+from ..base.files import check_writable, write_atomic
 from ..convert.settings import default_threads
-from ..convert.sizes import padded_ctx
-from ..demo_model import demo_model
 from ..errors import OptionError, XkvError
+from ..lab.bench_plan import N_DECODE, N_PREFILL, Timing, parse_depths, schedule, summarize, table
+from ..lab.cache_spec import GRAMMAR, CacheSpec, parse_caches
+from ..model.demo_model import demo_model
+from ..model.file import open_model
 from ..options import XkvOptions
+from ..plan.knob import KNOBS
+from ..plan.sizes import padded_ctx
 from ._knob import add_knob_arguments
 from ._model import xkv_values
 from ._sidecar import shared_sidecar, with_sidecar
@@ -35,7 +35,9 @@ from ._sidecar import shared_sidecar, with_sidecar
 DEFAULT_CACHES = "f16,q8_0,q4_0,xkv"
 DEFAULT_DEPTHS = "0,2048,4096,7168"
 # with this process's search path: -m would put the current folder in front
-START_WORKER = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from xkv_gguf.bench_worker import main; main()"
+START_WORKER = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from xkv_gguf.lab.bench_worker import main; main()"
+)
 
 
 class Worker:
@@ -214,7 +216,7 @@ def with_common(spec: CacheSpec, common: Mapping[str, Any]) -> CacheSpec:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on: processor, cores, memory, system, versions."""
-    from .. import _loader
+    from ..runtime import loader
 
     return {
         "processor": _processor(),
@@ -223,7 +225,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "xkv_gguf": __version__,
-        "build_id": _loader.load().build_id,
+        "build_id": loader.load().build_id,
     }
 
 

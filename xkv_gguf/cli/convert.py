@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..convert.hf import OUTTYPES
-from ..convert.knob import DEFAULT_KNOB, one_knob
 from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, WEIGH, Settings
-from ..convert.sidecar_info import FRAMES, PLAN_CTX
+from ..plan.knob import DEFAULT_KNOB, one_knob
+from ..sidecar.info import FRAMES, PLAN_CTX
 from ._knob import add_knob_arguments, knob_values
 from .inspect import mib
 
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..convert.hf import check_folder, convert_folder, gguf_path
     from ..convert.pipeline import convert
-    from ..convert.sidecar_info import sidecar_beside
-    from ..convert.sidecar_write import check_writable
-    from ..demo_model import demo_model
     from ..errors import OptionError
+    from ..model.demo_model import demo_model
+    from ..sidecar.info import sidecar_beside
+    from ..sidecar.write import check_writable
 
     settings = Settings(
         group_size=args.group_size,
@@ -126,10 +126,10 @@ def run(args: argparse.Namespace) -> int:
 
 def planned(model: Path, path: Path) -> str:
     """What the sidecar at `path` makes of the model's cache."""
-    from ..convert.describe import plan_of
-    from ..convert.fingerprint import read_model_header
-    from ..convert.model_shape import find_shape, known_shape
-    from ..convert.sidecar import read_sidecar
+    from ..model.fingerprint import read_model_header
+    from ..model.shape import find_shape, known_shape
+    from ..sidecar.describe import plan_of
+    from ..sidecar.read import read_sidecar
 
     sidecar = read_sidecar(path)
     info = sidecar.info

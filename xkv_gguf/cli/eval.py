@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from .. import __version__
-from .._files import check_writable, read_text, write_atomic
-from .._model_file import ModelFile, open_model
-from .._partial import Partial
-from ..cache_spec import GRAMMAR, CacheSpec, parse_caches
-from ..convert.cache_plan import N_BATCH
-from ..convert.fingerprint import model_fingerprint
-from ..demo_model import demo_model
+from ..base.files import check_writable, read_text, write_atomic
+from ..base.partial import Partial
 from ..errors import OptionError, XkvError
-from ..eval_rows import Row, make_row, table
+from ..lab.cache_spec import GRAMMAR, CacheSpec, parse_caches
+from ..lab.eval_rows import Row, make_row, table
+from ..model.demo_model import demo_model
+from ..model.file import ModelFile, open_model
+from ..model.fingerprint import model_fingerprint
 from ..options import XkvOptions
+from ..plan.cache_plan import N_BATCH
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     out, picture = Path(args.json), Path(args.plot) if args.plot is not None else None
     check_writable(out)
     if picture is not None:
-        from ..eval_plot import check_plot
+        from ..lab.eval_plot import check_plot
 
         check_plot(picture)
     texts = read_texts(args.text)
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomic(out, json.dumps(result, indent=1) + "\n")
     partial.remove()
     if picture is not None:
-        from ..eval_plot import plot_rows
+        from ..lab.eval_plot import plot_rows
 
         plot_rows(rows, picture, f"{model.path.name}, n_ctx {plan.n_ctx}, {plan.n_score} tokens scored")
     print(table(rows))
@@ -271,9 +271,9 @@ def evaluate(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text], part
     if n_kept:
         print(f"{n_kept} of {len(plan.keys)} rows are taken from {partial.path}", file=sys.stderr)
     if todo:
-        from .. import _log
+        from ..runtime import log
 
-        _log.silence()
+        log.silence()
         todo = prepare(plan, [spec for spec in specs if any(spec in some for some in missing.values())], todo)
         n_runs = sum(1 + sum(spec.kv_mode != "f16" for spec in missing[text.name]) for text in todo)
         with tqdm(total=n_runs * plan.n_needed, unit="tok", disable=None) as bar:
@@ -309,8 +309,8 @@ def prepare(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text]) -> li
 
 def score_text(plan: Plan, specs: Sequence[CacheSpec], text: Text, partial: Partial, bar: Any) -> None:
     """Run f16 and then each cache over a text, one context at a time, and keep the rows."""
-    from ..metrics import summarize
-    from ..score import Reference, expectations
+    from ..lab.metrics import summarize
+    from ..lab.score import Reference, expectations
 
     scored = text.tokens[plan.n_prefill :]
     with contextlib.ExitStack() as stack:
@@ -359,9 +359,9 @@ def make_keys(
     XkvError
         The sidecar of an xkv cache cannot be used, or cannot be made where there is none.
     """
-    from .. import _loader
+    from ..runtime import loader
 
-    common = {**plan.settings, "model": fingerprint, "version": __version__, "build": _loader.load().build_id}
+    common = {**plan.settings, "model": fingerprint, "version": __version__, "build": loader.load().build_id}
     keys = {}
     for spec in specs:
         cache = {"cache": spec.name, "sidecar": _sidecar(plan, spec)}

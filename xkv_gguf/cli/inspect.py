@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         The file cannot be read, the size is out of reach, or the picture cannot be drawn.
     """
-    from ..convert.describe import beside, describe, is_sidecar, plan_of
-    from ..convert.knob import one_knob
-    from ..convert.model_shape import known_shape
-    from ..convert.sidecar import read_sidecar
     from ..errors import OptionError
+    from ..model.shape import known_shape
+    from ..plan.knob import one_knob
+    from ..sidecar.describe import beside, describe, is_sidecar, plan_of
+    from ..sidecar.read import read_sidecar
 
     path = Path(args.file)
     if args.n_ctx is not None and not 1 <= args.n_ctx < 1 << 31:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     knob = one_knob(knob_values(args))
     found = describe(path, knob, args.n_ctx)
     if args.plot is not None:
-        from ..convert.plot import plot_spectra
+        from ..sidecar.plot import plot_spectra
 
         sidecar = read_sidecar(path)
         info = sidecar.info

@@ -12,16 +12,16 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__
-from .._files import check_writable, write_atomic
-from .._model_file import ModelFile, open_model
-from ..cache_spec import GRAMMAR, parse_caches
-from ..demo_model import demo_model
+from ..base.files import check_writable, write_atomic
 from ..errors import OptionError
+from ..lab.cache_spec import GRAMMAR, parse_caches
+from ..lab.ruler.partial import Partial
+from ..lab.ruler.run import Plan, Runner
+from ..lab.ruler.score import summarize, table
+from ..lab.ruler.tasks import TASKS, parse_tasks
+from ..model.demo_model import demo_model
+from ..model.file import ModelFile, open_model
 from ..options import XkvOptions
-from ..ruler.partial import Partial
-from ..ruler.run import Plan, Runner
-from ..ruler.score import summarize, table
-from ..ruler.tasks import TASKS, parse_tasks
 from ._sidecar import shared_sidecar, with_sidecar
 
 DEFAULT_CACHES = "f16,xkv"
@@ -144,8 +144,8 @@ def _check_counts(args: argparse.Namespace) -> None:
 
 def _basis(plan: Plan, sidecar: str | None) -> dict[str, Any]:
     """What every answer depends on, beside its cache, task, length and index."""
-    from .. import _loader
-    from ..convert.fingerprint import model_fingerprint
+    from ..model.fingerprint import model_fingerprint
+    from ..runtime import loader
 
     identity = None
     if sidecar is not None:
@@ -156,7 +156,7 @@ def _basis(plan: Plan, sidecar: str | None) -> dict[str, Any]:
         # the fingerprint leaves out the tokenizer and the chat template
         "model_bytes": plan.model.stat().st_size,
         "xkv_gguf": __version__,
-        "build_id": _loader.load().build_id,
+        "build_id": loader.load().build_id,
         "seed": plan.seed,
         "settings": dict(plan.settings),
         "sidecar": identity,
@@ -165,9 +165,9 @@ def _basis(plan: Plan, sidecar: str | None) -> dict[str, Any]:
 
 def _run(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
     """All samples of the plan, with a progress bar over those that are missing."""
-    from .. import _log
+    from ..runtime import log
 
-    _log.silence()
+    log.silence()
     wanted = plan.sample_keys()
     done = sum(key in partial.records for key in wanted)
     with tqdm(total=len(wanted), initial=done, desc="ruler", unit="sample", disable=None) as bar:

@@ -1,0 +1,79 @@
+"""What a run that was interrupted had done: a file beside its result, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+from .files import write_atomic
+
+VERSION = 2
+
+
+class Partial:
+    """Finished parts of plain values, each by everything that it depends on, in a file beside the result.
+
+    Parameters
+    ----------
+    out : Path
+        The result's path; the file is OUT.partial. What it holds is read at once.
+    verb : str
+        Whose parts they are.
+    basis : mapping
+        Plain values by name that all parts depend on.
+
+    Attributes
+    ----------
+    path : Path
+    n_taken, n_put : int
+        Parts that `get` found and that `put` kept.
+
+    Raises
+    ------
+    OptionError
+        A file of that name is something else, or cannot be read.
+    """
+
+    def __init__(self, out: Path, verb: str, basis: Mapping[str, Any] | None = None) -> None:
+        self.path = out.with_name(f"{out.name}.partial")
+        self.n_taken = self.n_put = 0
+        self._basis = dict(basis or {})
+        self._format = f"xkv-gguf {verb}, partial, {VERSION}"
+        self._parts: dict[str, Any] = self._read()
+
+    def get(self, **what: Any) -> Any:
+        """The finished part that depends on these values, in any order; None if there is none."""
+        part = self._parts.get(self._key(what))
+        self.n_taken += part is not None
+        return part
+
+    def put(self, part: Any, **what: Any) -> None:
+        """Keep a part; the file holds it when this returns."""
+        self._parts[self._key(what)] = part
+        self.n_put += 1
+        write_atomic(self.path, json.dumps({"format": self._format, "parts": self._parts}) + "\n")
+
+    def remove(self) -> None:
+        """Delete the file: the result has all parts."""
+        self.path.unlink(missing_ok=True)
+
+    def _key(self, what: Mapping[str, Any]) -> str:
+        return hashlib.sha256(json.dumps({**self._basis, **what}, sort_keys=True).encode()).hexdigest()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise OptionError(f"{self.path}: cannot be read ({error.strerror}); remove it") from error
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("format") != self._format:
+            name = found.get("format") if isinstance(found, dict) else None
+            raise OptionError(f"{self.path}: has format {name!r}, expected {self._format!r}; remove it to start anew")
+        return dict(found["parts"])
