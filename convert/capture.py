@@ -25,6 +25,12 @@ class Sums:
     total: F64
     n_tokens: int
 
+    def cut(self, part: slice) -> Sums:
+        """Sums of a part of the numbers."""
+        if part == slice(0, len(self.total)):
+            return self
+        return Sums(np.ascontiguousarray(self.gram[part, part]), self.total[part].copy(), self.n_tokens)
+
 
 def model_layers(engine: Engine) -> tuple[list[int], list[int]]:
     """K and V numbers per token of every layer.

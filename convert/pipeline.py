@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from xkv_gguf import __version__
 from xkv_gguf.base.partial import Partial
-from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
+from xkv_gguf.convert.calibrate import collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.settings import GROUP_SIZE, Settings
+from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
 from xkv_gguf.errors import SidecarError
@@ -24,7 +24,8 @@ from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
 from xkv_gguf.model.shape import find_shape, known_shape
 from xkv_gguf.plan.cache_plan import Wishes
 from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
-from xkv_gguf.plan.segments import Kind, group_layers
+from xkv_gguf.plan.groups import GROUP_SIZE, LayerGroups, group_layers
+from xkv_gguf.plan.segments import Kind
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import loader
 from xkv_gguf.sidecar.find import cached_sidecar, find_sidecar
@@ -114,7 +115,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
             def submit(captured_group: int, kind: Kind, sums: Sums) -> None:
                 for candidate in candidates:
                     for g in (g for g, inside in enumerate(candidate.inside) if inside == captured_group):
-                        part = candidate.cut(g, kind, sums)
+                        part = sums.cut(candidate.part(g, kind))
                         what = f"{kind.upper()} of layers {candidate.groups.name(g)}"
                         solver.submit((candidate.size, g, kind), part.gram, part.total, part.n_tokens, what)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from xkv_gguf.base.divergence import kl_divergence, log_softmax
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.lab.metrics import kl_divergence, log_softmax
 from xkv_gguf.plan.coef_types import DEFAULT_TYPES, basis_types
 from xkv_gguf.plan.segments import (
     KINDS,

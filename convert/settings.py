@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,28 +9,20 @@ from typing import Any, Literal
 
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
+from xkv_gguf.plan.groups import FRAME, FRAMES, GROUP_SIZE, group_layers
 from xkv_gguf.plan.knob import DEFAULT_KNOB, Knob
-from xkv_gguf.plan.segments import group_layers
-from xkv_gguf.sidecar.info import FRAMES, PLAN_CTX
+from xkv_gguf.plan.sizes import PLAN_CTX
+from xkv_gguf.runtime.threads import default_threads
 
-GROUP_SIZE = 5
 AUTO_SIZES = (2, 5, 10)
 """Group sizes that "auto" chooses from."""
 
 AUTO_DIM = 4096
 """Most numbers per token of a group that "auto" tries."""
 
-FRAME = 64
 TOKENS = 24576
 BASIS_TYPES = ("f16", "f32")
 WEIGH = ("groups", "layers", "none")
-
-
-def default_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

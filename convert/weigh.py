@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert import sensitivity
-from xkv_gguf.convert.calibrate import LayerGroups, TextInfo
+from xkv_gguf.convert.calibrate import TextInfo
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
 from xkv_gguf.convert.sensitivity import Sensitivity
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.plan.group_choice import Candidate
+from xkv_gguf.plan.groups import LayerGroups
 from xkv_gguf.plan.segments import KINDS, Kind, Segment
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.sidecar.info import Group, SidecarInfo, tensor_name

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .base.text import format_bytes, format_table
 from .cli._reading import reading
 from .cli._stream import chat_pieces
 from .errors import XkvError
 from .lab.haystack import Haystack, build_haystack, make_needle
 from .model.demo_model import demo_model
-from .report import KvReport, format_bytes, format_table
+from .report import KvReport
 
 if TYPE_CHECKING:
     from .llama import Llama

@@ -9,17 +9,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from . import opening
-from .convert.settings import default_threads
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
 from .model.file import ModelFile, open_model
 from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
+from .plan.groups import FRAMES
 from .plan.sizes import CacheLayout
 from .report import KvPart, KvReport
 from .runtime import arguments, loader, log, native
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
-from .sidecar.info import FRAMES
+from .runtime.threads import default_threads
 from .sidecar.read import Sidecar
 
 PARENT_ARGUMENTS = tuple(

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .convert.pipeline import ensure_sidecar
-from .convert.settings import FRAME, GROUP_SIZE
 from .errors import ModelError, OptionError
 from .model.file import ModelFile
 from .model.shape import known_shape
 from .options import XkvOptions
 from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .plan.groups import FRAME, GROUP_SIZE, group_layers
 from .plan.knob import DEFAULT_KNOB
-from .plan.segments import KINDS, Statistics, assumed_spectrum, group_layers
+from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.sizes import ModelShape
 from .runtime.native import ScopeParams
 from .sidecar.find import find_sidecar

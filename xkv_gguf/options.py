@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .base.text import closest
 from .errors import OptionError
 from .plan.cache_plan import Rank
 from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
+from .plan.groups import FRAMES
 from .plan.knob import KNOBS, Knob, one_knob
 from .plan.segments import MAX_SEGMENTS
-from .sidecar.info import FRAMES
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24
@@ -206,12 +206,6 @@ def check_kv_mode(kv_mode: object) -> str:
     if not isinstance(kv_mode, str) or kv_mode not in KV_MODES:
         raise OptionError(f"kv_mode: {kv_mode!r} is unknown, expected one of {', '.join(KV_MODES)}")
     return kv_mode
-
-
-def closest(name: object, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: ", did you mean ..." or ""."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def _coef_types(value: object) -> tuple[str, ...]:

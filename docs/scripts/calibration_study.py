@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences
+from xkv_gguf.convert.calibrate import collect, file_sequences
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.pipeline import convert
@@ -32,6 +32,7 @@ from xkv_gguf.model.file import open_model
 from xkv_gguf.opening import scope_params
 from xkv_gguf.options import XkvOptions
 from xkv_gguf.plan.cache_plan import CachePlan
+from xkv_gguf.plan.groups import LayerGroups
 from xkv_gguf.plan.knob import Knob
 from xkv_gguf.plan.segments import KINDS, Kind
 from xkv_gguf.runtime import native

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from xkv_gguf.base.divergence import kl_divergence, log_softmax
 from xkv_gguf.errors import XkvError
-from xkv_gguf.lab.metrics import Scores, join, kl_divergence, log_softmax, percentile, score, summarize
+from xkv_gguf.lab.metrics import Scores, join, percentile, score, summarize
 
 RNG = np.random.default_rng(3)
 

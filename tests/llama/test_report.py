@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 from xkv_gguf import KvPart, KvReport
-from xkv_gguf.report import format_bytes, format_table
+from xkv_gguf.base.text import format_bytes, format_table
 
 REPORT = KvReport(
     "xkv",

@@ -11,8 +11,9 @@ import pytest
 from xkv_gguf.errors import OptionError
 from xkv_gguf.plan.cache_plan import WINDOW_SHARE, CachePlan, Wishes, plan_cache
 from xkv_gguf.plan.group_choice import Candidate, choose, within_reach
+from xkv_gguf.plan.groups import LayerGroups, group_layers
 from xkv_gguf.plan.knob import DEFAULT_KNOB, QUALITIES, Knob, one_knob, parse_bytes
-from xkv_gguf.plan.segments import KINDS, Segment, Statistics, group_layers
+from xkv_gguf.plan.segments import KINDS, Segment, Statistics
 from xkv_gguf.plan.sizes import (
     CacheLayout,
     ModelShape,
@@ -265,8 +266,6 @@ def test_divergence_needs_a_scale() -> None:
 
 
 def candidates(sizes: list[int], n_layer: int = 12) -> tuple[ModelShape, list[Candidate]]:
-    from xkv_gguf.convert.calibrate import LayerGroups
-
     whole = ModelShape((32,) * n_layer, (64,) * n_layer, (64,) * n_layer, 32, 32)
     captured = LayerGroups.of(*group_layers(n_layer, sizes[-1]), whole.embd_k, whole.embd_v)
     return whole, [Candidate.of(size, captured, whole) for size in sizes]
@@ -287,10 +286,10 @@ def test_sums_are_cut_out_of_those_that_were_captured() -> None:
     _, (two, four) = candidates([2, 4], 4)
     x = np.random.default_rng(0).standard_normal((50, 4 * 32))
     sums = Sums(x.T @ x, x.sum(0), 50)
-    part = two.cut(1, "k", sums)
+    part = sums.cut(two.part(1, "k"))
     np.testing.assert_allclose(part.gram, x[:, 64:].T @ x[:, 64:])
     np.testing.assert_allclose(part.total, x[:, 64:].sum(0))
-    assert four.cut(0, "k", sums) is sums
+    assert sums.cut(four.part(0, "k")) is sums
 
 
 def test_the_smallest_size_near_the_best_is_chosen() -> None:

@@ -11,6 +11,7 @@ import pytest
 from xkv_gguf.errors import OptionError
 from xkv_gguf.plan import segments as plan
 from xkv_gguf.plan.coef_types import DEFAULT_TYPES, TYPES, basis_types, bytes_per_coef, sort_types
+from xkv_gguf.plan.groups import group_layers
 from xkv_gguf.plan.segments import KINDS, Prices, Segment, Statistics, distortion, plan_segments, stored_rank
 
 from .quantizers import stored
@@ -111,15 +112,15 @@ def test_unknown_coefficient_type() -> None:
 
 
 def test_groups_are_even_and_cover_all_layers() -> None:
-    assert plan.group_layers(32, 5) == ([0, 5, 10, 15, 20, 24, 28], [5, 5, 5, 5, 4, 4, 4])
-    assert plan.group_layers(30, 5) == ([0, 5, 10, 15, 20, 25], [5] * 6)
-    assert plan.group_layers(3, 3) == ([0], [3])
+    assert group_layers(32, 5) == ([0, 5, 10, 15, 20, 24, 28], [5, 5, 5, 5, 4, 4, 4])
+    assert group_layers(30, 5) == ([0, 5, 10, 15, 20, 25], [5] * 6)
+    assert group_layers(3, 3) == ([0], [3])
 
 
 @pytest.mark.parametrize("size", [0, -1, 31])
 def test_impossible_group_size(size: int) -> None:
     with pytest.raises(OptionError, match=f"group size {size}: 1 to 30"):
-        plan.group_layers(30, size)
+        group_layers(30, size)
 
 
 # ---- segments

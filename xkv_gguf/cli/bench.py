@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from .. import __version__, errors
 from ..base.files import check_writable, write_atomic
-from ..convert.settings import default_threads
 from ..errors import OptionError, XkvError
 from ..lab.bench_plan import N_DECODE, N_PREFILL, Timing, parse_depths, schedule, summarize, table
 from ..lab.cache_spec import GRAMMAR, CacheSpec, parse_caches
@@ -28,6 +27,7 @@ from ..model.file import open_model
 from ..options import XkvOptions
 from ..plan.knob import KNOBS
 from ..plan.sizes import padded_ctx
+from ..runtime.threads import default_threads
 from ._knob import add_knob_arguments
 from ._model import xkv_values
 from ._sidecar import shared_sidecar, with_sidecar

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..convert.hf import OUTTYPES
-from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, WEIGH, Settings
+from ..convert.settings import AUTO_SIZES, BASIS_TYPES, TOKENS, WEIGH, Settings
+from ..plan.groups import FRAME, FRAMES, GROUP_SIZE
 from ..plan.knob import DEFAULT_KNOB, one_knob
-from ..sidecar.info import FRAMES, PLAN_CTX
+from ..plan.sizes import PLAN_CTX
 from ._knob import add_knob_arguments, knob_values
 from .inspect import mib
 

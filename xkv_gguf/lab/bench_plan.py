@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..base.text import format_bytes, format_table
 from ..errors import OptionError
-from ..report import format_bytes, format_table
 
 N_PREFILL = 512
 N_DECODE = 32

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..base.text import closest
 from ..errors import OptionError
-from ..options import KV_MODES, closest
+from ..options import KV_MODES
 
 GRAMMAR = f"{', '.join(mode for mode in KV_MODES if mode != 'xkv')} or xkv[:RATIO][:key=value]..."
 NO_SEPARATORS = "values cannot contain commas or colons, paths neither"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.files import check_writable
+from ..base.text import MIB
 from ..errors import OptionError
-from ..report import MIB
 from ..sidecar.plot import FORMATS
 from .eval_rows import Row
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report import KvReport, format_bytes, format_table
+from ..base.text import format_bytes, format_table
+from ..report import KvReport
 
 COEFFICIENTS = ("K coefficients", "V coefficients")
 

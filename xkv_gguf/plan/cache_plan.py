@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ..base.text import format_bytes
 from ..errors import OptionError
-from ..report import format_bytes
 from .coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
 from .knob import DEFAULT_KNOB, Knob
 from .segments import MAX_SEGMENTS, Kind, Prices, Segment, Statistics, distortion, least_cost, plan_segments, same_rank

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..convert.calibrate import LayerGroups
-from ..convert.capture import Sums
 from ..errors import OptionError
 from .cache_plan import Wishes, plan_cache
-from .segments import KINDS, Kind, Statistics, group_layers
+from .groups import LayerGroups, group_layers
+from .segments import KINDS, Kind, Statistics
 from .sizes import ModelShape
 
 NEAR_BEST = 1.25
@@ -54,13 +53,10 @@ class Candidate:
         }
         return cls(size, LayerGroups.of(first, count, shape.embd_k, shape.embd_v), tuple(inside), start)
 
-    def cut(self, group: int, kind: Kind, sums: Sums) -> Sums:
-        """Sums of a group out of those of the captured group that holds it."""
-        at, dim = self.start[kind][group], self.groups.dims[kind][group]
-        if dim == len(sums.total):
-            return sums
-        part = slice(at, at + dim)
-        return Sums(np.ascontiguousarray(sums.gram[part, part]), sums.total[part].copy(), sums.n_tokens)
+    def part(self, group: int, kind: Kind) -> slice:
+        """The group's numbers among those of the captured group that holds it."""
+        at = self.start[kind][group]
+        return slice(at, at + self.groups.dims[kind][group])
 
     def statistics(self, spectra: Mapping[tuple[int, Kind], np.ndarray] | None, frame: int) -> Statistics:
         """What a plan needs; flat spectra where there are none yet. Groups weigh as much as they have layers."""

@@ -94,28 +94,6 @@ class Prices:
     with_bases: bool = True
 
 
-def group_layers(n_layer: int, group_size: int) -> tuple[list[int], list[int]]:
-    """Split layers into consecutive groups of at most `group_size`, as even as can be.
-
-    Returns
-    -------
-    first, count : list of int
-        First layer and number of layers of each group. 32 layers in groups of 5 give 5 5 5 5 4 4 4.
-
-    Raises
-    ------
-    OptionError
-        `group_size` is not in 1 .. `n_layer`.
-    """
-    if not 1 <= group_size <= n_layer:
-        raise OptionError(f"group size {group_size}: 1 to {n_layer} (the model's layers) expected")
-    n_group = -(-n_layer // group_size)
-    small, extra = divmod(n_layer, n_group)
-    count = [small + (i < extra) for i in range(n_group)]
-    first = [sum(count[:i]) for i in range(n_group)]
-    return first, count
-
-
 def energy_kept(spectrum: Spectrum, rank: int) -> float:
     """Share of the variance that the first `rank` directions hold, 0 to 1 (1 for a spectrum of zeros)."""
     total = float(np.sum(spectrum, dtype=np.float64))

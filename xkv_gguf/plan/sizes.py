@@ -11,6 +11,9 @@ from .segments import KINDS, Kind, Segment, stored_rank
 CONTEXTS = (4096, 32768, 131072)
 """Contexts for which totals are printed, in tokens."""
 
+PLAN_CTX = 8192
+"""Context that a sidecar is made for unless another is given."""
+
 CTX_STEP = 256  # llama.cpp rounds n_ctx up to it, llama_cpp does not
 SLOT_PAD = 256
 CELL_PAD = 32

@@ -7,11 +7,10 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..base.text import closest, format_bytes
 from ..errors import OptionError, OutOfMemoryError, UnsupportedError
 from ..model.file import ModelFile, check_adapter
-from ..options import closest
 from ..plan.sizes import CTX_STEP, CacheLayout, padded_ctx
-from ..report import format_bytes
 
 DEFAULT_N_CTX = 4096
 MAX_INT = 2**31 - 1

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from ..plan.groups import FRAMES
 from ..plan.knob import DEFAULT_KNOB, Knob
 from ..plan.segments import Kind
+from ..plan.sizes import PLAN_CTX
 
 FORMAT_VERSION = 3
 ARCHITECTURE = "xkv"
 FILE_TYPE = "xkv-sidecar"
 SUFFIX = ".xkv.gguf"
-FRAMES = (32, 64, 128, 256)
-PLAN_CTX = 8192
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...report import format_bytes, format_table
+from ...base.text import format_bytes, format_table
 
 
 def string_match_all(answer: str, references: Sequence[str]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ...base.text import closest
 from ...errors import OptionError
-from ...options import closest
 from .task import Task
 from .tasks_niah import niah_tasks
 from .tasks_vt import vt_task
