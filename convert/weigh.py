@@ -95,7 +95,7 @@ def weigh_layers(
     with Solver[tuple[int, Kind]](engine.n_threads, "f32", lambda: None) as solver:
         for layer, inside in enumerate(single.inside):
             for kind in KINDS:
-                part = single.cut(layer, kind, sums[inside, kind])
+                part = sums[inside, kind].cut(single.part(layer, kind))
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
     alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))

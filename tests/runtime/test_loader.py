@@ -13,6 +13,8 @@ import pytest
 
 from xkv_gguf.runtime import loader
 
+ROOT = loader.PYTHON_DIR.parent
+
 Run = Callable[..., list[str]]
 
 
@@ -20,8 +22,8 @@ Run = Callable[..., list[str]]
 def run() -> Run:
     """Run Python text in a new process; returns the lines it prints. ``path`` goes in front of sys.path."""
 
-    def run_text(text: str, path: Path | None = None) -> list[str]:
-        lead = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
+    def run_text(text: str, path: Path = ROOT) -> list[str]:
+        lead = f"import sys; sys.path[:0] = {[str(path), str(ROOT)]!r}\n"
         done = subprocess.run(
             [sys.executable, "-I", "-c", lead + text], capture_output=True, text=True, timeout=120, check=False
         )
@@ -37,16 +39,32 @@ def other_lib(tmp_path: Path) -> Path:
     return Path(shutil.copytree(loader.LIB_DIR, tmp_path / "other"))
 
 
+def copy_python(folder: Path) -> Path:
+    """Copy the Python that the loader needs; returns the package's folder."""
+    package = folder / "xkv_gguf"
+    (package / "runtime").mkdir(parents=True)
+    for name in ("__init__.py", "runtime/__init__.py"):
+        (package / name).touch()
+    for name in ("errors.py", "runtime/loader.py"):
+        shutil.copy(loader.PYTHON_DIR / name, package / name)
+    return package
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Another checkout with the same native sources, and no library."""
+    folder = tmp_path / "checkout"
+    copy_python(folder)
+    shutil.copytree(ROOT / "native", folder / "native", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "upstream.json", folder)
+    return folder
+
+
 @pytest.fixture
 def package_copy(tmp_path: Path) -> Path:
     """A folder with a copy of the package that only holds what the loader needs."""
-    package = tmp_path / "site" / "xkv_gguf"
-    package.mkdir(parents=True)
-    (package / "runtime").mkdir()
-    for name in ("__init__.py", "runtime/__init__.py"):
-        (package / name).touch()
-    for name in ("errors.py", "runtime/loader.py", "_build_info.py"):
-        shutil.copy(loader.PACKAGE_DIR / name, package / name)
+    package = copy_python(tmp_path / "site")
+    shutil.copy(loader.PACKAGE_DIR / "_build_info.py", package)
     shutil.copytree(loader.LIB_DIR, package / "lib")
     return package
 
@@ -64,8 +82,8 @@ except LibraryError as error:
 def test_loads_the_installed_library(run: Run) -> None:
     lines = run(
         "import os; from xkv_gguf.runtime import loader; library = loader.load()\n"
-        "import llama_cpp, xkv_gguf._build_info as info\n"
-        "print(library.path); print(library.build_id == info.BUILD_ID and len(info.BUILD_ID))\n"
+        "import llama_cpp, runpy; info = runpy.run_path(str(loader.PACKAGE_DIR / '_build_info.py'))\n"
+        "print(library.path); print(library.build_id == info['BUILD_ID'] and len(info['BUILD_ID']))\n"
         "print(library.handle is llama_cpp.llama_cpp._lib); print(loader.load() is library)\n"
         "print('LLAMA_CPP_LIB_PATH' in os.environ); print(library.header.is_file())\n"
         "print(sum('/libllama.' in path for path in map(str, loader.mapped_libraries())))\n"
@@ -132,6 +150,22 @@ def test_another_ggml_of_the_same_name(run: Run, other_lib: Path) -> None:
     )
     assert len(lines) == 1
     assert f"libllama runs on {other_lib / 'libggml-base.so'}" in lines[0]
+
+
+def test_a_checkout_takes_the_installed_library(run: Run, checkout: Path) -> None:
+    (checkout / "native" / "cmake" / "__pycache__").mkdir()
+    (checkout / "native" / "cmake" / "__pycache__" / "upstream.pyc").touch()
+    lines = run("from xkv_gguf.runtime import loader; print(loader.__file__, loader.load().path.parent)", path=checkout)
+    assert lines == [f"{checkout / 'xkv_gguf' / 'runtime' / 'loader.py'} {loader.LIB_DIR}"]
+
+
+@pytest.mark.parametrize("name", ["native/include/xkv.h", "native/src/new.cpp", "upstream.json"])
+def test_a_checkout_with_other_native_sources(run: Run, checkout: Path, name: str) -> None:
+    with (checkout / name).open("a") as file:
+        file.write("\n")
+    lines = run(EXPECT_ERROR.format(call="loader.load()"), path=checkout)
+    assert len(lines) == 1
+    assert f"was built from other sources than those in {checkout / 'native'}" in lines[0]
 
 
 def test_other_build_id(run: Run, package_copy: Path) -> None:

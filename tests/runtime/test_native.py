@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 
 from xkv_gguf.errors import OptionError, SidecarError, UnsupportedError, XkvError
@@ -14,6 +13,7 @@ from xkv_gguf.plan.coef_types import TYPES
 from xkv_gguf.plan.segments import Segment, same_rank
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import log, native
+from xkv_gguf.runtime.api import llama_cpp
 from xkv_gguf.sidecar.read import read_sidecar
 
 from ..llama.tiny_models import write_sliding_window_model

@@ -1,27 +1,47 @@
 """Loads the patched libllama, and makes sure that it is the only one in the process.
 
+It lies in the installed package. Python that runs from a checkout takes it from there, provided that it was built from
+the native sources of this checkout.
+
 llama-cpp-python takes its library from the folder in ``LLAMA_CPP_LIB_PATH`` when it is imported. A second libllama
 beside ours (llama-cpp-python's own, when it was compiled) would see other structs behind the same pointers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
 import importlib
 import os
+import runpy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from ..errors import LibraryError
 
-PACKAGE_DIR = Path(__file__).resolve().parents[1]
+PYTHON_DIR = Path(__file__).resolve().parents[1]
+NATIVE_DIR = PYTHON_DIR.parent / "native"
+"""Sources of the library where this module lies in a checkout."""
+
+SUFFIXES = (".so", ".dylib")
+
+
+def _package_dir() -> Path:
+    """The package that holds the library, its header and upstream's converter."""
+    if NATIVE_DIR.is_dir():
+        with contextlib.suppress(PackageNotFoundError):
+            return Path(str(distribution("xkv-gguf").locate_file("xkv_gguf"))).resolve()
+    return PYTHON_DIR
+
+
+PACKAGE_DIR = _package_dir()
 LIB_DIR = PACKAGE_DIR / "lib"
 HEADER = PACKAGE_DIR / "include" / "xkv.h"
 LIB_PATH_VARIABLE = "LLAMA_CPP_LIB_PATH"
-SUFFIXES = (".so", ".dylib")
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ def load() -> Library:
     """
     global _library
     if _library is None:
-        expected = _installed_build_id()
+        expected = _expected_build_id()
         handle = _import_llama_cpp()
         path = Path(handle._name).resolve()
         if path.parent != LIB_DIR:
@@ -130,17 +150,28 @@ def _dyld_images() -> Iterator[str]:
             yield os.fsdecode(name)
 
 
-def _installed_build_id() -> str:
-    """Build id that the installed package holds."""
+def _expected_build_id() -> str:
+    """Build id that the library has to have, once its sources are found to be those of the checkout, if this is one."""
     if not any((LIB_DIR / f"libllama{suffix}").is_file() for suffix in SUFFIXES):
-        raise LibraryError(
-            f"no libllama in {LIB_DIR}: install the package (`pip install .`) "
-            "and do not import it from its source folder"
-        )
+        raise LibraryError(f"no libllama in {LIB_DIR}: install the package (`make build` or `pip install .`)")
     try:
-        return str(importlib.import_module("xkv_gguf._build_info").BUILD_ID)
-    except ModuleNotFoundError as error:
+        info = runpy.run_path(str(PACKAGE_DIR / "_build_info.py"))
+    except OSError as error:
         raise LibraryError(f"{PACKAGE_DIR} has no _build_info.py: reinstall the package") from error
+    if PACKAGE_DIR != PYTHON_DIR and info.get("NATIVE_ID") != native_id(NATIVE_DIR):
+        raise LibraryError(
+            f"the library in {LIB_DIR} was built from other sources than those in {NATIVE_DIR}: "
+            "build it again (`make build` or `pip install .`)"
+        )
+    return str(info["BUILD_ID"])
+
+
+def native_id(folder: Path) -> str:
+    """Hash over native sources and the pin of upstream, as native/cmake/build-id.cmake computes it."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [*(path for path in paths if "__pycache__" not in path), "../upstream.json"]
+    lines = (f"\n{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 
 def _import_llama_cpp() -> ctypes.CDLL:
@@ -157,7 +188,7 @@ def _import_llama_cpp() -> ctypes.CDLL:
     return handle
 
 
-@contextmanager
+@contextlib.contextmanager
 def _library_path(folder: Path) -> Iterator[None]:
     """Set the variable that llama_cpp reads at import, and put the user's value back."""
     before = os.environ.get(LIB_PATH_VARIABLE)
