@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xkv_gguf import __version__
+from xkv_gguf.base.files import check_writable
 from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert.calibrate import collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
@@ -31,7 +32,7 @@ from xkv_gguf.runtime import loader
 from xkv_gguf.sidecar.find import cached_sidecar, find_sidecar
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside
 from xkv_gguf.sidecar.read import read_sidecar
-from xkv_gguf.sidecar.write import check_writable, write_sidecar
+from xkv_gguf.sidecar.write import write_sidecar
 
 __all__ = ["Converted", "convert", "ensure_sidecar", "find_sidecar"]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from xkv_gguf import KvPart, KvReport
+from xkv_gguf.base.pictures import check_picture
 from xkv_gguf.errors import OptionError
-from xkv_gguf.lab.eval_plot import check_plot, plot_rows
+from xkv_gguf.lab.eval_plot import plot_rows
 from xkv_gguf.lab.eval_rows import Row, make_row, table
 
 FIGURES = {"kld_mean": 0.01, "kld_median": 0.005, "kld_p99": 0.1, "kld_p999": 0.2, "top1": 0.9375, "ppl": 12.0}
@@ -57,7 +58,7 @@ def test_the_table_has_a_line_per_cache() -> None:
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_the_plot_is_drawn(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"plot.{ending}"
-    check_plot(path)
+    check_picture(path)
     plot_rows(rows(), path, "title")
     assert path.stat().st_size > 1000
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -80,4 +81,4 @@ def test_a_plot_without_any_divergence_is_drawn(tmp_path: Path) -> None:
 
 def test_other_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="expected a name that ends in"):
-        check_plot(tmp_path / "plot.jpeg")
+        check_picture(tmp_path / "plot.jpeg")

@@ -1,4 +1,4 @@
-"""Text files: results appear whole or not at all, and what cannot be read is told in one line."""
+"""Files: results appear whole or not at all, and what cannot be read is told in one line."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import OptionError
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another path of the same name, whose file takes the place of `path` if all goes well; else it goes.
+
+    Raises
+    ------
+    OSError
+        The folder of `path` does not exist or cannot be written to.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temp = Path(folder) / path.name
+        yield temp
+        temp.replace(path)
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under another name and rename it when it is complete.
+    """Write a text file, which appears when it is complete.
 
     Raises
     ------
@@ -20,21 +36,10 @@ def write_atomic(path: Path, text: str) -> None:
         The folder does not exist or cannot be written to.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with replacing(path) as temp:
+            temp.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OptionError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp's files are private
-        os.replace(name, path)
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
 
 
 def check_writable(path: Path) -> None:

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from ..base.text import format_bytes
 from ..convert.hf import OUTTYPES
 from ..convert.settings import AUTO_SIZES, BASIS_TYPES, TOKENS, WEIGH, Settings
 from ..plan.groups import FRAME, FRAMES, GROUP_SIZE
 from ..plan.knob import DEFAULT_KNOB, one_knob
 from ..plan.sizes import PLAN_CTX
 from ._knob import add_knob_arguments, knob_values
-from .inspect import mib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,12 +86,12 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         See `convert.pipeline.convert` and `convert.hf.convert_folder`.
     """
+    from ..base.files import check_writable
     from ..convert.hf import check_folder, convert_folder, gguf_path
     from ..convert.pipeline import convert
     from ..errors import OptionError
     from ..model.demo_model import demo_model
     from ..sidecar.info import sidecar_beside
-    from ..sidecar.write import check_writable
 
     settings = Settings(
         group_size=args.group_size,
@@ -136,7 +136,7 @@ def planned(model: Path, path: Path) -> str:
     info = sidecar.info
     shape = known_shape(find_shape(read_model_header(model)), info.embd_k, info.embd_v)
     plan = plan_of(sidecar, shape, info.knob, info.n_ctx)
-    return f"{info.knob} at n_ctx {info.n_ctx}: {mib(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
+    return f"{info.knob} at n_ctx {info.n_ctx}: {format_bytes(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
 
 
 def _group_size(text: str) -> int | Literal["auto"]:

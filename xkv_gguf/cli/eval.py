@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..base.files import check_writable, read_text, write_atomic
 from ..base.partial import Partial
+from ..base.pictures import check_picture
 from ..errors import OptionError, XkvError
 from ..lab.cache_spec import GRAMMAR, CacheSpec, parse_caches
 from ..lab.eval_rows import Row, make_row, table
@@ -169,9 +170,7 @@ def run(args: argparse.Namespace) -> int:
     out, picture = Path(args.json), Path(args.plot) if args.plot is not None else None
     check_writable(out)
     if picture is not None:
-        from ..lab.eval_plot import check_plot
-
-        check_plot(picture)
+        check_picture(picture)
     texts = read_texts(args.text)
     model = open_model(args.model if args.model is not None else demo_model())
     plan = make_plan(args, model, out.absolute().parent)

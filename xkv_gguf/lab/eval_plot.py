@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base.files import check_writable
+from ..base.pictures import new_figure, save_figure
 from ..base.text import MIB
-from ..errors import OptionError
-from ..sidecar.plot import FORMATS
 from .eval_rows import Row
 
 MARKERS = "os^vDPX*"
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a picture that cannot be drawn, before work is done for it.
-
-    Raises
-    ------
-    OptionError
-        The name has an unknown ending, the file cannot be written, or matplotlib is not installed.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise OptionError(f"--plot: {path}, expected a name that ends in {', '.join(FORMATS)}")
-    check_writable(path)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise OptionError("--plot needs matplotlib; `pip install xkv-gguf[plot]` brings it") from error
 
 
 def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -43,15 +23,12 @@ def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
     rows : sequence of dict
         See `eval_rows.make_row`.
     path : Path
-        See `check_plot`.
+        See `pictures.check_picture`.
     title : str
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     axis = figure.subplots()
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -84,6 +61,4 @@ def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
     axis.grid(alpha=0.3, which="both")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temp:
-        figure.savefig(Path(temp) / path.name, dpi=120)
-        (Path(temp) / path.name).replace(path)
+    save_figure(figure, path)

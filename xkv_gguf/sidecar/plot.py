@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import OptionError
+from ..base.pictures import check_picture, new_figure, save_figure
 from ..plan.cache_plan import CachePlan
 from ..plan.segments import KINDS
 from .read import Sidecar
-from .write import check_writable
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
@@ -31,16 +27,8 @@ def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
     OptionError
         The name has another ending, the file cannot be written, or matplotlib is not installed.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise OptionError(f"plot {path}: a name that ends in {', '.join(FORMATS)} expected")
-    check_writable(path)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise OptionError("--plot needs matplotlib; `pip install xkv-gguf[plot]` brings it") from err
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    check_picture(path)
+    figure = new_figure(11, 4.5)
     axes = figure.subplots(1, 2, sharey=True)
     info = sidecar.info
     for axis, kind in zip(axes, KINDS, strict=True):
@@ -59,6 +47,4 @@ def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
         axis.legend(fontsize=7)
     axes[0].set_ylabel("share of the variance")
     figure.suptitle(f"{info.name or info.architecture}: spectra, dots where segments end")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temp:
-        figure.savefig(Path(temp) / path.name, dpi=120)
-        (Path(temp) / path.name).replace(path)
+    save_figure(figure, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType, GGUFWriter
 
-from ..errors import OptionError, SidecarError
+from ..base.files import check_writable, replacing
+from ..errors import SidecarError
 from ..plan.segments import KINDS
 from .info import ARCHITECTURE, FILE_TYPE, FORMAT_VERSION, SidecarInfo, check_info, tensor_name
 from .read import DIGEST_AT, file_digest
@@ -65,8 +65,8 @@ def _add_fields(writer: GGUFWriter, info: SidecarInfo) -> None:
 def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Array]) -> None:
     """Write a sidecar file.
 
-    The bytes depend on the arguments only. The file is written under a temporary name in the same folder and renamed
-    when it is complete, so an interruption leaves nothing under `path`, and an old file there stays until then.
+    The bytes depend on the arguments only. An interruption leaves nothing under `path`, and an old file there stays
+    until the new one is complete.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
     ------
     ValueError
         The values are not possible ones (a mistake of the caller).
-    SidecarError
+    OptionError, SidecarError
         The file cannot be written.
     """
     path = Path(path)
@@ -97,43 +97,19 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
     for name in names:
         writer.add_tensor(name, np.ascontiguousarray(arrays[name]))
     check_writable(path)
-    handle, temp_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temp = Path(temp_name)
     try:
-        writer.write_header_to_file(temp)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        digest = file_digest(temp)
-        with temp.open("r+b") as file:
-            file.seek(DIGEST_AT)
-            file.write(digest.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the permissions that open() would
-        umask = os.umask(0)
-        os.umask(umask)
-        temp.chmod(0o666 & ~umask)
-        temp.replace(path)
+        with replacing(path) as temp:
+            writer.write_header_to_file(temp)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            digest = file_digest(temp)
+            with temp.open("r+b") as file:
+                file.seek(DIGEST_AT)
+                file.write(digest.encode())
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as err:
         raise SidecarError(f"sidecar {path}: cannot be written ({err.strerror})") from err
     finally:
         writer.close()
-        temp.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Check before a long calculation that its result can be written.
-
-    Raises
-    ------
-    OptionError
-        The folder is missing or not writable, or `path` is a folder.
-    """
-    if path.is_dir():
-        raise OptionError(f"output {path}: is a folder; a file name is expected")
-    if not path.parent.is_dir():
-        raise OptionError(f"output {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise OptionError(f"output {path}: the folder {path.parent} is not writable; choose another with -o")
