@@ -52,3 +52,19 @@ def test_a_folder_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "out.json.partial").mkdir()
     with pytest.raises(OptionError, match=r"out\.json\.partial: cannot be read \(Is a directory\)"):
         Partial(tmp_path / "out.json", "eval")
+
+
+def test_another_basis_is_refused_where_parts_must_not_mix(tmp_path: Path) -> None:
+    first = Partial(tmp_path / "out", "ruler", {"model": "m", "seed": 0}, mixed=False)
+    first.put(1, index=0)
+    again = Partial(tmp_path / "out", "ruler", {"seed": 0, "model": "m"}, mixed=False)
+    assert again.get(index=0) == 1
+    with pytest.raises(OptionError, match="holds parts of another model or with other settings; remove it"):
+        Partial(tmp_path / "out", "ruler", {"model": "m", "seed": 1}, mixed=False)
+
+
+def test_without_a_file_parts_are_kept_in_memory() -> None:
+    partial = Partial(None, "ruler")
+    partial.put({"answer": "eins\nzwei \u2028"}, index=0)
+    partial.remove()
+    assert partial.path is None and partial.get(index=0) == {"answer": "eins\nzwei \u2028"}

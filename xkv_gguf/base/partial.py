@@ -19,31 +19,35 @@ class Partial:
 
     Parameters
     ----------
-    out : Path
-        The result's path; the file is OUT.partial. What it holds is read at once.
+    out : Path or None
+        The result's path; the file is OUT.partial. What it holds is read at once. None keeps parts in memory only.
     verb : str
         Whose parts they are.
     basis : mapping
         Plain values by name that all parts depend on.
+    mixed : bool
+        Whether the file may hold parts of another basis, which `remove` deletes, too.
 
     Attributes
     ----------
-    path : Path
+    path : Path or None
     n_taken, n_put : int
         Parts that `get` found and that `put` kept.
 
     Raises
     ------
     OptionError
-        A file of that name is something else, or cannot be read.
+        A file of that name is something else, cannot be read, or has another basis though it may not.
     """
 
-    def __init__(self, out: Path, verb: str, basis: Mapping[str, Any] | None = None) -> None:
-        self.path = out.with_name(f"{out.name}.partial")
+    def __init__(
+        self, out: Path | None, verb: str, basis: Mapping[str, Any] | None = None, *, mixed: bool = True
+    ) -> None:
+        self.path = out.with_name(f"{out.name}.partial") if out is not None else None
         self.n_taken = self.n_put = 0
         self._basis = dict(basis or {})
-        self._format = f"xkv-gguf {verb}, partial, {VERSION}"
-        self._parts: dict[str, Any] = self._read()
+        self._head = {"format": f"xkv-gguf {verb}, partial, {VERSION}", "basis": self._key({})}
+        self._parts: dict[str, Any] = self._read(self.path, mixed) if self.path is not None else {}
 
     def get(self, **what: Any) -> Any:
         """The finished part that depends on these values, in any order; None if there is none."""
@@ -55,25 +59,30 @@ class Partial:
         """Keep a part; the file holds it when this returns."""
         self._parts[self._key(what)] = part
         self.n_put += 1
-        write_atomic(self.path, json.dumps({"format": self._format, "parts": self._parts}) + "\n")
+        if self.path is not None:
+            write_atomic(self.path, json.dumps({**self._head, "parts": self._parts}) + "\n")
 
     def remove(self) -> None:
         """Delete the file: the result has all parts."""
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def _key(self, what: Mapping[str, Any]) -> str:
         return hashlib.sha256(json.dumps({**self._basis, **what}, sort_keys=True).encode()).hexdigest()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, path: Path, mixed: bool) -> dict[str, Any]:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise OptionError(f"{self.path}: cannot be read ({error.strerror}); remove it") from error
+            raise OptionError(f"{path}: cannot be read ({error.strerror}); remove it") from error
         except ValueError:
             found = None
-        if not isinstance(found, dict) or found.get("format") != self._format:
+        expected = self._head["format"]
+        if not isinstance(found, dict) or found.get("format") != expected:
             name = found.get("format") if isinstance(found, dict) else None
-            raise OptionError(f"{self.path}: has format {name!r}, expected {self._format!r}; remove it to start anew")
+            raise OptionError(f"{path}: has format {name!r}, expected {expected!r}; remove it to start anew")
+        if not mixed and found.get("basis") != self._head["basis"]:
+            raise OptionError(f"{path}: holds parts of another model or with other settings; remove it to start anew")
         return dict(found["parts"])

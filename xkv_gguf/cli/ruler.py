@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..base.files import check_writable, write_atomic
+from ..base.partial import Partial
 from ..errors import OptionError
 from ..lab.cache_spec import GRAMMAR, parse_caches
-from ..lab.ruler.partial import Partial
 from ..lab.ruler.run import Plan, Runner
 from ..lab.ruler.score import summarize, table
 from ..lab.ruler.tasks import TASKS, parse_tasks
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     caches = [with_sidecar(spec, sidecar) for spec in caches]
     plan = Plan(model.path, caches, tasks, lengths, args.samples, args.seed, settings)
     basis = _basis(plan, sidecar)
-    partial = Partial(out.with_name(f"{out.name}.partial") if out is not None else None, basis)
+    partial = Partial(out, "ruler", basis, mixed=False)
     samples = _run(plan, partial)
     rows = summarize(samples)
     if out is not None:
@@ -169,12 +169,12 @@ def _run(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
 
     log.silence()
     wanted = plan.sample_keys()
-    done = sum(key in partial.records for key in wanted)
+    done = sum(partial.get(**key._asdict()) is not None for key in wanted)
     with tqdm(total=len(wanted), initial=done, desc="ruler", unit="sample", disable=None) as bar:
         try:
             return Runner(plan, partial, bar.update).run()
         except KeyboardInterrupt:
-            if partial.path is not None and partial.records:
+            if partial.path is not None and partial.n_taken + partial.n_put:
                 print(f"\n{partial.path} keeps the finished samples: the same command goes on", file=sys.stderr)
             raise
 

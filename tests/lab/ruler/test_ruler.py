@@ -170,7 +170,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["ruler.json.partial"]
 
     assert main([*argv, "--seed", "1"]) == 1
-    assert "holds samples of another model or with other settings" in capsys.readouterr().err
+    assert "holds parts of another model or with other settings" in capsys.readouterr().err
 
     stop_at = 99
     assert main(argv) == 0

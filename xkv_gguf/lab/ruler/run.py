@@ -6,17 +6,26 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...base.partial import Partial
 from ...errors import XkvError
 from ..cache_spec import CacheSpec
-from .partial import Key, Partial
 from .score import string_match_all
 from .task import Sample, Task, fit, n_tokens, smallest, too_short
 
 if TYPE_CHECKING:
     from ...llama import Llama
     from .prompt import Prompter
+
+
+class Key(NamedTuple):
+    """Which sample on which cache."""
+
+    cache: str
+    task: str
+    length: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Plan:
     def sample_keys(self) -> list[Key]:
         """All samples, in the order in which they are run."""
         return [
-            (spec.name, task.name, length, index)
+            Key(spec.name, task.name, length, index)
             for spec in self.caches
             for length in self.lengths
             for task in self.tasks
@@ -92,17 +101,18 @@ class Runner:
             See `Llama`; the text names the cache.
         """
         plan = self._plan
+        finished = {key for key in plan.sample_keys() if self._partial.get(**key._asdict()) is not None}
         for spec in plan.caches:
             for length in plan.lengths:
                 missing = [
                     (task, index)
                     for task in plan.tasks
                     for index in range(plan.n_samples)
-                    if (spec.name, task.name, length, index) not in self._partial.records
+                    if Key(spec.name, task.name, length, index) not in finished
                 ]
                 if missing:
                     self._run_context(spec, length, missing)
-        return [self._partial.records[key] for key in plan.sample_keys()]
+        return [self._partial.get(**key._asdict()) for key in plan.sample_keys()]
 
     def _run_context(self, spec: CacheSpec, length: int, missing: Sequence[tuple[Task, int]]) -> None:
         from .prompt import Prompter
@@ -115,18 +125,15 @@ class Runner:
             for task, index in missing:
                 sample = self._sample(task, length, index, prompter)
                 turns = answer(llm, prompter, sample, task.n_answer)
-                self._partial.add(
-                    {
-                        "cache": spec.name,
-                        "task": task.name,
-                        "length": length,
-                        "index": index,
-                        "n_tokens": n_tokens(task, sample, prompter.cost),
-                        "cache_bytes": cache_bytes,
-                        "score": statistics.fmean(turn["score"] for turn in turns),
-                        "turns": turns,
-                    }
-                )
+                key = Key(spec.name, task.name, length, index)._asdict()
+                answered = {
+                    **key,
+                    "n_tokens": n_tokens(task, sample, prompter.cost),
+                    "cache_bytes": cache_bytes,
+                    "score": statistics.fmean(turn["score"] for turn in turns),
+                    "turns": turns,
+                }
+                self._partial.put(answered, **key)
                 self._tick()
         finally:
             llm.close()
