@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from xkv_gguf.cli import bench, main
+from xkv_gguf.cli import bench as verb
+from xkv_gguf.cli import main
+from xkv_gguf.lab import bench
 from xkv_gguf.lab.cache_spec import parse_cache
 
 pytestmark = pytest.mark.model
@@ -51,7 +53,7 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
 )
 def test_a_caches_own_options_go_before_the_common_ones(cache: str, expected: dict[str, Any]) -> None:
     common = {"sidecar": "s", "quality": "low", "calibrate": False}
-    assert bench.with_common(parse_cache(cache), common).options == expected
+    assert verb.with_common(parse_cache(cache), common).options == expected
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from xkv_gguf import KvPart, KvReport
-from xkv_gguf.cli import eval as verb
 from xkv_gguf.cli import main
+from xkv_gguf.lab import eval as lab_eval
 from xkv_gguf.lab.cache_spec import CacheSpec, parse_cache
 
 FIELDS = {
@@ -34,7 +34,7 @@ class MadeUp:
         self.stop_at: int | None = None
 
     @contextlib.contextmanager
-    def open(self, plan: verb.Plan, spec: CacheSpec) -> Iterator[Any]:
+    def open(self, plan: lab_eval.Plan, spec: CacheSpec) -> Iterator[Any]:
         self.opened.append(spec.name)
         report = KvReport(spec.kv_mode, plan.n_ctx, (KvPart("K and V", SIZES[spec.kv_mode]),))
         yield SimpleNamespace(
@@ -61,7 +61,7 @@ class MadeUp:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     found = MadeUp()
-    monkeypatch.setattr(verb.Plan, "open", lambda plan, spec: found.open(plan, spec))
+    monkeypatch.setattr(lab_eval.Plan, "open", lambda plan, spec: found.open(plan, spec))
     monkeypatch.setattr("xkv_gguf.lab.score.expectations", found.expectations)
     return found
 
@@ -177,8 +177,8 @@ def test_a_short_text_says_how_many_tokens_it_lacks(
 def test_a_cache_without_calibration_needs_no_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xkv_gguf.convert.pipeline.ensure_sidecar", None)
     plan: Any = None
-    assert verb._sidecar(plan, parse_cache("xkv:7:calibrate=false")) is None
-    assert verb._sidecar(plan, parse_cache("f16")) is None
+    assert lab_eval._sidecar(plan, parse_cache("xkv:7:calibrate=false")) is None
+    assert lab_eval._sidecar(plan, parse_cache("f16")) is None
 
 
 def test_texts_need_names_of_their_own(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

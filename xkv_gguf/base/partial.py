@@ -86,3 +86,9 @@ class Partial:
         if not mixed and found.get("basis") != self._head["basis"]:
             raise OptionError(f"{path}: holds parts of another model or with other settings; remove it to start anew")
         return dict(found["parts"])
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What tells a file from another one, without its content: path, size, and time of change."""
+    status = path.stat()
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]

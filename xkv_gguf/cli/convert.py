@@ -13,7 +13,7 @@ from ..convert.settings import AUTO_SIZES, BASIS_TYPES, TOKENS, WEIGH, Settings
 from ..plan.groups import FRAME, FRAMES, GROUP_SIZE
 from ..plan.knob import DEFAULT_KNOB, one_knob
 from ..plan.sizes import PLAN_CTX
-from ._knob import add_knob_arguments, knob_values
+from ._args import add_size, model_path, size_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is weighed by what its loss costs: groups of layers, layers one by one, which takes longer and "
         "loses less, or none, which is quicker and loses more (default: %(default)s)",
     )
-    add_knob_arguments(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
+    add_size(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
     text = parser.add_argument_group("calibration text")
     text.add_argument(
         "--data",
@@ -90,12 +90,11 @@ def run(args: argparse.Namespace) -> int:
     from ..convert.hf import check_folder, convert_folder, gguf_path
     from ..convert.pipeline import convert
     from ..errors import OptionError
-    from ..model.demo_model import demo_model
     from ..sidecar.info import sidecar_beside
 
     settings = Settings(
         group_size=args.group_size,
-        knob=one_knob(knob_values(args)) or DEFAULT_KNOB,
+        knob=one_knob(size_values(args)) or DEFAULT_KNOB,
         n_ctx=args.n_ctx,
         frame=args.frame,
         data=tuple(map(Path, args.data)),
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         weigh=args.weigh,
         **({} if args.threads is None else {"threads": args.threads}),
     )
-    model = Path(args.model) if args.model is not None else demo_model()
+    model = model_path(args)
     out = Path(args.output) if args.output is not None else None
     if model.is_dir():
         folder, model = model, gguf_path(model, out, args.outtype or "f16")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.text import format_bytes, format_table
-from ._knob import add_knob_arguments, knob_values
+from ._args import add_size, size_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-ctx", type=int, metavar="N", help="context in tokens to plan for (default: what the sidecar was made for)"
     )
-    add_knob_arguments(parser, "none of them plans what the sidecar was made for")
+    add_size(parser, "none of them plans what the sidecar was made for")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"--n-ctx: {args.n_ctx}, expected 1 or more")
     if args.plot is not None and not is_sidecar(path):
         raise OptionError(f"--plot draws the spectra of a sidecar, {path} is none")
-    knob = one_knob(knob_values(args))
+    knob = one_knob(size_values(args))
     found = describe(path, knob, args.n_ctx)
     if args.plot is not None:
         from ..sidecar.plot import plot_spectra

@@ -22,14 +22,7 @@ def read_model_header(path: Path) -> GgufHeader:
     ModelError
         The file is missing, is not GGUF, is truncated, or is no language model.
     """
-    try:
-        header = read_header(path)
-    except FileNotFoundError as err:
-        raise ModelError(f"model {path}: no such file") from err
-    except OSError as err:
-        raise ModelError(f"model {path}: cannot be read ({err.strerror})") from err
-    except GgufFormatError as err:
-        raise ModelError(f"model {path}: {err}; a GGUF model file is expected") from err
+    header = _read(path, f"model {path}: no such file")
     arch = header.scalar("general.architecture")
     if not isinstance(arch, str) or not arch:
         raise ModelError(f"model {path}: has no general.architecture; a GGUF model file is expected")
@@ -57,15 +50,19 @@ def model_shards(path: Path, header: GgufHeader) -> list[GgufHeader]:
     rest = [path.with_name(f"{match['prefix']}-{i:05d}-of-{count:05d}.gguf") for i in range(2, count + 1)]
     shards = [header]
     for shard in rest:
-        try:
-            shards.append(read_header(shard))
-        except FileNotFoundError as err:
-            raise ModelError(f"model {path}: its part {shard.name} is missing") from err
-        except OSError as err:
-            raise ModelError(f"model {shard}: cannot be read ({err.strerror})") from err
-        except GgufFormatError as err:
-            raise ModelError(f"model {shard}: {err}; a GGUF model file is expected") from err
+        shards.append(_read(shard, f"model {path}: its part {shard.name} is missing"))
     return shards
+
+
+def _read(path: Path, missing: str) -> GgufHeader:
+    try:
+        return read_header(path)
+    except FileNotFoundError as err:
+        raise ModelError(missing) from err
+    except OSError as err:
+        raise ModelError(f"model {path}: cannot be read ({err.strerror})") from err
+    except GgufFormatError as err:
+        raise ModelError(f"model {path}: {err}; a GGUF model file is expected") from err
 
 
 def model_fingerprint(path: str | Path) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ...base.partial import Partial
 from ...errors import XkvError
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .prompt import Prompter
 
 
-class Key(NamedTuple):
+@dataclass(frozen=True)
+class Key:
     """Which sample on which cache."""
 
     cache: str
@@ -101,7 +102,7 @@ class Runner:
             See `Llama`; the text names the cache.
         """
         plan = self._plan
-        finished = {key for key in plan.sample_keys() if self._partial.get(**key._asdict()) is not None}
+        finished = {key for key in plan.sample_keys() if self._partial.get(**vars(key)) is not None}
         for spec in plan.caches:
             for length in plan.lengths:
                 missing = [
@@ -112,7 +113,7 @@ class Runner:
                 ]
                 if missing:
                     self._run_context(spec, length, missing)
-        return [self._partial.get(**key._asdict()) for key in plan.sample_keys()]
+        return [self._partial.get(**vars(key)) for key in plan.sample_keys()]
 
     def _run_context(self, spec: CacheSpec, length: int, missing: Sequence[tuple[Task, int]]) -> None:
         from .prompt import Prompter
@@ -125,7 +126,7 @@ class Runner:
             for task, index in missing:
                 sample = self._sample(task, length, index, prompter)
                 turns = answer(llm, prompter, sample, task.n_answer)
-                key = Key(spec.name, task.name, length, index)._asdict()
+                key = vars(Key(spec.name, task.name, length, index))
                 answered = {
                     **key,
                     "n_tokens": n_tokens(task, sample, prompter.cost),

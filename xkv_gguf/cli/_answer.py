@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..options import KV_MODES
-from ._knob import add_knob_arguments, knob_values
+from ._args import (
+    OPTIONS,
+    add_adaptation,
+    add_model,
+    add_sidecar,
+    add_size,
+    add_threads,
+    check_counts,
+    model_path,
+    thread_settings,
+    xkv_values,
+)
 from ._reading import reading
 from ._stream import Piece, chat_pieces, text_pieces
 
@@ -21,15 +32,6 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 DEFAULT_N_CTX = 8192
-OPTIONS = {
-    "sidecar": "--sidecar",
-    "ratio": "--ratio",
-    "coef_ratio": "--coef-ratio",
-    "budget": "--budget",
-    "quality": "--quality",
-    "calibrate": "--no-calibration",
-    "online": "--no-online",
-}
 TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
 
@@ -69,25 +71,20 @@ class Answer:
 
 def add_model_arguments(parser: argparse.ArgumentParser, temp: float) -> None:
     """Add MODEL and the options of cache, context and sampling."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file (default: the demo model)")
+    add_model(parser)
     cache = parser.add_argument_group("cache")
     cache.add_argument("--kv-mode", default="xkv", metavar="MODE", help=f"{', '.join(KV_MODES)} (default: xkv)")
-    cache.add_argument("--sidecar", metavar="FILE", help="sidecar for xkv (default: found beside the model, or made)")
-    cache.add_argument(
-        "--no-calibration", action="store_true", help="use no sidecar: learn bases from the first tokens"
-    )
-    cache.add_argument("--no-online", action="store_true", help="keep bases as calibrated, whatever the prompt is")
+    add_sidecar(cache, "xkv")
+    add_adaptation(cache, "prompt")
     cache.add_argument(
         "--n-ctx",
         type=int,
         metavar="N",
         help=f"context in tokens, 0 for the model's own (default: {DEFAULT_N_CTX}, at most the model's own)",
     )
-    add_knob_arguments(parser, "none of them takes what the sidecar was made for")
+    add_size(parser, "none of them takes what the sidecar was made for")
     model = parser.add_argument_group("generation")
-    model.add_argument(
-        "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
-    )
+    add_threads(model)
     model.add_argument(
         "--temp", type=float, default=temp, metavar="T", help="temperature, 0 is greedy (default: %(default)s)"
     )
@@ -103,7 +100,6 @@ def open_llama(args: argparse.Namespace) -> Llama:
     XkvError
         See `xkv_gguf.Llama`.
     """
-    from ..model.demo_model import demo_model
     from ..model.file import open_model
     from ..options import check_kv_mode
 
@@ -111,11 +107,10 @@ def open_llama(args: argparse.Namespace) -> Llama:
     xkv = xkv_values(args)
     if xkv and args.kv_mode != "xkv":
         raise OptionError(f"{OPTIONS[next(iter(xkv))]} is for --kv-mode xkv, not {args.kv_mode}")
-    if args.threads is not None and args.threads < 1:
-        raise OptionError(f"--threads: {args.threads}, expected 1 or more")
+    check_counts(args, "threads")
     if not args.temp >= 0:
         raise OptionError(f"--temp: {args.temp}, expected 0 or more")
-    path = args.model if args.model is not None else demo_model()
+    path = model_path(args)
     n_ctx = args.n_ctx
     if n_ctx is None:
         n_ctx = min(DEFAULT_N_CTX, open_model(path).n_ctx_train or DEFAULT_N_CTX)
@@ -125,18 +120,8 @@ def open_llama(args: argparse.Namespace) -> Llama:
 
     if not args.verbose:
         log.silence()
-    threads = {} if args.threads is None else {"n_threads": args.threads, "n_threads_batch": args.threads}
-    return Llama(path, kv_mode=args.kv_mode, xkv=xkv or None, n_ctx=n_ctx, verbose=args.verbose, **threads)
-
-
-def xkv_values(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of an xkv cache, by the names of `XkvOptions`."""
-    values = {**({} if args.sidecar is None else {"sidecar": args.sidecar}), **knob_values(args)}
-    if args.no_calibration:
-        values["calibrate"] = False
-    if args.no_online:
-        values["online"] = False
-    return values
+    settings = {"n_ctx": n_ctx, "verbose": args.verbose, **thread_settings(args.threads)}
+    return Llama(path, kv_mode=args.kv_mode, xkv=xkv or None, **settings)
 
 
 def sampling(args: argparse.Namespace, max_tokens: int | None) -> dict[str, Any]:
