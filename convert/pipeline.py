@@ -93,7 +93,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     with _telling(partial, show_progress), Engine(model, settings.threads) as engine:
         embd_k, embd_v = model_layers(engine)
         shape = known_shape(find_shape(header), embd_k, embd_v)
-        wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.knob, settings.n_sink)
+        wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.target, settings.n_sink)
         sizes = settings.group_sizes(embd_k, embd_v)
         captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
         candidates = [Candidate.of(size, captured, shape) for size in sizes]
@@ -141,7 +141,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                     "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
                 ),
                 settings=settings.record(len(embd_k)),
-                knob=settings.knob,
+                target=settings.target,
                 n_ctx=wishes.n_ctx,
             )
             layers = (
@@ -197,7 +197,7 @@ def _choose(
         found[candidate.size] = predicted_distortion(candidate.statistics(spectra, frame), shape, wishes)
     size = choose(found)
     values = ", ".join(f"{n}: {value:.4f}" for n, value in found.items())
-    note = f"group size {size} is taken; predicted distortion at {wishes.knob} by group size: {values}"
+    note = f"group size {size} is taken; predicted distortion at {wishes.target} by group size: {values}"
     return next(candidate for candidate in candidates if candidate.size == size), [note]
 
 

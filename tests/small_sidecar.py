@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf.plan.knob import Knob
 from xkv_gguf.plan.segments import KINDS
+from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, tensor_name
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -29,7 +29,7 @@ def small_info(**changes: Any) -> SidecarInfo:
         groups=(Group(0, 2, 1.5, 0.25), Group(2, 1, 1.0, 2.0)),
         calibration=Calibration("self", 1000, 7, 128, "cd" * 32),
         settings={"tokens": 1000, "data": []},
-        knob=Knob("ratio", "6.5"),
+        target=SizeTarget("ratio", "6.5"),
         n_ctx=4096,
         kld_scale=0.125,
         scale_k=(1.0, 0.5, 2.0),

@@ -12,8 +12,8 @@ from .model.shape import known_shape
 from .options import XkvOptions
 from .plan.cache_plan import CachePlan, Wishes, plan_cache
 from .plan.groups import FRAME, GROUP_SIZE, group_layers
-from .plan.knob import DEFAULT_KNOB
 from .plan.segments import KINDS, Statistics, assumed_spectrum
+from .plan.size_target import DEFAULT_TARGET
 from .plan.sizes import ModelShape
 from .runtime.native import ScopeParams
 from .sidecar.find import find_sidecar
@@ -108,14 +108,14 @@ def scope_params(
                 "leave it out"
             )
         stats = assumed_statistics(shape, options)
-    knob = options.knob or (sidecar.info.knob if sidecar is not None else DEFAULT_KNOB)
+    target = options.target or (sidecar.info.target if sidecar is not None else DEFAULT_TARGET)
     assert isinstance(options.types, tuple)
     plan = plan_cache(
         stats,
         shape,
         Wishes(
             n_ctx=n_ctx,
-            knob=knob,
+            target=target,
             n_sink=options.n_sink,
             n_text_sink=options.n_text_sink,
             n_window=options.n_window,

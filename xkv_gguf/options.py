@@ -13,8 +13,8 @@ from .errors import OptionError
 from .plan.cache_plan import Rank
 from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
 from .plan.groups import FRAMES
-from .plan.knob import KNOBS, Knob, one_knob
 from .plan.segments import MAX_SEGMENTS
+from .plan.size_target import TARGETS, SizeTarget, one_target
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24
@@ -39,7 +39,7 @@ class XkvOptions:
     budget : int or str, optional
         All bytes of this cache: a whole number, or a size such as "26MiB".
     quality : str, optional
-        high, medium or low: a `coef_ratio` by name, see `plan.knob.QUALITIES`.
+        high, medium or low: a `coef_ratio` by name, see `plan.size_target.QUALITIES`.
     n_sink : int
         First tokens of a sequence that stay exact.
     n_text_sink : int, optional
@@ -114,9 +114,9 @@ class XkvOptions:
         for name in ("ratio", "coef_ratio"):
             if getattr(self, name) is not None and not _is_number(getattr(self, name)):
                 raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected a number of 1 or more")
-        knob = self.knob
-        if knob is not None and knob.kind in ("ratio", "coef_ratio"):
-            object.__setattr__(self, knob.kind, knob.number)
+        target = self.target
+        if target is not None and target.kind in ("ratio", "coef_ratio"):
+            object.__setattr__(self, target.kind, target.number)
         _check_int("xkv option n_sink", self.n_sink, 0)
         if self.n_text_sink is not None:
             _check_int("xkv option n_text_sink", self.n_text_sink, 0)
@@ -142,8 +142,8 @@ class XkvOptions:
             return
         if rank != "full":
             _check_int("xkv option rank", rank, 1)
-        if self.knob is not None:
-            raise OptionError(f"xkv options rank and {self.knob.kind}: one of them expected, both decide the size")
+        if self.target is not None:
+            raise OptionError(f"xkv options rank and {self.target.kind}: one of them expected, both decide the size")
         if len(self.types) != 1:
             raise OptionError(f"xkv option rank: {rank!r}, expected together with one type in types, such as 'q8_0'")
 
@@ -163,10 +163,10 @@ class XkvOptions:
             raise OptionError(f"xkv option frame: {self.frame!r}, expected one of {', '.join(map(str, FRAMES))}")
 
     @property
-    def knob(self) -> Knob | None:
+    def target(self) -> SizeTarget | None:
         """The one number that decides the size; None takes the sidecar's."""
         try:
-            return one_knob({kind: getattr(self, kind) for kind in KNOBS})
+            return one_target({kind: getattr(self, kind) for kind in TARGETS})
         except OptionError as error:
             raise OptionError(f"xkv option {error}") from None
 

@@ -33,8 +33,8 @@ from xkv_gguf.opening import scope_params
 from xkv_gguf.options import XkvOptions
 from xkv_gguf.plan.cache_plan import CachePlan
 from xkv_gguf.plan.groups import LayerGroups
-from xkv_gguf.plan.knob import Knob
 from xkv_gguf.plan.segments import KINDS, Kind
+from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.runtime import native
 from xkv_gguf.sidecar.read import Sidecar, read_sidecar
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--types", default="q8_0+q5_0+q4_0+q2_0+q1_0", help="of coefficients")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    base = Settings(knob=Knob.of("coef_ratio", args.coef_ratio), threads=args.threads)
+    base = Settings(target=SizeTarget.of("coef_ratio", args.coef_ratio), threads=args.threads)
     runs: dict[str, Settings] = {}
     for tokens in args.tokens:
         for seed in args.seeds:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from xkv_gguf.cli import main
-from xkv_gguf.plan.knob import Knob
+from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import CONTEXTS
 from xkv_gguf.sidecar.read import read_sidecar
 
@@ -61,7 +61,7 @@ def test_every_option_of_convert_arrives(cli: Cli, model: Path, text_file: Path,
     cli("convert", model, "-o", tmp_path / "o.gguf", *plan, *text)
     info = read_sidecar(tmp_path / "o.gguf").info
     assert [(g.first, g.count) for g in info.groups] == [(i, 1) for i in range(3)]
-    assert (info.knob, info.n_ctx) == (Knob("budget", str(3 << 19)), 3072)
+    assert (info.target, info.n_ctx) == (SizeTarget("budget", str(3 << 19)), 3072)
     assert (info.frame, info.calibration.seed, info.calibration.source) == (128, 5, "files")
     assert info.settings["basis_type"] == "f32"
     assert info.settings["tokens"] == 700
@@ -122,7 +122,7 @@ def test_inspect_json(cli: Cli, model: Path) -> None:
     assert found["caches"]["q8_0"]["totals"]["4096"] == 2 * 3 * 64 * 4096 * 34 // 32
 
 
-def test_inspect_tries_other_knobs(cli: Cli, model: Path) -> None:
+def test_inspect_tries_other_size_targets(cli: Cli, model: Path) -> None:
     sidecar = cli("convert", model, *SMALL).strip()
     for file in (sidecar, model):
         plan = json.loads(cli("inspect", file, "--budget", "1MiB", "--n-ctx", 8192, "--json"))["plan"]

@@ -10,7 +10,7 @@ from xkv_gguf import XkvOptions
 from xkv_gguf.errors import OptionError
 from xkv_gguf.options import KV_MODES, check_kv_mode
 from xkv_gguf.plan.coef_types import DEFAULT_TYPES
-from xkv_gguf.plan.knob import Knob
+from xkv_gguf.plan.size_target import SizeTarget
 
 
 def test_a_mapping_gives_the_same_as_keywords() -> None:
@@ -35,11 +35,11 @@ def test_types_are_sorted_and_may_be_one_text() -> None:
     assert XkvOptions().types == DEFAULT_TYPES
 
 
-def test_the_knob_is_what_was_given() -> None:
-    assert XkvOptions().knob is None
-    assert XkvOptions(ratio=7).knob == Knob("ratio", "7")
-    assert XkvOptions(budget="26MiB").knob == Knob("budget", str(26 << 20))
-    assert XkvOptions(quality="high").knob == Knob("quality", "high")
+def test_the_size_target_is_what_was_given() -> None:
+    assert XkvOptions().target is None
+    assert XkvOptions(ratio=7).target == SizeTarget("ratio", "7")
+    assert XkvOptions(budget="26MiB").target == SizeTarget("budget", str(26 << 20))
+    assert XkvOptions(quality="high").target == SizeTarget("quality", "high")
 
 
 @pytest.mark.parametrize(

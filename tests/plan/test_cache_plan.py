@@ -12,8 +12,8 @@ from xkv_gguf.errors import OptionError
 from xkv_gguf.plan.cache_plan import WINDOW_SHARE, CachePlan, Wishes, plan_cache
 from xkv_gguf.plan.group_choice import Candidate, choose, within_reach
 from xkv_gguf.plan.groups import LayerGroups, group_layers
-from xkv_gguf.plan.knob import DEFAULT_KNOB, QUALITIES, Knob, one_knob, parse_bytes
 from xkv_gguf.plan.segments import KINDS, Segment, Statistics
+from xkv_gguf.plan.size_target import DEFAULT_TARGET, QUALITIES, SizeTarget, one_target, parse_bytes
 from xkv_gguf.plan.sizes import (
     CacheLayout,
     ModelShape,
@@ -40,10 +40,10 @@ def statistics(frame: int = 64, embd: int = EMBD, kld_scale: float = 0.0) -> Sta
 
 
 def plan(kind: str, value: Any, n_ctx: int = 8192, **wishes: Any) -> CachePlan:
-    return plan_cache(statistics(), shape(), Wishes(n_ctx, Knob.of(kind, value), **wishes))
+    return plan_cache(statistics(), shape(), Wishes(n_ctx, SizeTarget.of(kind, value), **wishes))
 
 
-# ---- knob
+# ---- size targets
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,12 @@ def test_impossible_sizes(value: Any) -> None:
         parse_bytes(value)
 
 
-def test_knobs_have_one_spelling() -> None:
-    assert Knob.of("ratio", 6) == Knob("ratio", "6.0") == Knob("ratio", "6")
-    assert Knob.of("budget", "1MiB") == Knob("budget", str(MIB))
-    assert Knob("quality", "low").number == QUALITIES["low"]
-    assert Knob.of("coef_ratio", 10 / 3).number == 10 / 3
-    assert (str(Knob("ratio", "6")), str(Knob.of("budget", 5))) == ("ratio 6", "budget 5 bytes")
+def test_size_targets_have_one_spelling() -> None:
+    assert SizeTarget.of("ratio", 6) == SizeTarget("ratio", "6.0") == SizeTarget("ratio", "6")
+    assert SizeTarget.of("budget", "1MiB") == SizeTarget("budget", str(MIB))
+    assert SizeTarget("quality", "low").number == QUALITIES["low"]
+    assert SizeTarget.of("coef_ratio", 10 / 3).number == 10 / 3
+    assert (str(SizeTarget("ratio", "6")), str(SizeTarget.of("budget", 5))) == ("ratio 6", "budget 5 bytes")
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,16 @@ def test_knobs_have_one_spelling() -> None:
         ("quality", 3, "quality: 3, expected one of"),
     ],
 )
-def test_impossible_knobs(kind: str, value: Any, match: str) -> None:
+def test_impossible_size_targets(kind: str, value: Any, match: str) -> None:
     with pytest.raises(OptionError, match=re.escape(match)):
-        Knob.of(kind, value)
+        SizeTarget.of(kind, value)
 
 
-def test_one_knob_at_most() -> None:
-    assert one_knob({"ratio": None}) is None
-    assert one_knob({"budget": 5, "ratio": None}) == Knob("budget", "5")
+def test_one_size_target_at_most() -> None:
+    assert one_target({"ratio": None}) is None
+    assert one_target({"budget": 5, "ratio": None}) == SizeTarget("budget", "5")
     with pytest.raises(OptionError, match="ratio: quality is given as well, one of them expected"):
-        one_knob({"quality": "low", "ratio": 5})
+        one_target({"quality": "low", "ratio": 5})
 
 
 # ---- sizes
@@ -158,10 +158,10 @@ def test_a_quality_is_a_coefficient_ratio(quality: str) -> None:
 def test_a_quality_is_never_out_of_reach() -> None:
     tiny = ModelShape((32,), (32,), (32,), 32, 32)
     stats = random_statistics([32])
-    found = plan_cache(stats, tiny, Wishes(1024, Knob("quality", "low")))
+    found = plan_cache(stats, tiny, Wishes(1024, SizeTarget("quality", "low")))
     assert found.coef_ratio < QUALITIES["low"]
     with pytest.raises(OptionError, match=r"coef_ratio 12: out of reach .*fewest bytes per token are 27 \(coef_ratio"):
-        plan_cache(stats, tiny, Wishes(1024, Knob("coef_ratio", "12")))
+        plan_cache(stats, tiny, Wishes(1024, SizeTarget("coef_ratio", "12")))
 
 
 def test_window_and_micro_batch_follow_the_budget() -> None:
@@ -222,7 +222,7 @@ def test_out_of_reach_says_what_is_the_smallest(kind: str, value: float, wishes:
         plan(kind, value, **wishes)
     text = str(caught.value)
     assert "\n" not in text
-    assert f"{Knob.of(kind, value)}: out of reach at n_ctx 8192" in text
+    assert f"{SizeTarget.of(kind, value)}: out of reach at n_ctx 8192" in text
     assert ("a larger n_ctx" in text) == (kind == "ratio" and value < 50)
     assert ("no n_ctx gets beyond 75.85 with coefficients of q8_0" in text) == (value == 100)
     assert ("a smaller n_ubatch than 2000" in text) == bool(wishes)
@@ -237,8 +237,8 @@ def test_out_of_reach_says_what_is_the_smallest(kind: str, value: float, wishes:
 
 def test_heads_that_are_no_multiples_of_32() -> None:
     stats, narrow = statistics(embd=96), shape(head=48, embd=96)
-    for knob in (DEFAULT_KNOB, Knob("ratio", "3")):
-        found = plan_cache(stats, narrow, Wishes(8192, knob))
+    for target in (DEFAULT_TARGET, SizeTarget("ratio", "3")):
+        found = plan_cache(stats, narrow, Wishes(8192, target))
         assert found.layout.type_window == "f16"
         assert {s.type_basis for s in found.segments} == {"f16"}
     for wish in ({"type_window": "q8_0"}, {"type_basis": "q5_0"}):
@@ -298,10 +298,10 @@ def test_the_smallest_size_near_the_best_is_chosen() -> None:
     assert choose({2: 0.30, 5: 0.20, 10: 0.10}) == 10
 
 
-def test_candidates_that_cannot_meet_the_knob_are_left_out() -> None:
+def test_candidates_that_cannot_meet_the_size_target_are_left_out() -> None:
     whole, found = candidates([2, 4, 12])
     # few large groups need fewer bytes at least
-    kept = within_reach(found, whole, Wishes(8192, Knob("coef_ratio", "25")), 64)
+    kept = within_reach(found, whole, Wishes(8192, SizeTarget("coef_ratio", "25")), 64)
     assert 0 < len(kept) < 3
     with pytest.raises(OptionError, match="out of reach"):
-        within_reach(found, whole, Wishes(8192, Knob("coef_ratio", "900")), 64)
+        within_reach(found, whole, Wishes(8192, SizeTarget("coef_ratio", "900")), 64)

@@ -9,7 +9,7 @@ import pytest
 
 from xkv_gguf.plan.cache_plan import Wishes, plan_cache
 from xkv_gguf.plan.coef_types import TYPES
-from xkv_gguf.plan.knob import Knob
+from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import SLOT_PAD, predict_parts
 from xkv_gguf.plan.stages import GROWTH
 
@@ -52,6 +52,6 @@ def test_none(wishes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("head", [32, 48])
 def test_a_plain_stage_needs_heads_of_whole_blocks(head: int) -> None:
-    found = plan_cache(statistics(embd=96), shape(head=head, embd=96), Wishes(8192, Knob("coef_ratio", "12")))
+    found = plan_cache(statistics(embd=96), shape(head=head, embd=96), Wishes(8192, SizeTarget("coef_ratio", "12")))
     assert found.stages
     assert [not stage.segments for stage in found.stages] == [i == 0 and head == 32 for i in range(len(found.stages))]

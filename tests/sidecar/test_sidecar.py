@@ -233,7 +233,7 @@ def test_impossible_divergence_scale(sidecar_file: Path, reseal: Reseal, value: 
         (b"6.5", b"nan", "ratio: 'nan', expected a number of 1 or more"),
     ],
 )
-def test_impossible_knob(sidecar_file: Path, reseal: Reseal, old: bytes, new: bytes, match: str) -> None:
+def test_impossible_size_target(sidecar_file: Path, reseal: Reseal, old: bytes, new: bytes, match: str) -> None:
     data = sidecar_file.read_bytes()
     old, new = (len(text).to_bytes(8, "little") + text for text in (old, new))
     assert data.count(old) == 1

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import OptionError
 from ..lab.cache_spec import GRAMMAR, CacheSpec
 from ..model.demo_model import demo_model
-from ..plan.knob import KNOBS, QUALITIES
+from ..plan.size_target import QUALITIES, TARGETS
 
 OPTIONS = {
     "sidecar": "--sidecar",
@@ -86,8 +86,8 @@ def add_size(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def size_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The knob that was given, by the name of its option in `XkvOptions`; empty when there is none."""
-    return {kind: value for kind in KNOBS if (value := getattr(args, kind)) is not None}
+    """The size target that was given, by the name of its option in `XkvOptions`; empty when there is none."""
+    return {kind: value for kind in TARGETS if (value := getattr(args, kind)) is not None}
 
 
 def xkv_values(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..lab.bench_plan import N_DECODE, N_PREFILL, parse_depths, table
 from ..lab.cache_spec import CacheSpec, parse_caches
 from ..model.file import open_model
 from ..options import XkvOptions
-from ..plan.knob import KNOBS
+from ..plan.size_target import TARGETS
 from ..plan.sizes import padded_ctx
 from ._args import (
     add_adaptation,
@@ -34,6 +34,8 @@ from ._args import (
 
 DEFAULT_CACHES = "f16,q8_0,q4_0,xkv"
 DEFAULT_DEPTHS = "0,2048,4096,7168"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_model(parser)
@@ -101,8 +103,8 @@ def with_common(spec: CacheSpec, common: Mapping[str, Any]) -> CacheSpec:
     if spec.kv_mode != "xkv":
         return spec
     left_out = {"sidecar"}
-    if any(name in spec.options for name in (*KNOBS, "rank")):
-        left_out |= set(KNOBS)
+    if any(name in spec.options for name in (*TARGETS, "rank")):
+        left_out |= set(TARGETS)
     if "sidecar" in spec.options:
         left_out.add("calibrate")
     options = {**{name: value for name, value in common.items() if name not in left_out}, **spec.options}

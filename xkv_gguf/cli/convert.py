@@ -11,7 +11,7 @@ from ..base.text import format_bytes
 from ..convert.hf import OUTTYPES
 from ..convert.settings import AUTO_SIZES, BASIS_TYPES, TOKENS, WEIGH, Settings
 from ..plan.groups import FRAME, FRAMES, GROUP_SIZE
-from ..plan.knob import DEFAULT_KNOB, one_knob
+from ..plan.size_target import DEFAULT_TARGET, one_target
 from ..plan.sizes import PLAN_CTX
 from ._args import add_size, model_path, size_values
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is weighed by what its loss costs: groups of layers, layers one by one, which takes longer and "
         "loses less, or none, which is quicker and loses more (default: %(default)s)",
     )
-    add_size(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
+    add_size(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_TARGET})")
     text = parser.add_argument_group("calibration text")
     text.add_argument(
         "--data",
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings(
         group_size=args.group_size,
-        knob=one_knob(size_values(args)) or DEFAULT_KNOB,
+        target=one_target(size_values(args)) or DEFAULT_TARGET,
         n_ctx=args.n_ctx,
         frame=args.frame,
         data=tuple(map(Path, args.data)),
@@ -134,8 +134,8 @@ def planned(model: Path, path: Path) -> str:
     sidecar = read_sidecar(path)
     info = sidecar.info
     shape = known_shape(find_shape(read_model_header(model)), info.embd_k, info.embd_v)
-    plan = plan_of(sidecar, shape, info.knob, info.n_ctx)
-    return f"{info.knob} at n_ctx {info.n_ctx}: {format_bytes(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
+    plan = plan_of(sidecar, shape, info.target, info.n_ctx)
+    return f"{info.target} at n_ctx {info.n_ctx}: {format_bytes(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
 
 
 def _group_size(text: str) -> int | Literal["auto"]:

@@ -26,6 +26,8 @@ from ._args import add_caches, add_model, add_n_ubatch, add_threads, check_count
 
 DEFAULT_CACHES = "f16,q8_0,q4_0,xkv"
 DEFAULT_N_CTX = 8192
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_model(parser)

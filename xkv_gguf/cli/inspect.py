@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..errors import OptionError
     from ..model.shape import known_shape
-    from ..plan.knob import one_knob
+    from ..plan.size_target import one_target
     from ..sidecar.describe import beside, describe, is_sidecar, plan_of
     from ..sidecar.read import read_sidecar
 
@@ -42,15 +42,15 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"--n-ctx: {args.n_ctx}, expected 1 or more")
     if args.plot is not None and not is_sidecar(path):
         raise OptionError(f"--plot draws the spectra of a sidecar, {path} is none")
-    knob = one_knob(size_values(args))
-    found = describe(path, knob, args.n_ctx)
+    target = one_target(size_values(args))
+    found = describe(path, target, args.n_ctx)
     if args.plot is not None:
         from ..sidecar.plot import plot_spectra
 
         sidecar = read_sidecar(path)
         info = sidecar.info
         shape = known_shape(beside(path), info.embd_k, info.embd_v)
-        plot_spectra(sidecar, plan_of(sidecar, shape, knob or info.knob, args.n_ctx or info.n_ctx), Path(args.plot))
+        plot_spectra(sidecar, plan_of(sidecar, shape, target or info.target, args.n_ctx or info.n_ctx), Path(args.plot))
     print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
     return 0
 

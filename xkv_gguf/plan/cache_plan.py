@@ -1,4 +1,4 @@
-"""From a knob and the settings that are given to a whole cache: segments, window, micro-batch, types. Pure functions.
+"""From a size target and the settings that are given to a whole cache: segments, window, micro-batch, types.
 
 With a coefficient ratio or a quality, window and bases have fixed settings: f16 and q8_0, and with a quality, which
 means a whole cache, a q8_0 window. With a ratio or a budget, which count all bytes, whatever was not given is chosen as
@@ -23,8 +23,8 @@ from typing import Literal
 from ..base.text import format_bytes
 from ..errors import OptionError
 from .coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
-from .knob import DEFAULT_KNOB, Knob
 from .segments import MAX_SEGMENTS, Kind, Prices, Segment, Statistics, distortion, least_cost, plan_segments, same_rank
+from .size_target import DEFAULT_TARGET, SizeTarget
 from .sizes import CacheLayout, ModelShape, coef_bytes_per_token, mean_bytes, padded_ctx, predict_parts, window_bytes
 from .stages import Stage, plan_stages
 
@@ -46,7 +46,7 @@ class Wishes:
     ----------
     n_ctx : int
         Context in tokens; rounded up as a context's is, see `sizes.padded_ctx`.
-    knob : Knob
+    target : SizeTarget
     n_sink, n_text_sink, n_window, n_ubatch : int
         Tokens that stay exact at the start, as attention sinks in the text, and of late, and of a micro-batch.
     n_batch : int
@@ -57,14 +57,14 @@ class Wishes:
     max_segments : int
         Most segments of one kind of one group.
     rank : int or "full"
-        The same number of directions everywhere, in the one type of `types`; takes the place of the knob, and has no
-        stages.
+        The same number of directions everywhere, in the one type of `types`; takes the place of `target`, and has
+        no stages.
     stages : bool
         Whether few tokens get the bytes of many.
     """
 
     n_ctx: int
-    knob: Knob = DEFAULT_KNOB
+    target: SizeTarget = DEFAULT_TARGET
     n_sink: int = 4
     n_text_sink: int | None = None
     n_window: int | None = None
@@ -148,7 +148,7 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
     Raises
     ------
     OptionError
-        The knob is out of reach, and the text says what is the smallest cache; or a type does not fit the model.
+        The size target is out of reach, and the text says what is the smallest cache; or a type does not fit the model.
     """
     _check_types(shape, wishes)
     if wishes.rank is not None:
@@ -159,7 +159,7 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
         type_coef = wishes.types[0]
         segments = same_rank(stats, rank, type_coef, _bases(shape, wishes)[type_coef])
         return _finish(stats, shape, layout, segments)
-    by_token = wishes.knob.kind in ("coef_ratio", "quality")
+    by_token = wishes.target.kind in ("coef_ratio", "quality")
     plan = (_plan_coefficients if by_token else _plan_bytes)(stats, shape, wishes)
     return replace(plan, stages=_stages(stats, shape, wishes, plan)) if wishes.stages else plan
 
@@ -186,7 +186,7 @@ def _check_types(shape: ModelShape, wishes: Wishes) -> None:
 
 def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CacheLayout:
     """The layout where nothing follows from a budget."""
-    small = shape.quantizable and wishes.rank is None and wishes.knob.kind == "quality"
+    small = shape.quantizable and wishes.rank is None and wishes.target.kind == "quality"
     return CacheLayout(
         n_ctx=wishes.n_ctx,
         n_sink=wishes.n_sink,
@@ -202,14 +202,14 @@ def _plan_coefficients(stats: Statistics, shape: ModelShape, wishes: Wishes) -> 
     layout = _plain_layout(stats, shape, wishes)
     prices = Prices(1, _bases(shape, wishes), with_bases=False)
     plain = 2 * shape.numbers
-    budget = plain / wishes.knob.number
+    budget = plain / wishes.target.number
     least = least_cost(stats, wishes.types, wishes.max_segments, prices)
-    if wishes.knob.kind == "quality":
+    if wishes.target.kind == "quality":
         budget = max(budget, least)
     segments = plan_segments(stats, wishes.types, wishes.max_segments, prices, budget)
     if segments is None:
         raise OptionError(
-            f"coef_ratio {wishes.knob.value}: out of reach with coefficients of {'+'.join(wishes.types)}; the fewest "
+            f"coef_ratio {wishes.target.value}: out of reach with coefficients of {'+'.join(wishes.types)}; the fewest "
             f"bytes per token are {least:.0f} (coef_ratio {_floor(plain / least)})"
         )
     return _finish(stats, shape, layout, segments)
@@ -217,7 +217,7 @@ def _plan_coefficients(stats: Statistics, shape: ModelShape, wishes: Wishes) -> 
 
 def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePlan:
     plain = 2 * shape.numbers * wishes.n_ctx
-    budget = wishes.knob.number if wishes.knob.kind == "budget" else plain / wishes.knob.number
+    budget = wishes.target.number if wishes.target.kind == "budget" else plain / wishes.target.number
     layouts = list(_layouts(stats, shape, wishes))
     small = [layout for layout in layouts if window_bytes(shape, layout) <= WINDOW_SHARE * budget]
     fewer = list(_fewer_text_sinks(layouts[-1], wishes))
@@ -231,17 +231,17 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
     prices = Prices(1, _bases(shape, wishes), with_bases=False)
     per_token = least_cost(stats, wishes.types, wishes.max_segments, prices)
     limit = 2 * shape.numbers / per_token
-    if wishes.knob.kind == "ratio" and wishes.knob.number >= limit:
+    if wishes.target.kind == "ratio" and wishes.target.number >= limit:
         hint = f"no n_ctx gets beyond {_floor(limit)} with coefficients of {'+'.join(wishes.types)}"
     else:
-        helps = ["a larger n_ctx" if wishes.knob.kind == "ratio" else "a smaller n_ctx"]
+        helps = ["a larger n_ctx" if wishes.target.kind == "ratio" else "a smaller n_ctx"]
         if wishes.n_ubatch is not None and wishes.n_ubatch > UBATCHES[-1]:
             helps.append(f"a smaller n_ubatch than {wishes.n_ubatch}")
         if wishes.n_window is not None and wishes.n_window > WINDOWS[-1]:
             helps.append(f"a smaller n_window than {wishes.n_window}")
         hint = f"{' or '.join(helps)} helps"
     raise OptionError(
-        f"{wishes.knob}: out of reach at n_ctx {wishes.n_ctx}; the smallest cache takes {smallest} bytes "
+        f"{wishes.target}: out of reach at n_ctx {wishes.n_ctx}; the smallest cache takes {smallest} bytes "
         f"({format_bytes(smallest)}, ratio {_floor(plain / smallest)}); {hint}"
     )
 

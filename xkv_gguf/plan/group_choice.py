@@ -78,7 +78,7 @@ class Candidate:
 
 
 def within_reach(candidates: Sequence[Candidate], shape: ModelShape, wishes: Wishes, frame: int) -> list[Candidate]:
-    """Candidates for which the knob can be met, which spectra do not decide.
+    """Candidates for which the size target can be met, which spectra do not decide.
 
     Raises
     ------
@@ -105,5 +105,5 @@ def choose(distortions: Mapping[int, float]) -> int:
 
 
 def predicted_distortion(statistics: Statistics, shape: ModelShape, wishes: Wishes) -> float:
-    """Predicted distortion at the knob's size, mean over the layers."""
+    """Predicted distortion at the size that is asked for, mean over the layers."""
     return plan_cache(replace(statistics, kld_scale=0.0), shape, wishes).distortion

@@ -14,8 +14,8 @@ from ..model.gguf_read import GgufFormatError, read_header
 from ..model.shape import find_shape, known_shape, model_shape
 from ..plan.cache_plan import CachePlan, Wishes, plan_cache
 from ..plan.coef_types import TYPES
-from ..plan.knob import Knob
 from ..plan.segments import KINDS, energy_kept
+from ..plan.size_target import SizeTarget
 from ..plan.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, padded_ctx, plain_bytes_per_token
 from .find import find_sidecar
 from .info import FORMAT_VERSION, SUFFIX
@@ -34,13 +34,13 @@ def is_sidecar(path: Path) -> bool:
         return False
 
 
-def describe(path: Path, knob: Knob | None = None, n_ctx: int | None = None) -> dict[str, Any]:
+def describe(path: Path, target: SizeTarget | None = None, n_ctx: int | None = None) -> dict[str, Any]:
     """Describe a sidecar or a model.
 
     Parameters
     ----------
     path : Path
-    knob : Knob, optional
+    target : SizeTarget, optional
         What to plan for; None is the sidecar's own.
     n_ctx : int, optional
         Context in tokens to plan for; None is what the sidecar was made for.
@@ -56,21 +56,21 @@ def describe(path: Path, knob: Knob | None = None, n_ctx: int | None = None) -> 
     SidecarError, ModelError
         The file cannot be read.
     OptionError
-        The knob is out of reach, or is given for a model without a sidecar.
+        The size target is out of reach, or is given for a model without a sidecar.
     """
     if is_sidecar(path):
-        return describe_sidecar(read_sidecar(path), beside(path), knob, n_ctx)
-    return describe_model(path, knob, n_ctx)
+        return describe_sidecar(read_sidecar(path), beside(path), target, n_ctx)
+    return describe_model(path, target, n_ctx)
 
 
 def describe_sidecar(
-    sidecar: Sidecar, shape: ModelShape | None, knob: Knob | None, n_ctx: int | None
+    sidecar: Sidecar, shape: ModelShape | None, target: SizeTarget | None, n_ctx: int | None
 ) -> dict[str, Any]:
     """See `describe`; `shape` is the model's where it is known."""
     info = sidecar.info
     shape = known_shape(shape, info.embd_k, info.embd_v)
-    knob, n_ctx = knob or info.knob, n_ctx or info.n_ctx
-    plan = plan_of(sidecar, shape, knob, n_ctx)
+    target, n_ctx = target or info.target, n_ctx or info.n_ctx
+    plan = plan_of(sidecar, shape, target, n_ctx)
     contexts = contexts_with(n_ctx)
     return {
         "kind": "sidecar",
@@ -87,13 +87,13 @@ def describe_sidecar(
         "basis_type": "f16" if sidecar.basis(0, "k").dtype == np.float16 else "f32",
         "calibration": vars(info.calibration).copy(),
         "settings": dict(info.settings),
-        "made_for": {"knob": info.knob.kind, "value": info.knob.value, "n_ctx": info.n_ctx},
-        "plan": describe_plan(sidecar, plan, knob),
-        "caches": {**plain_caches(shape, contexts), "xkv": xkv_cache(sidecar, shape, knob, plan, contexts)},
+        "made_for": {"knob": info.target.kind, "value": info.target.value, "n_ctx": info.n_ctx},
+        "plan": describe_plan(sidecar, plan, target),
+        "caches": {**plain_caches(shape, contexts), "xkv": xkv_cache(sidecar, shape, target, plan, contexts)},
     }
 
 
-def describe_model(path: Path, knob: Knob | None, n_ctx: int | None) -> dict[str, Any]:
+def describe_model(path: Path, target: SizeTarget | None, n_ctx: int | None) -> dict[str, Any]:
     """See `describe`; K and V sizes come from the metadata, the model is not loaded.
 
     Raises
@@ -120,7 +120,7 @@ def describe_model(path: Path, knob: Knob | None, n_ctx: int | None) -> dict[str
     }
     at = find_sidecar(path)
     if at is None:
-        if knob is not None:
+        if target is not None:
             raise OptionError(
                 f"model {path}: there is no sidecar to plan with; make one with `xkv-gguf convert {path}`"
             )
@@ -132,7 +132,7 @@ def describe_model(path: Path, knob: Knob | None, n_ctx: int | None) -> dict[str
     except SidecarError as error:
         found["sidecar_problem"] = str(error)
         return found
-    of_sidecar = describe_sidecar(sidecar, shape, knob, n_ctx)
+    of_sidecar = describe_sidecar(sidecar, shape, target, n_ctx)
     return {**found, "plan": of_sidecar["plan"], "caches": of_sidecar["caches"]}
 
 
@@ -145,12 +145,12 @@ def beside(sidecar: Path) -> ModelShape | None:
         return None
 
 
-def plan_of(sidecar: Sidecar, shape: ModelShape, knob: Knob, n_ctx: int) -> CachePlan:
+def plan_of(sidecar: Sidecar, shape: ModelShape, target: SizeTarget, n_ctx: int) -> CachePlan:
     """The plan of a context with default options."""
-    return plan_cache(sidecar.statistics(), shape, Wishes(n_ctx, knob, sidecar.info.n_sink))
+    return plan_cache(sidecar.statistics(), shape, Wishes(n_ctx, target, sidecar.info.n_sink))
 
 
-def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, Any]:
+def describe_plan(sidecar: Sidecar, plan: CachePlan, target: SizeTarget) -> dict[str, Any]:
     """A plan in JSON types; "groups" has what is kept of the (scaled) variance, and more."""
     layout = plan.layout
     stats = sidecar.statistics()
@@ -166,8 +166,8 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, knob: Knob) -> dict[str, An
             entry[f"scale_{kind}"] = list(sidecar.info.scales(kind)[group.first : group.first + group.count])
         groups.append(entry)
     return {
-        "knob": knob.kind,
-        "value": knob.value,
+        "knob": target.kind,
+        "value": target.value,
         "n_ctx": layout.n_ctx,
         "ratio": plan.ratio,
         "coef_ratio": plan.coef_ratio,
@@ -193,13 +193,13 @@ def contexts_with(n_ctx: int | None) -> list[int]:
 
 
 def xkv_cache(
-    sidecar: Sidecar, shape: ModelShape, knob: Knob, plan: CachePlan, contexts: Sequence[int]
+    sidecar: Sidecar, shape: ModelShape, target: SizeTarget, plan: CachePlan, contexts: Sequence[int]
 ) -> dict[str, Any]:
     """Bytes per token of a plan, and totals of the caches that are planned for other contexts: null out of reach."""
     totals: dict[str, int | None] = {}
     for n in contexts:
         try:
-            totals[str(n)] = plan_of(sidecar, shape, knob, n).total_bytes
+            totals[str(n)] = plan_of(sidecar, shape, target, n).total_bytes
         except OptionError:
             totals[str(n)] = None
     return {"bytes_per_token": coef_bytes_per_token(plan.segments), "totals": totals}

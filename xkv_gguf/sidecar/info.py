@@ -1,4 +1,4 @@
-"""What a sidecar holds besides arrays: names, layers, groups, weights, the knob and provenance."""
+"""What a sidecar holds besides arrays: names, layers, groups, weights, the size target and provenance."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..plan.groups import FRAMES
-from ..plan.knob import DEFAULT_KNOB, Knob
 from ..plan.segments import Kind
+from ..plan.size_target import DEFAULT_TARGET, SizeTarget
 from ..plan.sizes import PLAN_CTX
 
 FORMAT_VERSION = 3
@@ -71,7 +71,7 @@ class SidecarInfo:
     calibration : Calibration
     settings : mapping
         Of the conversion, for people.
-    knob : Knob
+    target : SizeTarget
         What a cache is planned for unless its user says otherwise.
     n_ctx : int
         Context that the user had in mind, in tokens, rounded up as a context's is.
@@ -92,7 +92,7 @@ class SidecarInfo:
     groups: tuple[Group, ...]
     calibration: Calibration
     settings: Mapping[str, Any] = field(default_factory=dict)
-    knob: Knob = DEFAULT_KNOB
+    target: SizeTarget = DEFAULT_TARGET
     n_ctx: int = PLAN_CTX
     kld_scale: float = 0.0
     scale_k: tuple[float, ...] = ()

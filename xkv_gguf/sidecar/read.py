@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from ..errors import SidecarError, SidecarMismatchError, SidecarVersionError
 from ..model.fingerprint import model_fingerprint
 from ..model.gguf_read import GgufFormatError, GgufHeader, GgufTensor, read_header
-from ..plan.knob import Knob
 from ..plan.segments import KINDS, Kind, Statistics
+from ..plan.size_target import SizeTarget
 from .info import ARCHITECTURE, FILE_TYPE, FORMAT_VERSION, Calibration, Group, SidecarInfo, check_info, tensor_name
 
 REMAKE = "make it again with `xkv-gguf convert MODEL`"
@@ -221,7 +221,7 @@ def _parse_info(f: _Fields) -> SidecarInfo:
             text_sha256=f.string("xkv.calibration.text_sha256"),
         ),
         settings=settings,
-        knob=Knob(f.string("xkv.plan.knob"), f.string("xkv.plan.value")),
+        target=SizeTarget(f.string("xkv.plan.knob"), f.string("xkv.plan.value")),
         n_ctx=f.u32("xkv.plan.n_ctx"),
         kld_scale=f.f32("xkv.kld_scale"),
         scale_k=scale["k"],

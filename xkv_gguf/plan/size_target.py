@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ..errors import OptionError
 
-KnobKind = Literal["ratio", "coef_ratio", "budget", "quality"]
-KNOBS: tuple[KnobKind, ...] = ("ratio", "coef_ratio", "budget", "quality")
+TargetKind = Literal["ratio", "coef_ratio", "budget", "quality"]
+TARGETS: tuple[TargetKind, ...] = ("ratio", "coef_ratio", "budget", "quality")
 
 QUALITIES: dict[str, float] = {"high": 6.0, "medium": 10.0, "low": 16.0}
 """Coefficient ratio of each quality."""
@@ -23,7 +23,7 @@ _MAX_RATIO = 1e6
 
 
 @dataclass(frozen=True)
-class Knob:
+class SizeTarget:
     """What a plan is made for.
 
     Attributes
@@ -45,19 +45,19 @@ class Knob:
     value: str
 
     def __post_init__(self) -> None:
-        if self.kind not in KNOBS:
-            raise OptionError(f"plan {self.kind!r}: one of {', '.join(KNOBS)} expected")
+        if self.kind not in TARGETS:
+            raise OptionError(f"plan {self.kind!r}: one of {', '.join(TARGETS)} expected")
         # refuses what of() would, and leaves one spelling for each value
         object.__setattr__(self, "value", _canonical(self.kind, self.value))
 
     @classmethod
-    def of(cls, kind: str, value: object) -> Knob:
-        """A knob from a number or text.
+    def of(cls, kind: str, value: object) -> SizeTarget:
+        """A size target from a number or text.
 
         Raises
         ------
         OptionError
-            The text names the knob, what was found, and what is expected.
+            The text names the size target, what was found, and what is expected.
         """
         return cls(kind, _canonical(kind, value))
 
@@ -70,18 +70,18 @@ class Knob:
         return f"{self.kind} {self.value}" + (" bytes" if self.kind == "budget" else "")
 
 
-def one_knob(values: Mapping[str, Any]) -> Knob | None:
-    """The knob among optional values by name; None when none of them is given.
+def one_target(values: Mapping[str, Any]) -> SizeTarget | None:
+    """The size target among optional values by name; None when none of them is given.
 
     Raises
     ------
     OptionError
         Two are given, or the value is impossible.
     """
-    given = [kind for kind in KNOBS if values.get(kind) is not None]
+    given = [kind for kind in TARGETS if values.get(kind) is not None]
     if len(given) > 1:
         raise OptionError(f"{given[0]}: {given[1]} is given as well, one of them expected; both decide the size")
-    return Knob.of(given[0], values[given[0]]) if given else None
+    return SizeTarget.of(given[0], values[given[0]]) if given else None
 
 
 def parse_bytes(value: object) -> int:
@@ -118,4 +118,4 @@ def _canonical(kind: str, value: object) -> str:
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
-DEFAULT_KNOB = Knob("quality", "medium")
+DEFAULT_TARGET = SizeTarget("quality", "medium")
