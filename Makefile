@@ -13,7 +13,8 @@ PIP   := $(PY) -m pip --disable-pip-version-check -qq
 LAPACK := $(shell sed -n 's/.*"\(scipy-openblas32[^";]*\).*/\1/p' pyproject.toml)
 UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
 
-SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json README.md LICENSE native convert xkv_gguf \
+# what the wheel is built again for: Python runs from this folder, see $(STAMP)/package
+SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \
              -name __pycache__ -prune -o -type f -print | LC_ALL=C sort)
 
 export CMAKE_ARGS
@@ -30,18 +31,15 @@ help:
 build: $(STAMP)/package
 
 demo: $(STAMP)/package $(STAMP)/model
-	@$(PY) -I -m xkv_gguf.demo
+	@$(PY) -m xkv_gguf.demo
 
-# -I and bin/pytest: the current folder, which holds the package's sources, is not on the path
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 	@$(VENV)/bin/pytest $(PYTEST)
 
 lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .
-	@rm -rf build/lint && mkdir -p build/lint
-	@cp -Rp xkv_gguf tests native/cmake/*.py build/lint/ && cp -Rp convert build/lint/xkv_gguf/
-	@cd build/lint && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache .
+	@$(VENV)/bin/mypy
 
 refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)
@@ -74,9 +72,12 @@ $(STAMP)/sources: FORCE | $(STAMP)/venv
 	@printf '%s\n' '$(CMAKE_ARGS)' $(SOURCES) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
+# the library is that of the wheel; the .pth file puts this folder's Python before the wheel's
 $(STAMP)/package: $(SOURCES) $(STAMP)/sources $(STAMP)/deps
 	@echo "building xkv-gguf (the first time takes some minutes)"
 	@$(PIP) install --no-build-isolation .
+	@echo 'import sys; sys.path.insert(0, "$(CURDIR)")' > \
+	    "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/xkv-gguf-checkout.pth"
 	@touch $@
 
 # xkv-gguf is there by now, so this adds the packages of the extras

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.text import cut_texts, read_texts
 from xkv_gguf.errors import CalibrationError
+from xkv_gguf.plan.groups import LayerGroups
+from xkv_gguf.plan.segments import KINDS, Kind
 
 FILE_LEN = 2048
 """Tokens per sequence of text from files."""
@@ -29,29 +30,6 @@ N_LAST = 8
 """Sequences that are kept for measurements after calibration."""
 
 Progress = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class LayerGroups:
-    """Consecutive groups of layers, and the numbers per token of groups and of layers by kind."""
-
-    first: list[int]
-    count: list[int]
-    dims: dict[Kind, list[int]]
-    embd: dict[Kind, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, first: list[int], count: list[int], embd_k: Sequence[int], embd_v: Sequence[int]) -> LayerGroups:
-        """Add up the dimensions."""
-
-        def dims(embd: Sequence[int]) -> list[int]:
-            return [sum(embd[f : f + c]) for f, c in zip(first, count, strict=True)]
-
-        return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
-
-    def name(self, group: int) -> str:
-        """Layers of a group for people: "0-4"."""
-        return f"{self.first[group]}-{self.first[group] + self.count[group] - 1}"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf import _native
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.plan import KINDS, Kind
+from xkv_gguf.plan.segments import KINDS, Kind
+from xkv_gguf.runtime import native
 
 F64 = npt.NDArray[np.float64]
 
@@ -25,6 +25,12 @@ class Sums:
     total: F64
     n_tokens: int
 
+    def cut(self, part: slice) -> Sums:
+        """Sums of a part of the numbers."""
+        if part == slice(0, len(self.total)):
+            return self
+        return Sums(np.ascontiguousarray(self.gram[part, part]), self.total[part].copy(), self.n_tokens)
+
 
 def model_layers(engine: Engine) -> tuple[list[int], list[int]]:
     """K and V numbers per token of every layer.
@@ -34,13 +40,13 @@ def model_layers(engine: Engine) -> tuple[list[int], list[int]]:
     UnsupportedError
         An xkv cache cannot be used with the model; the text says why.
     """
-    _native.check_model(engine.model_pointer)
-    api = _native.native()
+    native.check_model(engine.model_pointer)
+    api = native.native()
     model = api.model(engine.model_pointer)
     count = api.ffi.new("uint32_t *", 0)
-    _native.check_status(api.lib.xkv_model_layers(model, api.ffi.NULL, count))
+    native.check_status(api.lib.xkv_model_layers(model, api.ffi.NULL, count))
     layers = api.ffi.new("struct xkv_layer_info[]", count[0])
-    _native.check_status(api.lib.xkv_model_layers(model, layers, count))
+    native.check_status(api.lib.xkv_model_layers(model, layers, count))
     return [int(layer.n_embd_k) for layer in layers], [int(layer.n_embd_v) for layer in layers]
 
 
@@ -68,13 +74,13 @@ class Capture:
         frame: int,
         n_sink: int,
     ) -> None:
-        self._api = _native.native()
+        self._api = native.native()
         self._dims = dims
         out = self._api.ffi.new("struct xkv_capture **")
         status = self._api.lib.xkv_capture_new(
             self._api.context(engine.context_pointer), list(first), list(count), len(first), frame, n_sink, out
         )
-        _native.check_status(status)
+        native.check_status(status)
         self._capture: Any = out[0]
 
     def __enter__(self) -> Capture:
@@ -86,7 +92,7 @@ class Capture:
 
     def add(self, seq: int) -> None:
         """Add the tokens that a sequence holds in the cache now."""
-        _native.check_status(self._api.lib.xkv_capture_add(self._capture, seq))
+        native.check_status(self._api.lib.xkv_capture_add(self._capture, seq))
 
     def read(self, group: int, kind: Kind) -> Sums:
         """Sums so far of one kind of one group."""
@@ -101,5 +107,5 @@ class Capture:
             self._api.ffi.cast("double *", total.ctypes.data),
             n_tokens,
         )
-        _native.check_status(status)
+        native.check_status(status)
         return Sums(gram, total, int(n_tokens[0]))

@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf.convert.fingerprint import read_model_header
-from xkv_gguf.convert.sizes import padded_ctx
 from xkv_gguf.errors import CalibrationError, ModelError
+from xkv_gguf.model.fingerprint import read_model_header
+from xkv_gguf.plan.sizes import padded_ctx
 
 if TYPE_CHECKING:
-    from xkv_gguf._native import ScopeParams
+    from xkv_gguf.runtime.native import ScopeParams
 
 N_UBATCH = 512
 
 
 def _llama_cpp() -> tuple[Any, Any]:
     """llama_cpp on the patched library, and the module that keeps its log off the terminal."""
-    from xkv_gguf import _loader
+    from xkv_gguf.runtime import loader
 
-    _loader.load()
+    loader.load()
     import llama_cpp
 
-    from xkv_gguf import _log
+    from xkv_gguf.runtime import log
 
-    return llama_cpp, _log
+    return llama_cpp, log
 
 
 class Engine:
@@ -183,13 +183,13 @@ class Engine:
         params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = False
         params.no_perf = True
-        from xkv_gguf import _native
+        from xkv_gguf.runtime import native
 
-        scope = _native.scope(xkv) if xkv is not None else nullcontext()
+        scope = native.scope(xkv) if xkv is not None else nullcontext()
         with scope, self._log.collect(quiet=True) as errors:
             self._ctx = self._lib.llama_init_from_model(self._model, params)
         if not self._ctx:
-            reason = (xkv and _native.last_error()) or self._log.reason(errors) or "no reason given"
+            reason = (xkv and native.last_error()) or self._log.reason(errors) or "no reason given"
             raise ModelError(f"llama.cpp cannot make a context of {n_seq} x {n_len} tokens ({reason})")
         self.n_batch = int(params.n_batch)
         self._batch = self._lib.llama_batch_init(self.n_batch, 0, 1)

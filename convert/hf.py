@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from xkv_gguf._loader import PACKAGE_DIR
-from xkv_gguf.convert.sidecar_info import SUFFIX
-from xkv_gguf.convert.sidecar_write import check_writable
+from xkv_gguf.base.files import check_writable, replacing
 from xkv_gguf.errors import ModelError, OptionError
+from xkv_gguf.runtime.loader import PACKAGE_DIR
+from xkv_gguf.sidecar.info import SUFFIX
 
 OUTTYPES = ("f16", "q8_0")
 EXTRA = "pip install xkv-gguf[hf]"
@@ -78,13 +77,11 @@ def convert_folder(folder: Path, target: Path, outtype: str) -> None:
     # the converter's own gguf-py, whatever version of gguf is installed
     env = {**os.environ, "PYTHONPATH": str(upstream / "gguf-py"), "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("NO_LOCAL_GGUF", None)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temp_name:
-        temp = Path(temp_name) / target.name
+    with replacing(target) as temp:
         command = [sys.executable, str(script), str(folder), "--outfile", str(temp), "--outtype", outtype]
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if done.returncode != 0 or not temp.is_file():
             raise ModelError(f"model {folder}: {failure(done.stderr.decode('utf-8', 'replace'))}")
-        temp.replace(target)
 
 
 def failure(log: str) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xkv_gguf.convert.capture import Sums
-from xkv_gguf.convert.plan import KINDS, Kind
-from xkv_gguf.convert.sidecar_info import Group
+from xkv_gguf.plan.segments import KINDS, Kind
+from xkv_gguf.sidecar.info import Group
 
 
 def layer_scales(

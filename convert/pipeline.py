@@ -11,25 +11,28 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from xkv_gguf import __version__, _loader
-from xkv_gguf._partial import Partial
-from xkv_gguf.convert.cache_plan import Wishes
-from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences, self_shape
+from xkv_gguf import __version__
+from xkv_gguf.base.files import check_writable
+from xkv_gguf.base.partial import Partial
+from xkv_gguf.convert.calibrate import collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.find import cached_sidecar, find_sidecar
-from xkv_gguf.convert.fingerprint import model_fingerprint, read_model_header
-from xkv_gguf.convert.group_choice import Candidate, choose, predicted_distortion, within_reach
-from xkv_gguf.convert.model_shape import find_shape, known_shape
-from xkv_gguf.convert.plan import Kind, group_layers
-from xkv_gguf.convert.settings import GROUP_SIZE, Settings
-from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, sidecar_beside
-from xkv_gguf.convert.sidecar_write import check_writable, write_sidecar
-from xkv_gguf.convert.sizes import ModelShape
+from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
 from xkv_gguf.errors import SidecarError
+from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
+from xkv_gguf.model.shape import find_shape, known_shape
+from xkv_gguf.plan.cache_plan import Wishes
+from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
+from xkv_gguf.plan.groups import GROUP_SIZE, LayerGroups, group_layers
+from xkv_gguf.plan.segments import Kind
+from xkv_gguf.plan.sizes import ModelShape
+from xkv_gguf.runtime import loader
+from xkv_gguf.sidecar.find import cached_sidecar, find_sidecar
+from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside
+from xkv_gguf.sidecar.read import read_sidecar
+from xkv_gguf.sidecar.write import write_sidecar
 
 __all__ = ["Converted", "convert", "ensure_sidecar", "find_sidecar"]
 
@@ -83,14 +86,14 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         "model": fingerprint,
         "size": model.stat().st_size,
         "version": __version__,
-        "build": _loader.load().build_id,
+        "build": loader.load().build_id,
         "settings": settings.record(GROUP_SIZE),
     }
     partial = Partial(out, "convert", basis)
     with _telling(partial, show_progress), Engine(model, settings.threads) as engine:
         embd_k, embd_v = model_layers(engine)
         shape = known_shape(find_shape(header), embd_k, embd_v)
-        wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.knob, settings.n_sink)
+        wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.target, settings.n_sink)
         sizes = settings.group_sizes(embd_k, embd_v)
         captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
         candidates = [Candidate.of(size, captured, shape) for size in sizes]
@@ -113,7 +116,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
             def submit(captured_group: int, kind: Kind, sums: Sums) -> None:
                 for candidate in candidates:
                     for g in (g for g, inside in enumerate(candidate.inside) if inside == captured_group):
-                        part = candidate.cut(g, kind, sums)
+                        part = sums.cut(candidate.part(g, kind))
                         what = f"{kind.upper()} of layers {candidate.groups.name(g)}"
                         solver.submit((candidate.size, g, kind), part.gram, part.total, part.n_tokens, what)
 
@@ -138,7 +141,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                     "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
                 ),
                 settings=settings.record(len(embd_k)),
-                knob=settings.knob,
+                target=settings.target,
                 n_ctx=wishes.n_ctx,
             )
             layers = (
@@ -194,7 +197,7 @@ def _choose(
         found[candidate.size] = predicted_distortion(candidate.statistics(spectra, frame), shape, wishes)
     size = choose(found)
     values = ", ".join(f"{n}: {value:.4f}" for n, value in found.items())
-    note = f"group size {size} is taken; predicted distortion at {wishes.knob} by group size: {values}"
+    note = f"group size {size} is taken; predicted distortion at {wishes.target} by group size: {values}"
     return next(candidate for candidate in candidates if candidate.size == size), [note]
 
 

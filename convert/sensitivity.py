@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf._native import ScopeParams
-from xkv_gguf.convert.coef_types import DEFAULT_TYPES, basis_types
+from xkv_gguf.base.divergence import kl_divergence, log_softmax
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.plan import (
+from xkv_gguf.plan.coef_types import DEFAULT_TYPES, basis_types
+from xkv_gguf.plan.segments import (
     KINDS,
     MAX_SEGMENTS,
     Kind,
@@ -31,7 +31,7 @@ from xkv_gguf.convert.plan import (
     plan_segments,
     same_rank,
 )
-from xkv_gguf.metrics import kl_divergence, log_softmax
+from xkv_gguf.runtime.native import ScopeParams
 
 N_TOKEN = 1024
 """Tokens of a text; the last `N_SCORE` are scored."""

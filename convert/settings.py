@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from xkv_gguf.convert.knob import DEFAULT_KNOB, Knob
-from xkv_gguf.convert.plan import group_layers
-from xkv_gguf.convert.sidecar_info import FRAMES, PLAN_CTX
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
+from xkv_gguf.plan.groups import FRAME, FRAMES, GROUP_SIZE, group_layers
+from xkv_gguf.plan.size_target import DEFAULT_TARGET, SizeTarget
+from xkv_gguf.plan.sizes import PLAN_CTX
+from xkv_gguf.runtime.threads import default_threads
 
-GROUP_SIZE = 5
 AUTO_SIZES = (2, 5, 10)
 """Group sizes that "auto" chooses from."""
 
 AUTO_DIM = 4096
 """Most numbers per token of a group that "auto" tries."""
 
-FRAME = 64
 TOKENS = 24576
 BASIS_TYPES = ("f16", "f32")
 WEIGH = ("groups", "layers", "none")
-
-
-def default_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -43,10 +34,10 @@ class Settings:
     group_size : int or "auto", optional
         Most layers that share coefficients. None is `GROUP_SIZE`, or all layers of a smaller model. "auto" takes the
         smallest of `AUTO_SIZES` that comes close to the best one's predicted distortion.
-    knob : Knob
+    target : SizeTarget
         What caches are planned for unless their user says otherwise.
     n_ctx : int, optional
-        Context in tokens that the knob is meant for. None is `PLAN_CTX`, or that of the model where it is smaller.
+        Context in tokens that the size target is meant for. None is `PLAN_CTX`, or that of a smaller model.
     frame : int
         Chunk length of the keys' frame in tokens.
     n_sink : int
@@ -70,7 +61,7 @@ class Settings:
     """
 
     group_size: int | Literal["auto"] | None = None
-    knob: Knob = DEFAULT_KNOB
+    target: SizeTarget = DEFAULT_TARGET
     n_ctx: int | None = None
     frame: int = FRAME
     n_sink: int = 4
@@ -125,7 +116,7 @@ class Settings:
         return sizes or [1]
 
     def plan_ctx(self, n_ctx_train: int) -> int:
-        """Context that the knob is meant for."""
+        """Context that the size target is meant for."""
         if self.n_ctx is not None:
             return self.n_ctx
         return min(PLAN_CTX, n_ctx_train) if n_ctx_train > 0 else PLAN_CTX

@@ -12,20 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from xkv_gguf._partial import Partial
+from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert import sensitivity
-from xkv_gguf.convert.calibrate import LayerGroups, TextInfo
+from xkv_gguf.convert.calibrate import TextInfo
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.group_choice import Candidate
 from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
-from xkv_gguf.convert.plan import KINDS, Kind, Segment
 from xkv_gguf.convert.sensitivity import Sensitivity
-from xkv_gguf.convert.sidecar import read_sidecar
-from xkv_gguf.convert.sidecar_info import Group, SidecarInfo, tensor_name
-from xkv_gguf.convert.sidecar_write import write_sidecar
-from xkv_gguf.convert.sizes import ModelShape
 from xkv_gguf.convert.solve import Basis, Solver
+from xkv_gguf.plan.group_choice import Candidate
+from xkv_gguf.plan.groups import LayerGroups
+from xkv_gguf.plan.segments import KINDS, Kind, Segment
+from xkv_gguf.plan.sizes import ModelShape
+from xkv_gguf.sidecar.info import Group, SidecarInfo, tensor_name
+from xkv_gguf.sidecar.read import read_sidecar
+from xkv_gguf.sidecar.write import write_sidecar
 
 Array = npt.NDArray[Any]
 
@@ -94,7 +95,7 @@ def weigh_layers(
     with Solver[tuple[int, Kind]](engine.n_threads, "f32", lambda: None) as solver:
         for layer, inside in enumerate(single.inside):
             for kind in KINDS:
-                part = single.cut(layer, kind, sums[inside, kind])
+                part = sums[inside, kind].cut(single.part(layer, kind))
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
     alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))

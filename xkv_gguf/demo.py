@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._reading import reading
-from ._stream import chat_pieces
-from .demo_model import demo_model
+from .base.text import format_bytes, format_table
+from .cli._reading import reading
+from .cli._stream import chat_pieces
 from .errors import XkvError
-from .haystack import Haystack, build_haystack, make_needle
-from .report import KvReport, format_bytes, format_table
+from .lab.haystack import Haystack, build_haystack, make_needle
+from .model.demo_model import demo_model
+from .report import KvReport
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -59,9 +60,10 @@ def size_table(reports: list[KvReport]) -> str:
 
 def main() -> int:
     """Run the demo; 0 when the answer holds the fact, 1 when not."""
-    from . import Llama, _log
+    from . import Llama
+    from .runtime import log
 
-    _log.silence()
+    log.silence()
     model = demo_model()
     reports = [report_of(model, mode) for mode in OTHER_MODES]
     llm = Llama(model, kv_mode="xkv", n_ctx=N_CTX, verbose=False)

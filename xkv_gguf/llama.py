@@ -8,18 +8,19 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from . import _arguments, _loader, _log, _native, _sidecars
-from ._api import internals, llama_cpp
-from ._context import CheckedContext
-from ._model_file import ModelFile, open_model
-from .convert.cache_plan import WINDOWS, CachePlan
-from .convert.settings import default_threads
-from .convert.sidecar import Sidecar
-from .convert.sidecar_info import FRAMES
-from .convert.sizes import CacheLayout
+from . import opening
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
+from .model.file import ModelFile, open_model
 from .options import XkvOptions, check_kv_mode
+from .plan.cache_plan import WINDOWS, CachePlan
+from .plan.groups import FRAMES
+from .plan.sizes import CacheLayout
 from .report import KvPart, KvReport
+from .runtime import arguments, loader, log, native
+from .runtime.api import internals, llama_cpp
+from .runtime.context import CheckedContext
+from .runtime.threads import default_threads
+from .sidecar.read import Sidecar
 
 PARENT_ARGUMENTS = tuple(
     name
@@ -91,24 +92,24 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() needs it when a check below fails
         self.n_prompt_tokens = 0  # of the last call of generate()
-        self._scope: _native.ScopeParams | None = None
+        self._scope: native.ScopeParams | None = None
         self._n_ubatch_given = "n_ubatch" in kwargs
         self.on_eval: Callable[[int, int], object] | None = None
-        _loader.verify()
+        loader.verify()
         self.kv_mode = check_kv_mode(kv_mode)
         if xkv is not None and kv_mode != "xkv":
             raise OptionError(f"xkv: options are given, but kv_mode is {kv_mode}")
         self.xkv_options = XkvOptions.of(xkv)
-        _arguments.check_names(kwargs, PARENT_ARGUMENTS)
-        _arguments.check_values(kwargs)
-        _arguments.check_mode(kv_mode, kwargs)
+        arguments.check_names(kwargs, PARENT_ARGUMENTS)
+        arguments.check_values(kwargs)
+        arguments.check_mode(kv_mode, kwargs)
         model = open_model(model_path)
         settings = self._settings(kwargs, model)
         self.xkv_plan = self._prepare(model, settings)
         with contextlib.ExitStack() as around:
             if self._scope is not None:
-                around.enter_context(_native.scope(self._scope))
-            errors = around.enter_context(_log.collect(quiet=not settings["verbose"]))
+                around.enter_context(native.scope(self._scope))
+            errors = around.enter_context(log.collect(quiet=not settings["verbose"]))
             try:
                 super().__init__(str(model.path), **settings)
                 self._check_context()
@@ -121,7 +122,7 @@ class Llama(llama_cpp.Llama):
 
     def _settings(self, kwargs: Mapping[str, Any], model: ModelFile) -> dict[str, Any]:
         """Arguments of the parent, with this class's defaults."""
-        n_ctx = _arguments.resolve_ctx(kwargs.get("n_ctx"), model)
+        n_ctx = arguments.resolve_ctx(kwargs.get("n_ctx"), model)
         settings = {"flash_attn": True, "verbose": True, **kwargs}
         settings["n_ctx"] = n_ctx
         # the parent counts processors that this process may not use
@@ -140,30 +141,30 @@ class Llama(llama_cpp.Llama):
         on_cpu = settings.get("n_gpu_layers", 0) == 0
         if self.kv_mode != "xkv":
             if on_cpu:
-                _arguments.check_memory(model.plain_bytes(self.kv_mode, n_ctx), n_ctx, self.kv_mode)
+                arguments.check_memory(model.plain_bytes(self.kv_mode, n_ctx), n_ctx, self.kv_mode)
             return None
         options = self.xkv_options
         least = CacheLayout(n_ctx, options.n_sink, options.n_window or WINDOWS[-1], frame=options.frame or FRAMES[0])
-        _arguments.check_ctx_for_xkv(least)  # before a sidecar is made
+        arguments.check_ctx_for_xkv(least)  # before a sidecar is made
 
-        def planned(sidecar: Sidecar | None) -> _sidecars.Planned:
+        def planned(sidecar: Sidecar | None) -> opening.Planned:
             n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
-            found = _sidecars.scope_params(sidecar, options, n_ctx, n_ubatch, model, n_batch)
-            _arguments.check_ctx_for_xkv(found.plan.layout)
+            found = opening.scope_params(sidecar, options, n_ctx, n_ubatch, model, n_batch)
+            arguments.check_ctx_for_xkv(found.plan.layout)
             if on_cpu:
-                _arguments.check_memory(found.plan.total_bytes, n_ctx, "xkv")
+                arguments.check_memory(found.plan.total_bytes, n_ctx, "xkv")
             return found
 
-        if model.shape is not None and not _sidecars.has_sidecar(model, options):
+        if model.shape is not None and not opening.has_sidecar(model, options):
             planned(None)  # what is out of reach is so with any spectra: it is refused before minutes of calibration
-        plan, self._scope = planned(_sidecars.open_sidecar(model.path, options, settings["n_threads_batch"]))
+        plan, self._scope = planned(opening.open_sidecar(model.path, options, settings["n_threads_batch"]))
         settings["n_ubatch"] = plan.layout.n_ubatch
-        settings["type_k"] = settings["type_v"] = _native.GGML_TYPES[plan.layout.type_window]
+        settings["type_k"] = settings["type_v"] = native.GGML_TYPES[plan.layout.type_window]
         return plan
 
     def _check_context(self) -> None:
         """Check what the parent made, and let failures of the context speak."""
-        if self.kv_mode == "xkv" and not _native.is_xkv(self._ctx.ctx):
+        if self.kv_mode == "xkv" and not native.is_xkv(self._ctx.ctx):
             raise UnsupportedError(f"architecture {self._architecture()} did not take an xkv cache; use kv_mode='f16'")
         if self.lora_path and not self._lora_adapter:
             raise ModelError(f"lora_path {self.lora_path}: llama.cpp cannot load it")
@@ -176,7 +177,7 @@ class Llama(llama_cpp.Llama):
         """The typed error behind a failure of the parent's constructor."""
         if isinstance(error, XkvError):
             return error
-        why = _log.reason(errors)
+        why = log.reason(errors)
         if isinstance(error, MemoryError) or "alloc" in why:
             return OutOfMemoryError(f"the context does not fit into memory ({why or error}); lower n_ctx")
         loaded = getattr(self, "_model", None)
@@ -189,19 +190,19 @@ class Llama(llama_cpp.Llama):
             return error
         if self.kv_mode == "xkv":
             try:
-                _native.check_model(loaded.model)
+                native.check_model(loaded.model)
             except XkvError as unsupported:
                 return unsupported
-            why = _native.last_error() or why
+            why = native.last_error() or why
         return UnsupportedError(why or f"llama.cpp cannot make a context with kv_mode {self.kv_mode}")
 
     def kv_report(self) -> KvReport:
         """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
-        parts = tuple(KvPart(name, size) for name, size in _native.report(self._ctx.ctx))
+        parts = tuple(KvPart(name, size) for name, size in native.report(self._ctx.ctx))
         if self.kv_mode != "xkv":
             return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens)
-        n_exact, n_stored = _native.seq_tokens(self._ctx.ctx, 0)
-        online = _native.online_info(self._ctx.ctx, 0)
+        n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
+        online = native.online_info(self._ctx.ctx, 0)
         return KvReport("xkv", self.n_ctx(), parts, n_exact, n_stored, online.n_update, online.n_check)
 
     def eval(self, tokens: Sequence[int]) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .convert.cache_plan import Rank
-from .convert.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
-from .convert.knob import KNOBS, Knob, one_knob
-from .convert.plan import MAX_SEGMENTS
-from .convert.sidecar_info import FRAMES
+from .base.text import closest
 from .errors import OptionError
+from .plan.cache_plan import Rank
+from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
+from .plan.groups import FRAMES
+from .plan.segments import MAX_SEGMENTS
+from .plan.size_target import TARGETS, SizeTarget, one_target
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24
@@ -26,7 +26,7 @@ class XkvOptions:
     """How an xkv cache is laid out. Sizes are in tokens, types are ggml type names.
 
     One number decides the size: `ratio`, `coef_ratio`, `budget` or `quality`. None of them takes what the sidecar was
-    made for. What else is None then follows from it, see `convert.cache_plan`.
+    made for. What else is None then follows from it, see `plan.cache_plan`.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class XkvOptions:
     budget : int or str, optional
         All bytes of this cache: a whole number, or a size such as "26MiB".
     quality : str, optional
-        high, medium or low: a `coef_ratio` by name, see `convert.knob.QUALITIES`.
+        high, medium or low: a `coef_ratio` by name, see `plan.size_target.QUALITIES`.
     n_sink : int
         First tokens of a sequence that stay exact.
     n_text_sink : int, optional
@@ -114,9 +114,9 @@ class XkvOptions:
         for name in ("ratio", "coef_ratio"):
             if getattr(self, name) is not None and not _is_number(getattr(self, name)):
                 raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected a number of 1 or more")
-        knob = self.knob
-        if knob is not None and knob.kind in ("ratio", "coef_ratio"):
-            object.__setattr__(self, knob.kind, knob.number)
+        target = self.target
+        if target is not None and target.kind in ("ratio", "coef_ratio"):
+            object.__setattr__(self, target.kind, target.number)
         _check_int("xkv option n_sink", self.n_sink, 0)
         if self.n_text_sink is not None:
             _check_int("xkv option n_text_sink", self.n_text_sink, 0)
@@ -142,8 +142,8 @@ class XkvOptions:
             return
         if rank != "full":
             _check_int("xkv option rank", rank, 1)
-        if self.knob is not None:
-            raise OptionError(f"xkv options rank and {self.knob.kind}: one of them expected, both decide the size")
+        if self.target is not None:
+            raise OptionError(f"xkv options rank and {self.target.kind}: one of them expected, both decide the size")
         if len(self.types) != 1:
             raise OptionError(f"xkv option rank: {rank!r}, expected together with one type in types, such as 'q8_0'")
 
@@ -163,10 +163,10 @@ class XkvOptions:
             raise OptionError(f"xkv option frame: {self.frame!r}, expected one of {', '.join(map(str, FRAMES))}")
 
     @property
-    def knob(self) -> Knob | None:
+    def target(self) -> SizeTarget | None:
         """The one number that decides the size; None takes the sidecar's."""
         try:
-            return one_knob({kind: getattr(self, kind) for kind in KNOBS})
+            return one_target({kind: getattr(self, kind) for kind in TARGETS})
         except OptionError as error:
             raise OptionError(f"xkv option {error}") from None
 
@@ -206,12 +206,6 @@ def check_kv_mode(kv_mode: object) -> str:
     if not isinstance(kv_mode, str) or kv_mode not in KV_MODES:
         raise OptionError(f"kv_mode: {kv_mode!r} is unknown, expected one of {', '.join(KV_MODES)}")
     return kv_mode
-
-
-def closest(name: object, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: ", did you mean ..." or ""."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def _coef_types(value: object) -> tuple[str, ...]:

@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-KIB = 1024
-MIB = 1024 * KIB
+from .base.text import format_bytes, format_table
 
 
 @dataclass(frozen=True)
@@ -74,32 +73,3 @@ class KvReport:
         rows = [[part.name, format_bytes(part.bytes)] for part in self.parts]
         rows.append(["total", format_bytes(self.total_bytes)])
         return head + "\n" + "\n".join("  " + line for line in format_table(rows, "<>"))
-
-
-def format_bytes(count: float) -> str:
-    """A byte count for people: MiB with one decimal above 0.1 MiB, KiB below."""
-    if count >= 0.1 * MIB:
-        return f"{count / MIB:.1f} MiB"
-    return f"{count / KIB:.1f} KiB"
-
-
-def format_table(rows: list[list[str]], align: str) -> list[str]:
-    """Lay out cells in columns.
-
-    Parameters
-    ----------
-    rows : list of list of str
-        Cells; all rows have the same length.
-    align : str
-        One of ``<`` and ``>`` per column.
-
-    Returns
-    -------
-    list of str
-        One line per row, columns two spaces apart.
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(align))]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
-        for row in rows
-    ]

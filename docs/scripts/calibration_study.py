@@ -22,20 +22,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf import _native
-from xkv_gguf._model_file import open_model
-from xkv_gguf._sidecars import scope_params
-from xkv_gguf.convert.cache_plan import CachePlan
-from xkv_gguf.convert.calibrate import LayerGroups, collect, file_sequences
+from xkv_gguf.convert.calibrate import collect, file_sequences
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.pipeline import convert
-from xkv_gguf.convert.plan import KINDS, Kind
 from xkv_gguf.convert.settings import TOKENS, Settings
-from xkv_gguf.convert.sidecar import Sidecar, read_sidecar
 from xkv_gguf.convert.solve import residual_energy, solve_gram
+from xkv_gguf.model.file import open_model
+from xkv_gguf.opening import scope_params
 from xkv_gguf.options import XkvOptions
+from xkv_gguf.plan.cache_plan import CachePlan
+from xkv_gguf.plan.groups import LayerGroups
+from xkv_gguf.plan.segments import KINDS, Kind
+from xkv_gguf.plan.size_target import SizeTarget
+from xkv_gguf.runtime import native
+from xkv_gguf.sidecar.read import Sidecar, read_sidecar
 
 AllSums = dict[tuple[int, Kind], Sums]
 
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--types", default="q8_0+q5_0+q4_0+q2_0+q1_0", help="of coefficients")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    base = Settings(knob=Knob.of("coef_ratio", args.coef_ratio), threads=args.threads)
+    base = Settings(target=SizeTarget.of("coef_ratio", args.coef_ratio), threads=args.threads)
     runs: dict[str, Settings] = {}
     for tokens in args.tokens:
         for seed in args.seeds:
@@ -165,7 +166,7 @@ def main() -> None:
                         " / ".join(f"{mean_residual(text.sums, sidecar, plans[name], kind):.3f}" for kind in KINDS)
                     )
                 residual_rows.append([name, *row])
-                with _native.scope(params):
+                with native.scope(params):
                     engine.open_context(1, args.context)
                 row = []
                 for text in held_out:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from xkv_gguf import Llama
-from xkv_gguf._api import llama_cpp
-from xkv_gguf.cache_spec import parse_caches
-from xkv_gguf.ruler.prompt import Prompter
-from xkv_gguf.ruler.task import Sample, fit
-from xkv_gguf.ruler.tasks import parse_tasks
+from xkv_gguf.lab.cache_spec import parse_caches
+from xkv_gguf.lab.ruler.prompt import Prompter
+from xkv_gguf.lab.ruler.task import Sample, fit
+from xkv_gguf.lab.ruler.tasks import parse_tasks
+from xkv_gguf.runtime.api import llama_cpp
 
 
 def log_probabilities(llm: Any) -> np.ndarray:

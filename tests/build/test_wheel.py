@@ -7,7 +7,7 @@ import re
 from importlib.metadata import distribution
 from pathlib import Path, PurePosixPath
 
-from xkv_gguf import _loader
+from xkv_gguf.runtime import loader
 
 
 def installed_files() -> list[PurePosixPath]:
@@ -35,7 +35,7 @@ def test_no_upstream_headers_or_cmake_files() -> None:
 
 
 def test_header_has_the_declarations_for_cffi() -> None:
-    text = _loader.HEADER.read_text()
+    text = loader.HEADER.read_text()
     block = re.search(r"// CFFI-BEGIN\n(.*)// CFFI-END", text, re.DOTALL)
     assert block is not None
     assert "xkv_build_id" in block[1]
@@ -43,7 +43,7 @@ def test_header_has_the_declarations_for_cffi() -> None:
 
 
 def test_upstream_converter_with_its_licence() -> None:
-    folder = _loader.PACKAGE_DIR / "_upstream"
+    folder = loader.PACKAGE_DIR / "_upstream"
     assert (folder / "convert_hf_to_gguf.py").is_file()
     assert (folder / "conversion" / "__init__.py").is_file()
     assert (folder / "gguf-py" / "gguf" / "__init__.py").is_file()

@@ -13,15 +13,15 @@ from xkv_gguf.convert import capture, pipeline, sensitivity
 from xkv_gguf.convert import settings as settings_module
 from xkv_gguf.convert.capture import Capture, model_layers
 from xkv_gguf.convert.engine import Engine
-from xkv_gguf.convert.knob import Knob
 from xkv_gguf.convert.pipeline import Converted, convert
-from xkv_gguf.convert.plan import KINDS
 from xkv_gguf.convert.settings import Settings
-from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.errors import CalibrationError, ModelError, OptionError, SidecarError, SidecarMismatchError
+from xkv_gguf.plan.segments import KINDS
+from xkv_gguf.plan.size_target import SizeTarget
+from xkv_gguf.sidecar.read import read_sidecar
 
-from .conftest import Arrays
-from .tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
+from ..small_sidecar import Arrays
+from ..tiny import EMBD_KV, N_LAYER, first_layer, weights, write_tiny
 
 
 def run(model: Path, out: Path, **settings: Any) -> Converted:
@@ -89,7 +89,7 @@ def test_files_give_a_valid_sidecar(tiny_model: Path, text_file: Path, tmp_path:
     assert found.info.calibration.tokens == 2000 - 4
     assert found.info.settings["data"] == ["text.txt"]
     assert [(g.first, g.count, g.weight_k, g.weight_v) for g in found.info.groups] == [(0, 2, 1, 1), (2, 1, 1, 1)]
-    assert (found.info.knob, found.info.n_ctx, found.info.kld_scale) == (Knob("quality", "medium"), 2048, 0)
+    assert (found.info.target, found.info.n_ctx, found.info.kld_scale) == (SizeTarget("quality", "medium"), 2048, 0)
     for g, dim in ((0, 2 * EMBD_KV), (1, EMBD_KV)):
         basis = found.basis(g, "k").astype(np.float64)
         np.testing.assert_allclose(basis @ basis.T, np.eye(dim), atol=2e-3)
@@ -166,9 +166,9 @@ def test_layers_that_cannot_be_weighed(tiny_model: Path, text_file: Path, tmp_pa
     assert done.info.scale_k == (1.0,) * N_LAYER
 
 
-def test_the_knob_is_recorded(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    done = run(tiny_model, tmp_path / "s", data=(text_file,), knob=Knob.of("budget", "2MiB"), n_ctx=4096)
-    assert (done.info.knob, done.info.n_ctx) == (Knob("budget", str(2 << 20)), 4096)
+def test_the_size_target_is_recorded(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path / "s", data=(text_file,), target=SizeTarget.of("budget", "2MiB"), n_ctx=4096)
+    assert (done.info.target, done.info.n_ctx) == (SizeTarget("budget", str(2 << 20)), 4096)
 
 
 def test_group_size_by_itself(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -224,8 +224,11 @@ def test_ctrl_c_leaves_no_file(
     ("settings", "match"),
     [
         ({"group_size": 4}, "group size 4: 1 to 3"),
-        ({"knob": Knob("ratio", "100")}, "ratio 100: out of reach at n_ctx 2048"),
-        ({"knob": Knob("budget", "1000"), "group_size": "auto"}, "budget 1000 bytes: out of reach at n_ctx 2048"),
+        ({"target": SizeTarget("ratio", "100")}, "ratio 100: out of reach at n_ctx 2048"),
+        (
+            {"target": SizeTarget("budget", "1000"), "group_size": "auto"},
+            "budget 1000 bytes: out of reach at n_ctx 2048",
+        ),
         ({"data": (Path("none.txt"),)}, r"calibration text none\.txt: no such file"),
     ],
 )

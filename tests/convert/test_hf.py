@@ -9,9 +9,9 @@ import pytest
 
 from xkv_gguf.cli import main
 from xkv_gguf.convert import hf
-from xkv_gguf.convert.fingerprint import read_model_header
-from xkv_gguf.convert.sidecar import read_sidecar
 from xkv_gguf.errors import ModelError, OptionError
+from xkv_gguf.model.fingerprint import read_model_header
+from xkv_gguf.sidecar.read import read_sidecar
 
 HAVE_EXTRA = all(importlib.util.find_spec(name) is not None for name in (*hf.NEEDED, "tokenizers"))
 needs_extra = pytest.mark.skipif(not HAVE_EXTRA, reason="the extra hf (transformers, safetensors) is not installed")

@@ -7,8 +7,8 @@ import pytest
 
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
-from xkv_gguf.convert.sidecar_info import Group
 from xkv_gguf.convert.solve import covariance
+from xkv_gguf.sidecar.info import Group
 
 
 def test_squares_are_cost_per_energy() -> None:

@@ -14,7 +14,7 @@ from xkv_gguf.convert.pipeline import convert
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.errors import OptionError
 
-from .tiny import N_LAYER
+from ..tiny import N_LAYER
 
 N_GROUP = -(-N_LAYER // 2)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from xkv_gguf import _loader, _log, _native
+from xkv_gguf.runtime import loader, log, native
 
 F32 = Any  # array of float32
 
-_loader.load()
-_log.silence()
+loader.load()
+log.silence()
 lib: Any = importlib.import_module("llama_cpp")
 
 GGML_F32 = 0
@@ -64,7 +64,7 @@ class Context:
                 i += 1
         code = lib.llama_decode(self.ptr, batch)
         lib.llama_batch_free(batch)
-        assert code == 0, f"llama_decode returned {code}: {_native.last_error()}"
+        assert code == 0, f"llama_decode returned {code}: {native.last_error()}"
         rows = 1 if last_only else total
         logits = np.ctypeslib.as_array(lib.llama_get_logits(self.ptr), shape=(rows * self.n_vocab,))
         return logits.reshape(rows, self.n_vocab).copy()
@@ -93,7 +93,7 @@ def open_context(
     exact: bool = True,
     window: int | None = None,
     flash_attn: bool = True,
-    xkv: _native.ScopeParams | None = None,
+    xkv: native.ScopeParams | None = None,
     on_node: Callable[[], None] | None = None,
 ) -> Iterator[Context]:
     """A context with a plain or an xkv cache.
@@ -112,10 +112,10 @@ def open_context(
     if on_node:
         callback = lib.ggml_backend_sched_eval_callback(lambda *_: bool(on_node()))  # lives as long as the context
         params.cb_eval = callback
-    with _native.scope(xkv) if xkv else contextlib.nullcontext():
+    with native.scope(xkv) if xkv else contextlib.nullcontext():
         ptr = lib.llama_init_from_model(model, params)
-    assert ptr, _native.last_error()
-    assert _native.is_xkv(ptr) == (xkv is not None)
+    assert ptr, native.last_error()
+    assert native.is_xkv(ptr) == (xkv is not None)
     try:
         yield Context(ptr, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
     finally:

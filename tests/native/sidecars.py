@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from xkv_gguf._native import ScopeParams
-from xkv_gguf.convert.plan import KINDS, Segment
-from xkv_gguf.convert.sidecar_info import Calibration, Group, SidecarInfo, tensor_name
-from xkv_gguf.convert.sidecar_write import write_sidecar
+from xkv_gguf.plan.segments import KINDS, Segment
+from xkv_gguf.runtime.native import ScopeParams
+from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, tensor_name
+from xkv_gguf.sidecar.write import write_sidecar
 
 N_SINK = 4
 N_WINDOW = 40

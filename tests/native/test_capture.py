@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
 from xkv_gguf.convert.capture import Capture
 from xkv_gguf.errors import UnsupportedError
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import open_context
@@ -58,4 +58,4 @@ def test_frames_turn_what_the_model_turns(
 def test_a_model_without_flash_attention_is_refused(tiny: Callable[[str], Tiny]) -> None:
     """Before a context aborts: PLM turns the end of its heads as well, but its values have too few dimensions."""
     with pytest.raises(UnsupportedError, match="architecture plm does not run with flash attention"):
-        _native.check_model(tiny("plm").model)
+        native.check_model(tiny("plm").model)

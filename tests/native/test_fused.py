@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import GGML_F16, GGML_F32, GGML_Q8_0, open_context
@@ -18,7 +18,7 @@ from .tiny_models import MODELS, N_LAYER
 PROMPT = 200
 
 
-def few_queries(one: Tiny, params: _native.ScopeParams | None, tokens: list[int], **shape: object) -> np.ndarray:
+def few_queries(one: Tiny, params: native.ScopeParams | None, tokens: list[int], **shape: object) -> np.ndarray:
     """Logits of single tokens and of batches of 8 and 3, after a prompt and before it is all in the store."""
     with open_context(one.model, xkv=params, flash_attn=params is not None, **shape) as ctx:
         ctx.feed(tokens[:PROMPT], 8)
@@ -94,7 +94,7 @@ def test_sequences(online: bool, unified: bool, tiny: Callable[[str], Tiny], tok
         with open_context(one.model, n_ctx=1536, n_seq_max=3, unified=unified, xkv=params, n_threads=2) as ctx:
             for seq, n in enumerate((300, 20, 170)):
                 ctx.feed(tokens[100 * seq : 100 * seq + n], 8, seq)
-            assert (_native.online_info(ctx.ptr, 0).n_update > 0) == online
+            assert (native.online_info(ctx.ptr, 0).n_update > 0) == online
             logits = [ctx.decode(*((s, tokens[9 * i + s :][:1]) for s in range(3))) for i in range(8)]
             assert ctx.seq_rm(0, 100)
             logits += [ctx.decode(*((s, tokens[9 * i + s :][:1]) for s in range(3))) for i in range(8)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from xkv_gguf import _native
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import lib, open_context
@@ -25,7 +25,7 @@ def test_full_rank_is_left_alone(name: str, tiny: Callable[[str], Tiny], tokens:
         plain = ctx.feed(tokens[:400], 8)
     with open_context(one.model, xkv=one.bases().params(online=True, n_prior=200)) as ctx:
         found = ctx.feed(tokens[:400], 8)
-        info = _native.online_info(ctx.ptr, 0)
+        info = native.online_info(ctx.ptr, 0)
     assert deviation(found, plain) <= TOL_F32
     assert info.n_check > 0
     assert info.n_update == 0
@@ -44,8 +44,8 @@ def test_better_than_static(tiny: Callable[[str], Tiny], tokens: list[int]) -> N
             errors[online] = error(ctx.feed(tokens[:200], 8)[180:], plain)
             for start in range(200, 500, 20):
                 ctx.feed(tokens[start : start + 20], 8)
-                residuals.append(_native.online_info(ctx.ptr, 0).residual)
-            info = _native.online_info(ctx.ptr, 0)
+                residuals.append(native.online_info(ctx.ptr, 0).residual)
+            info = native.online_info(ctx.ptr, 0)
         assert (info.n_update > 0) == online
     assert errors[True] < errors[False]
     assert residuals[:15] == [0.0] * 15  # never checked
@@ -65,7 +65,7 @@ def test_without_calibration(tiny: Callable[[str], Tiny], tokens: list[int]) -> 
         params = one.bases(group_size, frame).params(online=True, calibrated=False)
         with open_context(one.model, xkv=params) as ctx:
             found = ctx.feed(tokens[:400], 8)
-            info = _native.online_info(ctx.ptr, 0)
+            info = native.online_info(ctx.ptr, 0)
         assert info.n_update == info.n_check > 0
         # the basis is computed in f32 from f32 sums
         assert deviation(found, plain) <= TOL_FLASH * deviation(*noise) + TOL_F32, group_size
@@ -78,7 +78,7 @@ def test_without_bases_at_all(tiny: Callable[[str], Tiny]) -> None:
     from xkv_gguf.errors import OptionError
 
     params = tiny("llama").bases().params(online=False, calibrated=False)
-    with pytest.raises(OptionError, match="online is 0 and there is no sidecar"), _native.scope(params):
+    with pytest.raises(OptionError, match="online is 0 and there is no sidecar"), native.scope(params):
         pass
 
 
@@ -88,17 +88,17 @@ def test_streams_have_their_own(tiny: Callable[[str], Tiny], tokens: list[int]) 
     params = one.bases(4, 32).params(rank=RANK, online=True, n_prior=100)
     shape = {"n_ctx": 1024, "n_seq_max": 2, "unified": False}
     with open_context(one.model, xkv=params, **shape) as ctx:
-        bases = dict(_native.report(ctx.ptr))["bases and means"]
+        bases = dict(native.report(ctx.ptr))["bases and means"]
         first = ctx.feed(tokens[:400], 8, seq=0)
-        grown = dict(_native.report(ctx.ptr))["bases and means"]
-        assert _native.online_info(ctx.ptr, 0).n_update > 0
-        assert _native.online_info(ctx.ptr, 1).n_check == 0
+        grown = dict(native.report(ctx.ptr))["bases and means"]
+        assert native.online_info(ctx.ptr, 0).n_update > 0
+        assert native.online_info(ctx.ptr, 1).n_check == 0
         second = ctx.feed(tokens[500:900], 8, seq=1)
-        both = dict(_native.report(ctx.ptr))["bases and means"]
+        both = dict(native.report(ctx.ptr))["bases and means"]
         # side by side in one batch
         pair = ctx.decode((0, tokens[:1]), (1, tokens[1:2]))
         assert ctx.seq_rm(0, 0)
-        dropped = dict(_native.report(ctx.ptr))["bases and means"]
+        dropped = dict(native.report(ctx.ptr))["bases and means"]
     assert bases < grown < both
     assert dropped == grown
     with open_context(one.model, xkv=params, **shape) as ctx:
@@ -117,7 +117,7 @@ def test_copy_takes_the_bases_along(tiny: Callable[[str], Tiny], tokens: list[in
         ctx.feed(tokens[:400], 8, seq=0)
         lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
         ctx.n_past[1] = ctx.n_past[0]
-        assert _native.online_info(ctx.ptr, 1) == _native.online_info(ctx.ptr, 0)
+        assert native.online_info(ctx.ptr, 1) == native.online_info(ctx.ptr, 0)
         pair = [ctx.decode((seq, tokens[400:404])) for seq in (0, 1)]
     assert deviation(*pair) <= TOL_F32
 
@@ -128,6 +128,6 @@ def test_clear_goes_back_to_calibrated(tiny: Callable[[str], Tiny], tokens: list
         before = ctx.feed(tokens[:400], 8)
         lib.llama_memory_clear(ctx.memory, True)
         ctx.n_past.clear()
-        assert _native.online_info(ctx.ptr, 0).n_check == 0
+        assert native.online_info(ctx.ptr, 0).n_check == 0
         after = ctx.feed(tokens[:400], 8)
     assert deviation(after, before) <= TOL_F32

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import GGML_Q8_0, open_context
@@ -32,8 +32,8 @@ def test_plain_stage_is_a_q8_0_cache(n_batch: int, fused: bool, tiny: Callable[[
         with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
             rows = [ctx.feed(tokens[:300], 100), ctx.feed(tokens[300:364], n_batch)]
             if "xkv" in kind:
-                assert _native.seq_tokens(ctx.ptr, 0)[1] > 200
-                assert _native.online_info(ctx.ptr, 0).n_check == 0
+                assert native.seq_tokens(ctx.ptr, 0)[1] > 200
+                assert native.online_info(ctx.ptr, 0).n_check == 0
             rows.append(ctx.feed(tokens[364:800], 100)[-50:])
             found.append(rows)
     plain, q8_0, xkv = found
@@ -41,13 +41,13 @@ def test_plain_stage_is_a_q8_0_cache(n_batch: int, fused: bool, tiny: Callable[[
     assert error(xkv[2], plain[2]) <= 3 * error(q8_0[2], plain[2])
 
 
-def few_queries(one: Tiny, xkv: _native.ScopeParams | None, tokens: list[int], n_threads: int = 1) -> np.ndarray:
+def few_queries(one: Tiny, xkv: native.ScopeParams | None, tokens: list[int], n_threads: int = 1) -> np.ndarray:
     """Logits of single tokens and of batches of 4, after a prompt most of which is stored."""
     with open_context(one.model, n_ctx=N_CTX, xkv=xkv, flash_attn=xkv is not None, n_threads=n_threads) as ctx:
         ctx.feed(tokens[:220], 8)
         found = np.concatenate([ctx.feed(tokens[220:244], 1), ctx.feed(tokens[244:284], 4)])
         if xkv:
-            assert 120 < _native.seq_tokens(ctx.ptr, 0)[1] < 256
+            assert 120 < native.seq_tokens(ctx.ptr, 0)[1] < 256
     return found
 
 
@@ -60,7 +60,7 @@ def test_new_bases_only_where_more_is_lost_than_expected(
     given = params(one.bases(4, 64), types, {256: "q8_0"}, online=True)
     with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
         ctx.feed(tokens[:600], 8)
-        info = _native.online_info(ctx.ptr, 0)
+        info = native.online_info(ctx.ptr, 0)
     assert info.n_check == 1
     assert info.n_update == n_update
     assert (info.residual > 1.15 * info.expected) == bool(n_update)
@@ -79,7 +79,7 @@ def test_some_bases_are_new_and_others_stay(tiny: Callable[[str], Tiny], tokens:
         given = replace(params(bases, FULL, {256: "q8_0"}, online=online), segments=segments)
         with open_context(one.model, n_ctx=N_CTX, xkv=given) as ctx:
             errors.append(error(ctx.feed(tokens[:700], 8)[600:], plain))
-            assert _native.online_info(ctx.ptr, 0).n_update == int(online)
+            assert native.online_info(ctx.ptr, 0).n_update == int(online)
     assert 0 < errors[1] < 0.9 * errors[0]
 
 

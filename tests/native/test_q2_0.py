@@ -7,13 +7,13 @@ import ctypes
 import numpy as np
 import pytest
 
-from xkv_gguf import _loader
+from xkv_gguf.runtime import loader
 
-_loader.load()
+loader.load()
 
 
 def cpu_library() -> ctypes.CDLL:
-    (path,) = _loader.LIB_DIR.glob("libggml-cpu*")
+    (path,) = loader.LIB_DIR.glob("libggml-cpu*")
     library = ctypes.CDLL(str(path))
     library.ggml_cpu_init()  # fills the table of f16 numbers
     return library

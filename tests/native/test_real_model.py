@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 
-from xkv_gguf.haystack import paragraphs
+from xkv_gguf.lab.haystack import paragraphs
 
 from .harness import Context, close_model, lib, open_context, open_model
 from .sidecars import write_random

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import open_context
@@ -25,7 +25,7 @@ def test_low_rank_attention(
     expected = np.concatenate([reference.decode(tokens[i : i + 7]) for i in range(0, 350, 7)])
     with open_context(one.model, xkv=params) as ctx:
         found = ctx.feed(tokens[:350], 7)
-        assert _native.seq_tokens(ctx.ptr, 0) == (350 - reference.n_stored, reference.n_stored)
+        assert native.seq_tokens(ctx.ptr, 0) == (350 - reference.n_stored, reference.n_stored)
     assert reference.n_stored > 150
     assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 

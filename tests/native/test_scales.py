@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
 from xkv_gguf.errors import SidecarError
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import open_context
@@ -47,6 +47,6 @@ def test_impossible_scales(kind: str, value: float, tiny: Callable[[str], Tiny],
     bases.path.write_bytes(data.replace(old, struct.pack(f"<{N_LAYER}f", good[0], value, *good[2:])))
     with (
         pytest.raises(SidecarError, match=rf"xkv\.scale_{kind} is \S+ for layer 1, expected a finite number above 0"),
-        _native.scope(bases.params()),
+        native.scope(bases.params()),
     ):
         pass

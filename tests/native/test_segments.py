@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
-from xkv_gguf.convert.plan import Segment
 from xkv_gguf.errors import OptionError
+from xkv_gguf.plan.segments import Segment
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import GGML_F16, GGML_F32, GGML_Q8_0, open_context
@@ -61,7 +61,7 @@ def test_bytes_follow_types(tiny: Callable[[str], Tiny]) -> None:
     """Coefficients take what their types say: per slot and group, 32 x 34/32 + 32 x 18/32 + 64 x 18/64 bytes."""
     one = tiny("llama")
     with open_context(one.model, n_ctx=1024, xkv=one.bases(4, 64).params(types=MIXED)) as ctx:
-        parts = dict(_native.report(ctx.ptr))
+        parts = dict(native.report(ctx.ptr))
     n_slot = 1280  # 980 tokens are 16 chunks, one more for a chunk that is cut short, padded to 256 tokens
     for name in ("K coefficients", "V coefficients"):
         assert 0 <= parts[name] - n_slot * (34 + 18 + 18) < 256, name  # alignment
@@ -76,7 +76,7 @@ def test_window_types(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
             params = one.bases(2, 32).params(n_absorb=n_absorb)
             with open_context(one.model, window=window, xkv=params) as ctx:
                 found[n_absorb, window] = ctx.feed(tokens[:400], 8)
-                sizes[window] = dict(_native.report(ctx.ptr))["sinks and window"]
+                sizes[window] = dict(native.report(ctx.ptr))["sinks and window"]
         # tiny random models blow small differences up: the first tokens tell
         exact, half, eight = (found[n_absorb, window][:40] for window in (GGML_F32, GGML_F16, GGML_Q8_0))
         assert error(half, exact) < 0.01
@@ -100,5 +100,5 @@ def test_impossible_segments(segments: tuple[Segment, ...], text: str, tiny: Cal
 
     params = tiny("llama").bases(2, 32).params()
     rest = tuple(s for s in params.segments if segments and (s.group, s.kind) != (segments[0].group, segments[0].kind))
-    with pytest.raises(OptionError, match=text), _native.scope(replace(params, segments=segments + rest)):
+    with pytest.raises(OptionError, match=text), native.scope(replace(params, segments=segments + rest)):
         pass

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import Context, lib, open_context
@@ -41,7 +41,7 @@ def test_remove_tail(keep: int, tiny: Callable[[str], Tiny], tokens: list[int]) 
             ctx.feed(tokens[:270], N_BATCH)
             assert ctx.seq_rm(0, keep)
             assert lib.llama_memory_seq_pos_max(ctx.memory, 0) == keep - 1
-        assert sum(_native.seq_tokens(xkv.ptr, 0)) == keep
+        assert sum(native.seq_tokens(xkv.ptr, 0)) == keep
         check(plain, xkv, tokens[300:450])
 
 
@@ -72,7 +72,7 @@ def test_clear_and_reuse(tiny: Callable[[str], Tiny], tokens: list[int]) -> None
             ctx.feed(tokens[:270], N_BATCH)
             lib.llama_memory_clear(ctx.memory, True)
             ctx.n_past.clear()
-        assert _native.seq_tokens(xkv.ptr, 0) == (0, 0)
+        assert native.seq_tokens(xkv.ptr, 0) == (0, 0)
         check(plain, xkv, tokens[100:400])
 
 
@@ -128,7 +128,7 @@ def test_keep_one_sequence(tiny: Callable[[str], Tiny], tokens: list[int]) -> No
             ctx.feed(tokens[:200], N_BATCH, 0)
             ctx.feed(tokens[200:400], N_BATCH, 1)
             lib.llama_memory_seq_keep(ctx.memory, 1)
-        assert _native.seq_tokens(xkv.ptr, 0) == (0, 0)
+        assert native.seq_tokens(xkv.ptr, 0) == (0, 0)
         check(plain, xkv, tokens[400:450], 1)
 
 
@@ -147,7 +147,7 @@ def test_shift_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> Non
         ctx.feed(tokens[:200], N_BATCH)
         assert not lib.llama_memory_can_shift(ctx.memory)
         lib.llama_memory_seq_add(ctx.memory, 0, 50, -1, -10)
-        assert "shifting positions" in _native.take_refusal(ctx.ptr)
+        assert "shifting positions" in native.take_refusal(ctx.ptr)
         with pytest.raises(AssertionError, match="llama_decode returned -2"):
             ctx.decode((0, tokens[:1]))
         lib.llama_memory_clear(ctx.memory, True)

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
-from xkv_gguf.convert.stages import Stage
 from xkv_gguf.errors import OptionError
+from xkv_gguf.plan.stages import Stage
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import lib, open_context
@@ -25,7 +25,7 @@ COARSE = ((64, "q8_0"), (64, "q2_0"))
 
 def params(
     bases: Bases, types: Sequence[tuple[int, str]], stages: dict[int, Sequence[tuple[int, str]] | str], **kind: bool
-) -> _native.ScopeParams:
+) -> native.ScopeParams:
     """Cache parameters whose stages have `types`, or are plain with a type, for a number of slots."""
     early = tuple(
         Stage(n_slot, type=t) if isinstance(t, str) else Stage(n_slot, bases.params(types=tuple(t)).segments)
@@ -55,7 +55,7 @@ def test_equals_plain_cache(
             with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
                 found.append(ctx.feed(tokens[:900], n_batch))
                 if "xkv" in kind:
-                    info = _native.online_info(ctx.ptr, 0)
+                    info = native.online_info(ctx.ptr, 0)
                     assert (info.n_check >= 2) == (how != "static")
                     assert info.n_update == 0 if how != "cold" else info.n_update >= 2  # nothing is lost
         expected, flash, xkv = found
@@ -78,7 +78,7 @@ def test_large_groups(calibrated: bool, tiny: Callable[[str], Tiny], tokens: lis
         with open_context(one.model, n_ctx=N_CTX, **kind) as ctx:
             found.append(ctx.feed(tokens[:800], 8)[-200:])
             if "xkv" in kind:
-                assert _native.online_info(ctx.ptr, 0).n_update == (kind["xkv"].online)
+                assert native.online_info(ctx.ptr, 0).n_update == (kind["xkv"].online)
     plain, random, adapted = found
     # the random directions of a sidecar leave room for few others
     assert error(adapted, plain) <= (0.85 if calibrated else 0.6) * error(random, plain)
@@ -94,7 +94,7 @@ def test_fewer_tokens_are_more_exact(tiny: Callable[[str], Tiny], tokens: list[i
     for stages in ({}, {256: ((128, "q8_0"),), 512: ((64, "q8_0"), (64, "q4_0"))}):
         with open_context(one.model, n_ctx=N_CTX, xkv=params(bases, COARSE, stages)) as ctx:
             found = ctx.feed(tokens[:900], 16)
-            sizes.append(_native.report(ctx.ptr))
+            sizes.append(native.report(ctx.ptr))
         errors.append([error(found[a:b], plain[a:b]) for a, b in ((200, 280), (400, 480), (800, 900))])
     without, staged = errors
     assert sizes[0] == sizes[1]
@@ -162,7 +162,7 @@ def test_bad_stages(slots: tuple[int, ...], text: str, tiny: Callable[[str], Tin
     bases = tiny("llama").bases(4)
     given = params(bases, FULL, {})
     stages = tuple(Stage(n, given.segments) for n in slots)
-    with pytest.raises(OptionError, match=text), _native.scope(replace(given, stages=stages)):
+    with pytest.raises(OptionError, match=text), native.scope(replace(given, stages=stages)):
         pass
 
 

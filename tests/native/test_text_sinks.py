@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from xkv_gguf import _native
+from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import Context, lib, open_context
@@ -21,7 +21,7 @@ FRAME = 32
 
 def n_kept(ctx: Context, text: list[int], seq: int = 0) -> int:
     """Text sinks that were left out of the chunks: what is missing until whole chunks are stored."""
-    _, n_stored = _native.seq_tokens(ctx.ptr, seq)
+    _, n_stored = native.seq_tokens(ctx.ptr, seq)
     n_left = -(-n_stored // FRAME) * FRAME
     kept = n_left - n_stored
     assert text[N_SINK : N_SINK + n_left].count(SINK_TOKEN) >= kept
@@ -42,7 +42,7 @@ def test_they_stay_exact(n_text_sink: int, tiny: Callable[[str], Tiny], text: li
     one = tiny("llama-sinks")
     with open_context(one.model, xkv=one.bases().params(n_text_sink=n_text_sink)) as ctx:
         ctx.feed(text[:400], N_BATCH)
-        exact, stored = _native.seq_tokens(ctx.ptr, 0)
+        exact, stored = native.seq_tokens(ctx.ptr, 0)
         assert exact + stored == 400
         n_passed = text[N_SINK : N_SINK + stored].count(SINK_TOKEN)
         assert n_kept(ctx, text) == min(n_text_sink, n_passed)
@@ -53,7 +53,7 @@ def test_ordinary_tokens_do_not(tiny: Callable[[str], Tiny], tokens: list[int]) 
     one = tiny("llama")
     with open_context(one.model, xkv=one.bases().params(n_text_sink=16)) as ctx:
         ctx.feed(tokens[:400], N_BATCH)
-        assert _native.seq_tokens(ctx.ptr, 0)[1] % FRAME == 0
+        assert native.seq_tokens(ctx.ptr, 0)[1] % FRAME == 0
 
 
 @pytest.mark.parametrize(("group_size", "frame"), [(1, 32), (4, 128)])
@@ -83,7 +83,7 @@ def test_remove(p0: int, p1: int, tiny: Callable[[str], Tiny], text: list[int]) 
             ctx.feed(text[:270], N_BATCH)
             assert ctx.seq_rm(0, p0, p1)
         n_left = p0 if p1 < 0 else 270 - (p1 - p0)
-        assert sum(_native.seq_tokens(xkv.ptr, 0)) == n_left
+        assert sum(native.seq_tokens(xkv.ptr, 0)) == n_left
         check(plain, xkv, text[300:450])
         if p1 < 0 and p0 > 0:
             assert lib.llama_memory_seq_pos_max(xkv.memory, 0) == p0 + 149

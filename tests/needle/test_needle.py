@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from xkv_gguf import Llama
-from xkv_gguf.convert.settings import default_threads
-from xkv_gguf.haystack import Haystack, build_haystack, make_needle
+from xkv_gguf.lab.haystack import Haystack, build_haystack, make_needle
+from xkv_gguf.runtime.threads import default_threads
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._files import read_text
+from ..base.files import read_text
 from ..errors import OptionError, XkvError
-from ._model import Answer, add_model_arguments, answer_chat, open_llama, sampling, write
+from ._answer import Answer, add_model_arguments, answer_chat, open_llama, sampling, write
 
 if TYPE_CHECKING:
     from ..llama import Llama

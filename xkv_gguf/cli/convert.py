@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from ..base.text import format_bytes
 from ..convert.hf import OUTTYPES
-from ..convert.knob import DEFAULT_KNOB, one_knob
-from ..convert.settings import AUTO_SIZES, BASIS_TYPES, FRAME, GROUP_SIZE, TOKENS, WEIGH, Settings
-from ..convert.sidecar_info import FRAMES, PLAN_CTX
-from ._knob import add_knob_arguments, knob_values
-from .inspect import mib
+from ..convert.settings import AUTO_SIZES, BASIS_TYPES, TOKENS, WEIGH, Settings
+from ..plan.groups import FRAME, FRAMES, GROUP_SIZE
+from ..plan.size_target import DEFAULT_TARGET, one_target
+from ..plan.sizes import PLAN_CTX
+from ._args import add_size, model_path, size_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is weighed by what its loss costs: groups of layers, layers one by one, which takes longer and "
         "loses less, or none, which is quicker and loses more (default: %(default)s)",
     )
-    add_knob_arguments(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_KNOB})")
+    add_size(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_TARGET})")
     text = parser.add_argument_group("calibration text")
     text.add_argument(
         "--data",
@@ -85,16 +86,15 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         See `convert.pipeline.convert` and `convert.hf.convert_folder`.
     """
+    from ..base.files import check_writable
     from ..convert.hf import check_folder, convert_folder, gguf_path
     from ..convert.pipeline import convert
-    from ..convert.sidecar_info import sidecar_beside
-    from ..convert.sidecar_write import check_writable
-    from ..demo_model import demo_model
     from ..errors import OptionError
+    from ..sidecar.info import sidecar_beside
 
     settings = Settings(
         group_size=args.group_size,
-        knob=one_knob(knob_values(args)) or DEFAULT_KNOB,
+        target=one_target(size_values(args)) or DEFAULT_TARGET,
         n_ctx=args.n_ctx,
         frame=args.frame,
         data=tuple(map(Path, args.data)),
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         weigh=args.weigh,
         **({} if args.threads is None else {"threads": args.threads}),
     )
-    model = Path(args.model) if args.model is not None else demo_model()
+    model = model_path(args)
     out = Path(args.output) if args.output is not None else None
     if model.is_dir():
         folder, model = model, gguf_path(model, out, args.outtype or "f16")
@@ -126,16 +126,16 @@ def run(args: argparse.Namespace) -> int:
 
 def planned(model: Path, path: Path) -> str:
     """What the sidecar at `path` makes of the model's cache."""
-    from ..convert.describe import plan_of
-    from ..convert.fingerprint import read_model_header
-    from ..convert.model_shape import find_shape, known_shape
-    from ..convert.sidecar import read_sidecar
+    from ..model.fingerprint import read_model_header
+    from ..model.shape import find_shape, known_shape
+    from ..sidecar.describe import plan_of
+    from ..sidecar.read import read_sidecar
 
     sidecar = read_sidecar(path)
     info = sidecar.info
     shape = known_shape(find_shape(read_model_header(model)), info.embd_k, info.embd_v)
-    plan = plan_of(sidecar, shape, info.knob, info.n_ctx)
-    return f"{info.knob} at n_ctx {info.n_ctx}: {mib(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
+    plan = plan_of(sidecar, shape, info.target, info.n_ctx)
+    return f"{info.target} at n_ctx {info.n_ctx}: {format_bytes(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
 
 
 def _group_size(text: str) -> int | Literal["auto"]:

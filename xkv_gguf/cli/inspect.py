@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._knob import add_knob_arguments, knob_values
+from ..base.text import format_bytes, format_table
+from ._args import add_size, size_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-ctx", type=int, metavar="N", help="context in tokens to plan for (default: what the sidecar was made for)"
     )
-    add_knob_arguments(parser, "none of them plans what the sidecar was made for")
+    add_size(parser, "none of them plans what the sidecar was made for")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,26 +31,26 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         The file cannot be read, the size is out of reach, or the picture cannot be drawn.
     """
-    from ..convert.describe import beside, describe, is_sidecar, plan_of
-    from ..convert.knob import one_knob
-    from ..convert.model_shape import known_shape
-    from ..convert.sidecar import read_sidecar
     from ..errors import OptionError
+    from ..model.shape import known_shape
+    from ..plan.size_target import one_target
+    from ..sidecar.describe import beside, describe, is_sidecar, plan_of
+    from ..sidecar.read import read_sidecar
 
     path = Path(args.file)
     if args.n_ctx is not None and not 1 <= args.n_ctx < 1 << 31:
         raise OptionError(f"--n-ctx: {args.n_ctx}, expected 1 or more")
     if args.plot is not None and not is_sidecar(path):
         raise OptionError(f"--plot draws the spectra of a sidecar, {path} is none")
-    knob = one_knob(knob_values(args))
-    found = describe(path, knob, args.n_ctx)
+    target = one_target(size_values(args))
+    found = describe(path, target, args.n_ctx)
     if args.plot is not None:
-        from ..convert.plot import plot_spectra
+        from ..sidecar.plot import plot_spectra
 
         sidecar = read_sidecar(path)
         info = sidecar.info
         shape = known_shape(beside(path), info.embd_k, info.embd_v)
-        plot_spectra(sidecar, plan_of(sidecar, shape, knob or info.knob, args.n_ctx or info.n_ctx), Path(args.plot))
+        plot_spectra(sidecar, plan_of(sidecar, shape, target or info.target, args.n_ctx or info.n_ctx), Path(args.plot))
     print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
     return 0
 
@@ -60,7 +61,7 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     if found["kind"] == "sidecar":
         calibration, made_for = found["calibration"], found["made_for"]
         source = "text of its own" if calibration["source"] == "self" else "files"
-        yield f"sidecar     {found['path']} ({mib(found['bytes'])}, format version {found['format_version']})"
+        yield f"sidecar     {found['path']} ({format_bytes(found['bytes'])}, format version {found['format_version']})"
         yield f"model       {model['architecture']} {model['name']!r}, fingerprint {model['fingerprint'][:16]}"
         yield (
             f"calibrated  on {calibration['tokens']} tokens of {source}, sequences of {calibration['n_ctx']}, "
@@ -68,7 +69,7 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
         )
         yield f"made for    {made_for['knob']} {made_for['value']} at n_ctx {made_for['n_ctx']}"
     else:
-        yield f"model       {found['path']} ({mib(found['bytes'])})"
+        yield f"model       {found['path']} ({format_bytes(found['bytes'])})"
         yield f"            {model['architecture']} {model['name']!r}, {found['layers']} layers"
         yield f"sidecar     {found['sidecar'] or 'none yet; make one with `xkv-gguf convert`'}"
         if found["sidecar_problem"]:
@@ -78,20 +79,21 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     yield ""
     caches = found["caches"]
     contexts = list(caches["f16"]["totals"])
-    rows = []
+    rows = [["cache", "bytes/token", *map(tokens, contexts)]]
     for name, cache in caches.items():
         row = [name, f"{cache['bytes_per_token']:.0f}"]
         for n in contexts:
             total = cache["totals"][n]
-            row.append(f"{mib(total)} ({caches['f16']['totals'][n] / total:.2f}x)" if total else "out of reach")
+            ratio = f"{caches['f16']['totals'][n] / total:.2f}x" if total else ""
+            row.append(f"{format_bytes(total)} ({ratio})" if total else "out of reach")
         rows.append(row)
-    yield from table(("cache", "bytes/token", *map(tokens, contexts)), rows)
+    yield from format_table(rows, "<>" + ">" * len(contexts))
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     """A plan as text."""
     yield (
-        f"plan        {plan['knob']} {plan['value']} at n_ctx {plan['n_ctx']}: {mib(plan['total_bytes'])}, "
+        f"plan        {plan['knob']} {plan['value']} at n_ctx {plan['n_ctx']}: {format_bytes(plan['total_bytes'])}, "
         f"{plan['ratio']:.2f}x smaller than f16 (coefficients alone {plan['coef_ratio']:.2f}x)"
     )
     yield (
@@ -103,15 +105,15 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     if plan["stages"]:
         early = ", ".join(f"{stage['distortion']:.4f} up to {stage['n_slot']} tokens" for stage in plan["stages"])
         yield f"            {early}"
-    yield "            " + ", ".join(f"{name} {mib(size)}" for name, size in plan["parts"].items())
+    yield "            " + ", ".join(f"{name} {format_bytes(size)}" for name, size in plan["parts"].items())
     yield ""
-    rows = []
+    rows = [["layers", "K directions", "of", "kept", "V directions", "of", "kept"]]
     for group in plan["groups"]:
         row = [f"{group['layers'][0]}-{group['layers'][1]}"]
         for kind in ("k", "v"):
             row += [segment_text(group[f"segments_{kind}"]), str(group[f"dim_{kind}"]), f"{group[f'kept_{kind}']:.2%}"]
         rows.append(row)
-    yield from table(("layers", "K directions", "of", "kept", "V directions", "of", "kept"), rows)
+    yield from format_table(rows, "<>>>>>>")
 
 
 def segment_text(segments: Sequence[Sequence[Any]]) -> str:
@@ -122,16 +124,3 @@ def segment_text(segments: Sequence[Sequence[Any]]) -> str:
 def tokens(n: str) -> str:
     """A number of tokens for people, in thousands of 1024 where they are whole."""
     return n if int(n) % 1024 else f"{int(n) // 1024}k"
-
-
-def mib(n: int) -> str:
-    """Bytes for people."""
-    return f"{n / 2**20:.1f} MiB"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Columns aligned to the right, the first one to the left."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        yield "  ".join(cells).rstrip()

@@ -12,17 +12,27 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__
-from .._files import check_writable, write_atomic
-from .._model_file import ModelFile, open_model
-from ..cache_spec import GRAMMAR, parse_caches
-from ..demo_model import demo_model
+from ..base.files import check_writable, write_atomic
+from ..base.partial import Partial, file_identity
 from ..errors import OptionError
+from ..lab.cache_spec import parse_caches
+from ..lab.ruler.run import Plan, Runner
+from ..lab.ruler.score import summarize, table
+from ..lab.ruler.tasks import TASKS, parse_tasks
+from ..model.file import ModelFile, open_model
 from ..options import XkvOptions
-from ..ruler.partial import Partial
-from ..ruler.run import Plan, Runner
-from ..ruler.score import summarize, table
-from ..ruler.tasks import TASKS, parse_tasks
-from ._sidecar import shared_sidecar, with_sidecar
+from ._args import (
+    add_caches,
+    add_model,
+    add_n_ubatch,
+    add_sidecar,
+    add_threads,
+    check_counts,
+    model_path,
+    shared_sidecar,
+    thread_settings,
+    with_sidecar,
+)
 
 DEFAULT_CACHES = "f16,xkv"
 DEFAULT_LENGTHS = "4096"
@@ -31,7 +41,7 @@ N_BATCH = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file (default: the demo model)")
+    add_model(parser)
     parser.add_argument(
         "--length",
         default=DEFAULT_LENGTHS,
@@ -39,12 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a prompt with room for its answer, with commas between (default: %(default)s)",
     )
     parser.add_argument("--tasks", default="all", metavar="LIST", help=f"all, or of {', '.join(TASKS)} (default: all)")
-    parser.add_argument(
-        "--caches",
-        default=DEFAULT_CACHES,
-        metavar="LIST",
-        help=f"{GRAMMAR}, with commas between (default: %(default)s)",
-    )
+    add_caches(parser, DEFAULT_CACHES)
     parser.add_argument("--samples", type=int, default=10, metavar="N", help="per task and length (default: 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: %(default)s)")
     parser.add_argument(
@@ -52,15 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="write scores and answers to this file; OUT.partial keeps what an interrupted run did",
     )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads (default: all that may be used, half of them to decode)"
-    )
-    parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")
-    parser.add_argument(
-        "--sidecar",
-        metavar="FILE",
-        help="sidecar for xkv caches that name none (default: found beside the model, or made)",
-    )
+    add_threads(parser)
+    add_n_ubatch(parser)
+    add_sidecar(parser, "xkv caches that name none")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,22 +69,21 @@ def run(args: argparse.Namespace) -> int:
     for spec in caches:
         if spec.kv_mode == "xkv":
             XkvOptions.of(spec.options)
-    _check_counts(args)
+    check_counts(args, "samples", "threads", "n_ubatch")
     out = Path(args.json) if args.json is not None else None
     if out is not None:
         check_writable(out)
-    model = open_model(args.model if args.model is not None else demo_model())
+    model = open_model(model_path(args))
     lengths = parse_lengths(args.length, model)
     settings: dict[str, Any] = {"n_batch": max(N_BATCH, args.n_ubatch or 0)}
     if args.n_ubatch is not None:
         settings["n_ubatch"] = args.n_ubatch
-    if args.threads is not None:
-        settings |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
+    settings |= thread_settings(args.threads)
     sidecar = shared_sidecar(model.path, caches, args)
     caches = [with_sidecar(spec, sidecar) for spec in caches]
     plan = Plan(model.path, caches, tasks, lengths, args.samples, args.seed, settings)
     basis = _basis(plan, sidecar)
-    partial = Partial(out.with_name(f"{out.name}.partial") if out is not None else None, basis)
+    partial = Partial(out, "ruler", basis, mixed=False)
     samples = _run(plan, partial)
     rows = summarize(samples)
     if out is not None:
@@ -136,45 +134,35 @@ def parse_lengths(text: str, model: ModelFile) -> list[int]:
     return sorted(set(lengths))
 
 
-def _check_counts(args: argparse.Namespace) -> None:
-    for option, value in (("--samples", args.samples), ("--threads", args.threads), ("--n-ubatch", args.n_ubatch)):
-        if value is not None and value < 1:
-            raise OptionError(f"{option}: {value}, expected 1 or more")
-
-
 def _basis(plan: Plan, sidecar: str | None) -> dict[str, Any]:
     """What every answer depends on, beside its cache, task, length and index."""
-    from .. import _loader
-    from ..convert.fingerprint import model_fingerprint
+    from ..model.fingerprint import model_fingerprint
+    from ..runtime import loader
 
-    identity = None
-    if sidecar is not None:
-        stat = Path(sidecar).stat()
-        identity = [Path(sidecar).name, stat.st_size, stat.st_mtime_ns]
     return {
         "model": model_fingerprint(plan.model),
         # the fingerprint leaves out the tokenizer and the chat template
         "model_bytes": plan.model.stat().st_size,
         "xkv_gguf": __version__,
-        "build_id": _loader.load().build_id,
+        "build_id": loader.load().build_id,
         "seed": plan.seed,
         "settings": dict(plan.settings),
-        "sidecar": identity,
+        "sidecar": None if sidecar is None else file_identity(Path(sidecar)),
     }
 
 
 def _run(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
     """All samples of the plan, with a progress bar over those that are missing."""
-    from .. import _log
+    from ..runtime import log
 
-    _log.silence()
+    log.silence()
     wanted = plan.sample_keys()
-    done = sum(key in partial.records for key in wanted)
+    done = sum(partial.get(**vars(key)) is not None for key in wanted)
     with tqdm(total=len(wanted), initial=done, desc="ruler", unit="sample", disable=None) as bar:
         try:
             return Runner(plan, partial, bar.update).run()
         except KeyboardInterrupt:
-            if partial.path is not None and partial.records:
+            if partial.path is not None and partial.n_taken + partial.n_put:
                 print(f"\n{partial.path} keeps the finished samples: the same command goes on", file=sys.stderr)
             raise
 

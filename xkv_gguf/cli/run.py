@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 
-from .._files import read_text
+from ..base.files import read_text
 from ..errors import OptionError
-from ._model import Answer, add_model_arguments, answer_chat, answer_text, open_llama, sampling, write
+from ._answer import Answer, add_model_arguments, answer_chat, answer_text, open_llama, sampling, write
 
 DEFAULT_MAX_TOKENS = 256
 

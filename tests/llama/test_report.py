@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+
+from xkv_gguf import KvPart, KvReport
+from xkv_gguf.base.text import format_bytes, format_table
+
+REPORT = KvReport(
+    "xkv",
+    1024,
+    (KvPart("coefficients", 3 * 2**20), KvPart("means", 512)),
+    n_exact=260,
+    n_stored=64,
+    n_update=2,
+    n_check=7,
+)
+
+
+def test_the_total_is_the_sum_of_the_parts() -> None:
+    assert REPORT.total_bytes == 3 * 2**20 + 512
+
+
+def test_json_holds_everything() -> None:
+    assert json.loads(REPORT.to_json()) == {
+        "kv_mode": "xkv",
+        "n_ctx": 1024,
+        "total_bytes": 3 * 2**20 + 512,
+        "parts": {"coefficients": 3 * 2**20, "means": 512},
+        "n_exact": 260,
+        "n_stored": 64,
+        "n_update": 2,
+        "n_check": 7,
+    }
+
+
+def test_text_has_a_line_per_part_and_the_total() -> None:
+    assert str(REPORT).splitlines() == [
+        "KV cache xkv, n_ctx 1024: 260 tokens exact, 64 compressed; bases renewed 2 times in 7 checks",
+        "  coefficients  3.0 MiB",
+        "  means         0.5 KiB",
+        "  total         3.0 MiB",
+    ]
+
+
+def test_plain_caches_have_no_bases() -> None:
+    assert str(KvReport("f16", 512, (KvPart("K and V", 1024),))).splitlines()[0].endswith("0 compressed")
+
+
+def test_bytes_are_printed_in_a_unit_that_shows_them() -> None:
+    assert [format_bytes(n) for n in (0, 512, 100 * 1024, 2**20, 3 * 2**30)] == [
+        "0.0 KiB",
+        "0.5 KiB",
+        "100.0 KiB",
+        "1.0 MiB",
+        "3072.0 MiB",
+    ]
+
+
+def test_tables_align_their_columns() -> None:
+    assert format_table([["a", "10"], ["bcd", "5"]], "<>") == ["a    10", "bcd   5"]

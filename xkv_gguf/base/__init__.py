@@ -1,0 +1,1 @@
+"""What every room uses: files, plain tables, an interrupted run's finished parts."""

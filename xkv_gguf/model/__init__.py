@@ -1,0 +1,1 @@
+"""What a GGUF model file tells of itself: header, shape, fingerprint. The model is not loaded."""

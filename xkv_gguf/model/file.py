@@ -1,0 +1,91 @@
+"""What the front needs to know of a model file before llama.cpp sees it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ModelError
+from ..plan.coef_types import bytes_per_coef
+from ..plan.sizes import ModelShape
+from .fingerprint import model_shards, read_model_header
+from .gguf_read import GgufFormatError, read_header
+from .shape import find_shape
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A GGUF model whose header was read and found sound.
+
+    Attributes
+    ----------
+    path : Path
+    architecture : str
+    n_ctx_train : int
+        Context that the model was trained with; 0 when the file does not say.
+    shape : ModelShape or None
+        Sizes of K and V; None when the file does not say or the architecture keeps something else.
+    """
+
+    path: Path
+    architecture: str
+    n_ctx_train: int
+    shape: ModelShape | None
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers per token that a plain cache keeps, K and V of all layers; 0 when unknown."""
+        return self.shape.numbers if self.shape is not None else 0
+
+    def plain_bytes(self, kv_mode: str, n_ctx: int) -> int:
+        """Bytes of a plain cache for `n_ctx` tokens; 0 when unknown."""
+        return int(self.kv_numbers * bytes_per_coef(kv_mode) * n_ctx)
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Read the header of a GGUF model, and of all files of a split one.
+
+    Raises
+    ------
+    ModelError
+        The file is missing, is not GGUF, is truncated, or is no language model.
+    """
+    try:
+        name = os.fspath(path)
+    except TypeError as error:
+        raise ModelError(f"model {path!r}: expected the path of a GGUF file") from error
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ModelError(f"model {name!r}: expected the path of a GGUF file")
+    file = Path(name)
+    header = read_model_header(file)
+    model_shards(file, header)
+    arch = str(header.scalar("general.architecture"))
+    n_ctx_train = header.scalar(f"{arch}.context_length", 0)
+    return ModelFile(
+        path=file,
+        architecture=arch,
+        n_ctx_train=n_ctx_train if isinstance(n_ctx_train, int) else 0,
+        shape=find_shape(header),
+    )
+
+
+def check_adapter(path: str | os.PathLike[str]) -> None:
+    """Check that a file is a GGUF adapter.
+
+    Raises
+    ------
+    ModelError
+        It is missing, is not GGUF, or is something else.
+    """
+    try:
+        header = read_header(Path(path))
+    except OSError as error:
+        raise ModelError(f"lora_path {path}: cannot be read ({error.strerror})") from error
+    except GgufFormatError as error:
+        raise ModelError(f"lora_path {path}: {error}; a GGUF adapter is expected") from error
+    if header.scalar("general.type") != "adapter":
+        raise ModelError(
+            f"lora_path {path}: general.type is {header.scalar('general.type')!r}, 'adapter' expected; "
+            "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
+        )

@@ -1,0 +1,170 @@
+"""From options to the plan that a context uses, and to what the native library needs to know of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from .convert.pipeline import ensure_sidecar
+from .errors import ModelError, OptionError
+from .model.file import ModelFile
+from .model.shape import known_shape
+from .options import XkvOptions
+from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .plan.groups import FRAME, GROUP_SIZE, group_layers
+from .plan.segments import KINDS, Statistics, assumed_spectrum
+from .plan.size_target import DEFAULT_TARGET
+from .plan.sizes import ModelShape
+from .runtime.native import ScopeParams
+from .sidecar.find import find_sidecar
+from .sidecar.read import Sidecar, read_sidecar
+
+
+class Planned(NamedTuple):
+    """A plan, and the parameters of the native scope that follow from it."""
+
+    plan: CachePlan
+    params: ScopeParams
+
+
+def has_sidecar(model: ModelFile, options: XkvOptions) -> bool:
+    """Whether there is a sidecar or none is wanted, so that none has to be made."""
+    return not options.calibrate or options.sidecar is not None or find_sidecar(model.path) is not None
+
+
+def open_sidecar(model: Path, options: XkvOptions, threads: int) -> Sidecar | None:
+    """Read and check the sidecar of a model: the one that is named, or else one that is found or made.
+
+    Parameters
+    ----------
+    model : Path
+    options : XkvOptions
+    threads : int
+        Threads for making it.
+
+    Returns
+    -------
+    Sidecar or None
+        None when the options do without.
+
+    Raises
+    ------
+    SidecarError
+        It is missing, damaged, of another version, or of another model.
+    """
+    if not options.calibrate:
+        return None
+    path = Path(options.sidecar) if options.sidecar is not None else find_sidecar(model)
+    if path is None:
+        path = ensure_sidecar(model, threads=threads)
+    sidecar = read_sidecar(path)
+    sidecar.check_model(model)
+    return sidecar
+
+
+def scope_params(
+    sidecar: Sidecar | None,
+    options: XkvOptions,
+    n_ctx: int,
+    n_ubatch: int | None,
+    model: ModelFile,
+    n_batch: int = 512,
+) -> Planned:
+    """Plan a cache.
+
+    Parameters
+    ----------
+    sidecar : Sidecar or None
+        None: no calibration, the spectra's shape is assumed.
+    options : XkvOptions
+    n_ctx : int
+        Context in tokens.
+    n_ubatch : int or None
+        Tokens of a micro-batch where the user gives them; None leaves it to the plan.
+    model : ModelFile
+    n_batch : int
+        The most that n_ubatch can be.
+
+    Returns
+    -------
+    Planned
+
+    Raises
+    ------
+    OptionError
+        The size that is asked for is out of reach, or an option does not fit the model.
+    ModelError
+        There is no sidecar, and the model's metadata does not tell the sizes of K and V.
+    """
+    shape = model.shape
+    if sidecar is not None:
+        stats = sidecar.statistics()
+        # the sidecar's sizes are what llama.cpp made of the metadata
+        shape = known_shape(shape, sidecar.info.embd_k, sidecar.info.embd_v)
+    else:
+        if shape is None:
+            raise ModelError(
+                f"model {model.path}: its metadata does not tell the sizes of K and V, which calibrate=False needs; "
+                "leave it out"
+            )
+        stats = assumed_statistics(shape, options)
+    target = options.target or (sidecar.info.target if sidecar is not None else DEFAULT_TARGET)
+    assert isinstance(options.types, tuple)
+    plan = plan_cache(
+        stats,
+        shape,
+        Wishes(
+            n_ctx=n_ctx,
+            target=target,
+            n_sink=options.n_sink,
+            n_text_sink=options.n_text_sink,
+            n_window=options.n_window,
+            n_ubatch=n_ubatch,
+            n_batch=n_batch,
+            type_window=options.type_window,
+            type_basis=options.type_basis,
+            types=options.types,
+            max_segments=options.max_segments,
+            rank=options.rank,
+            stages=options.stages,
+        ),
+    )
+    alone = sidecar is None
+    params = ScopeParams(
+        segments=plan.segments,
+        sidecar=None if sidecar is None else str(sidecar.path),
+        n_sink=plan.layout.n_sink,
+        n_text_sink=plan.layout.n_text_sink,
+        n_window=plan.layout.n_window,
+        n_absorb=options.n_absorb,
+        online=options.online,
+        n_prior=options.n_prior,
+        fused=options.fused,
+        first=stats.first if alone else (),
+        count=stats.count if alone else (),
+        frame=stats.frame if alone else 0,
+        stages=plan.stages,
+    )
+    return Planned(plan, params)
+
+
+def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:
+    """Statistics where nothing was measured, see `assumed_spectrum`.
+
+    Raises
+    ------
+    OptionError
+        The group size is larger than the model has layers.
+    """
+    n_layer = len(shape.embd_k)
+    if options.group_size is not None and options.group_size > n_layer:
+        raise OptionError(f"xkv option group_size: {options.group_size}, expected 1 to {n_layer} (the model's layers)")
+    first, count = group_layers(n_layer, options.group_size or min(GROUP_SIZE, n_layer))
+    groups = list(zip(first, count, strict=True))
+    return Statistics(
+        first=tuple(first),
+        count=tuple(count),
+        spectra={kind: tuple(assumed_spectrum(shape.dim(kind, f, c)) for f, c in groups) for kind in KINDS},
+        weights={kind: (1.0,) * len(groups) for kind in KINDS},
+        frame=options.frame or FRAME,
+    )

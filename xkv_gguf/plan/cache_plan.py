@@ -1,0 +1,305 @@
+"""From a size target and the settings that are given to a whole cache: segments, window, micro-batch, types.
+
+With a coefficient ratio or a quality, window and bases have fixed settings: f16 and q8_0, and with a quality, which
+means a whole cache, a q8_0 window. With a ratio or a budget, which count all bytes, whatever was not given is chosen as
+follows:
+
+- One token in `TEXT_SINK_SHARE` of the context has room to stay exact as an attention sink; a half of that, a quarter
+  or none where the budget is out of reach otherwise.
+- Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window with
+  the largest micro-batch, then q8_0 windows with micro-batches from the largest to the smallest of `UBATCHES`, each
+  with windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken.
+- Bases are q8_0, and q4_0 for the directions whose coefficients are in q2_0 or q1_0.
+- Heads that are not multiples of 32 leave only f16 for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..base.text import format_bytes
+from ..errors import OptionError
+from .coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
+from .segments import MAX_SEGMENTS, Kind, Prices, Segment, Statistics, distortion, least_cost, plan_segments, same_rank
+from .size_target import DEFAULT_TARGET, SizeTarget
+from .sizes import CacheLayout, ModelShape, coef_bytes_per_token, mean_bytes, padded_ctx, predict_parts, window_bytes
+from .stages import Stage, plan_stages
+
+N_BATCH = 512
+WINDOW_SHARE = 0.2
+WINDOWS = (64, 48, 32)
+UBATCHES = (512, 256, 128, 64)
+TEXT_SINK_SHARE = 80
+"""One token in so many has room to stay exact as an attention sink; in SmolLM2, one in 65 to 130 is one."""
+
+Rank = int | Literal["full"]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of a plan; None leaves it to the plan.
+
+    Attributes
+    ----------
+    n_ctx : int
+        Context in tokens; rounded up as a context's is, see `sizes.padded_ctx`.
+    target : SizeTarget
+    n_sink, n_text_sink, n_window, n_ubatch : int
+        Tokens that stay exact at the start, as attention sinks in the text, and of late, and of a micro-batch.
+    n_batch : int
+        The most that n_ubatch can be.
+    type_window, type_basis : str
+    types : tuple of str
+        Coefficient types that may be used, by descending bytes.
+    max_segments : int
+        Most segments of one kind of one group.
+    rank : int or "full"
+        The same number of directions everywhere, in the one type of `types`; takes the place of `target`, and has
+        no stages.
+    stages : bool
+        Whether few tokens get the bytes of many.
+    """
+
+    n_ctx: int
+    target: SizeTarget = DEFAULT_TARGET
+    n_sink: int = 4
+    n_text_sink: int | None = None
+    n_window: int | None = None
+    n_ubatch: int | None = None
+    n_batch: int = N_BATCH
+    type_window: str | None = None
+    type_basis: str | None = None
+    types: tuple[str, ...] = DEFAULT_TYPES
+    max_segments: int = MAX_SEGMENTS
+    rank: Rank | None = None
+    stages: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_ctx", padded_ctx(self.n_ctx))
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache before it is made.
+
+    Attributes
+    ----------
+    segments : tuple of Segment
+        By group, K before V, then by descending variance.
+    layout : CacheLayout
+    parts : mapping of str to int
+        Predicted bytes, see `predict_parts`.
+    distortion : float
+        Predicted, see `plan.distortion`.
+    kld : float or None
+        Predicted mean divergence of the next-token distribution in nats; None where the sidecar has no scale.
+    f16_bytes : int
+        Bytes of a plain f16 cache for the same context.
+    f16_bytes_per_token : int
+    stages : tuple of Stage
+        What takes the place of `segments` while few tokens are stored, by ascending tokens.
+    """
+
+    segments: tuple[Segment, ...]
+    layout: CacheLayout
+    parts: Mapping[str, int] = field(hash=False)
+    distortion: float
+    kld: float | None
+    f16_bytes: int
+    f16_bytes_per_token: int
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes of the cache."""
+        return sum(self.parts.values())
+
+    @property
+    def ratio(self) -> float:
+        """f16's bytes over all bytes."""
+        return self.f16_bytes / self.total_bytes
+
+    @property
+    def coef_ratio(self) -> float:
+        """f16's bytes per token over those of the coefficients."""
+        return self.f16_bytes_per_token / coef_bytes_per_token(self.segments)
+
+    def of(self, group: int, kind: Kind) -> tuple[Segment, ...]:
+        """Segments of one kind of one group."""
+        return tuple(s for s in self.segments if (s.group, s.kind) == (group, kind))
+
+
+def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePlan:
+    """Plan a cache, see the top of this module.
+
+    Parameters
+    ----------
+    stats : Statistics
+    shape : ModelShape
+    wishes : Wishes
+
+    Returns
+    -------
+    CachePlan
+
+    Raises
+    ------
+    OptionError
+        The size target is out of reach, and the text says what is the smallest cache; or a type does not fit the model.
+    """
+    _check_types(shape, wishes)
+    if wishes.rank is not None:
+        if len(wishes.types) != 1:
+            raise OptionError(f"types {'+'.join(wishes.types)}: exactly one expected where a rank is given")
+        rank = None if wishes.rank == "full" else wishes.rank
+        layout = _plain_layout(stats, shape, wishes)
+        type_coef = wishes.types[0]
+        segments = same_rank(stats, rank, type_coef, _bases(shape, wishes)[type_coef])
+        return _finish(stats, shape, layout, segments)
+    by_token = wishes.target.kind in ("coef_ratio", "quality")
+    plan = (_plan_coefficients if by_token else _plan_bytes)(stats, shape, wishes)
+    return replace(plan, stages=_stages(stats, shape, wishes, plan)) if wishes.stages else plan
+
+
+def _stages(stats: Statistics, shape: ModelShape, wishes: Wishes, plan: CachePlan) -> tuple[Stage, ...]:
+    n_bytes = plan.total_bytes - window_bytes(shape, plan.layout) - mean_bytes(shape)
+    bases = _bases(shape, wishes)
+    return plan_stages(
+        stats, shape, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, bases
+    )
+
+
+def _check_types(shape: ModelShape, wishes: Wishes) -> None:
+    if shape.quantizable:
+        return
+    for name in ("type_window", "type_basis"):
+        value = getattr(wishes, name)
+        if value is not None and value not in ("f32", "f16"):
+            raise OptionError(
+                f"{name} {value}: the model's heads have {shape.head_k} numbers of K and {shape.head_v} of V, "
+                f"multiples of {QUANT_BLOCK} expected; use f16"
+            )
+
+
+def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CacheLayout:
+    """The layout where nothing follows from a budget."""
+    small = shape.quantizable and wishes.rank is None and wishes.target.kind == "quality"
+    return CacheLayout(
+        n_ctx=wishes.n_ctx,
+        n_sink=wishes.n_sink,
+        n_window=wishes.n_window if wishes.n_window is not None else WINDOWS[0],
+        n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else UBATCHES[0]),
+        frame=stats.frame,
+        type_window=wishes.type_window or ("q8_0" if small else "f16"),
+        n_text_sink=_text_sinks(wishes),
+    )
+
+
+def _plan_coefficients(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePlan:
+    layout = _plain_layout(stats, shape, wishes)
+    prices = Prices(1, _bases(shape, wishes), with_bases=False)
+    plain = 2 * shape.numbers
+    budget = plain / wishes.target.number
+    least = least_cost(stats, wishes.types, wishes.max_segments, prices)
+    if wishes.target.kind == "quality":
+        budget = max(budget, least)
+    segments = plan_segments(stats, wishes.types, wishes.max_segments, prices, budget)
+    if segments is None:
+        raise OptionError(
+            f"coef_ratio {wishes.target.value}: out of reach with coefficients of {'+'.join(wishes.types)}; the fewest "
+            f"bytes per token are {least:.0f} (coef_ratio {_floor(plain / least)})"
+        )
+    return _finish(stats, shape, layout, segments)
+
+
+def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePlan:
+    plain = 2 * shape.numbers * wishes.n_ctx
+    budget = wishes.target.number if wishes.target.kind == "budget" else plain / wishes.target.number
+    layouts = list(_layouts(stats, shape, wishes))
+    small = [layout for layout in layouts if window_bytes(shape, layout) <= WINDOW_SHARE * budget]
+    fewer = list(_fewer_text_sinks(layouts[-1], wishes))
+    for layout in (*(small or layouts[-1:]), *fewer):
+        fixed = window_bytes(shape, layout) + mean_bytes(shape)
+        prices = Prices(layout.n_slot, _bases(shape, wishes))
+        segments = plan_segments(stats, wishes.types, wishes.max_segments, prices, budget - fixed)
+        if segments is not None:
+            return _finish(stats, shape, layout, segments)
+    smallest = _smallest(stats, shape, wishes, layouts + fewer)
+    prices = Prices(1, _bases(shape, wishes), with_bases=False)
+    per_token = least_cost(stats, wishes.types, wishes.max_segments, prices)
+    limit = 2 * shape.numbers / per_token
+    if wishes.target.kind == "ratio" and wishes.target.number >= limit:
+        hint = f"no n_ctx gets beyond {_floor(limit)} with coefficients of {'+'.join(wishes.types)}"
+    else:
+        helps = ["a larger n_ctx" if wishes.target.kind == "ratio" else "a smaller n_ctx"]
+        if wishes.n_ubatch is not None and wishes.n_ubatch > UBATCHES[-1]:
+            helps.append(f"a smaller n_ubatch than {wishes.n_ubatch}")
+        if wishes.n_window is not None and wishes.n_window > WINDOWS[-1]:
+            helps.append(f"a smaller n_window than {wishes.n_window}")
+        hint = f"{' or '.join(helps)} helps"
+    raise OptionError(
+        f"{wishes.target}: out of reach at n_ctx {wishes.n_ctx}; the smallest cache takes {smallest} bytes "
+        f"({format_bytes(smallest)}, ratio {_floor(plain / smallest)}); {hint}"
+    )
+
+
+def _smallest(stats: Statistics, shape: ModelShape, wishes: Wishes, layouts: list[CacheLayout]) -> int:
+    """Bytes of the smallest cache that the wishes allow."""
+    layout = min(layouts, key=lambda layout: window_bytes(shape, layout))
+    fixed = window_bytes(shape, layout) + mean_bytes(shape)
+    prices = Prices(layout.n_slot, _bases(shape, wishes))
+    return math.ceil(fixed + least_cost(stats, wishes.types, wishes.max_segments, prices))
+
+
+def _layouts(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Iterator[CacheLayout]:
+    """Windows to try, from the one that is liked best."""
+    if wishes.n_ubatch is not None:
+        ubatches = [min(wishes.n_ubatch, wishes.n_batch)]
+    else:
+        ubatches = sorted({min(n, wishes.n_batch) for n in UBATCHES}, reverse=True)
+    windows = WINDOWS if wishes.n_window is None else (wishes.n_window,)
+    types = (wishes.type_window,) if wishes.type_window else ("f16", "q8_0") if shape.quantizable else ("f16",)
+    sizes = [(n_ubatch, n_window) for n_ubatch in ubatches for n_window in windows]
+    for type_window in types:
+        for n_ubatch, n_window in sizes[:1] if type_window == "f16" and len(types) > 1 else sizes:
+            yield CacheLayout(
+                wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window, _text_sinks(wishes)
+            )
+
+
+def _fewer_text_sinks(layout: CacheLayout, wishes: Wishes) -> Iterator[CacheLayout]:
+    if wishes.n_text_sink is None:
+        for part in (2, 4):
+            yield replace(layout, n_text_sink=layout.n_text_sink // part)
+        yield replace(layout, n_text_sink=0)
+
+
+def _text_sinks(wishes: Wishes) -> int:
+    if wishes.n_text_sink is not None:
+        return wishes.n_text_sink
+    return 0 if wishes.rank is not None else wishes.n_ctx // TEXT_SINK_SHARE
+
+
+def _bases(shape: ModelShape, wishes: Wishes) -> dict[str, str]:
+    return basis_types(shape.quantizable, wishes.type_basis)
+
+
+def _finish(stats: Statistics, shape: ModelShape, layout: CacheLayout, segments: tuple[Segment, ...]) -> CachePlan:
+    lost = distortion(stats, segments)
+    return CachePlan(
+        segments=segments,
+        layout=layout,
+        parts=predict_parts(shape, stats.first, stats.count, segments, layout),
+        distortion=lost,
+        kld=stats.kld_scale * lost if stats.kld_scale > 0 else None,
+        f16_bytes=2 * shape.numbers * layout.n_ctx,
+        f16_bytes_per_token=2 * shape.numbers,
+    )
+
+
+def _floor(ratio: float) -> str:
+    """A ratio rounded down, so that what is printed can be asked for."""
+    return f"{math.floor(ratio * 100) / 100:.2f}"

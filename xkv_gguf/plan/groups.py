@@ -1,0 +1,59 @@
+"""Groups of consecutive layers that share coefficients, and the chunks that their keys are rotated by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import OptionError
+from .segments import Kind
+
+GROUP_SIZE = 5
+FRAME = 64
+FRAMES = (32, 64, 128, 256)
+"""Chunk lengths that a cache can have, in tokens."""
+
+
+def group_layers(n_layer: int, group_size: int) -> tuple[list[int], list[int]]:
+    """Split layers into consecutive groups of at most `group_size`, as even as can be.
+
+    Returns
+    -------
+    first, count : list of int
+        First layer and number of layers of each group. 32 layers in groups of 5 give 5 5 5 5 4 4 4.
+
+    Raises
+    ------
+    OptionError
+        `group_size` is not in 1 .. `n_layer`.
+    """
+    if not 1 <= group_size <= n_layer:
+        raise OptionError(f"group size {group_size}: 1 to {n_layer} (the model's layers) expected")
+    n_group = -(-n_layer // group_size)
+    small, extra = divmod(n_layer, n_group)
+    count = [small + (i < extra) for i in range(n_group)]
+    first = [sum(count[:i]) for i in range(n_group)]
+    return first, count
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Consecutive groups of layers, and the numbers per token of groups and of layers by kind."""
+
+    first: list[int]
+    count: list[int]
+    dims: dict[Kind, list[int]]
+    embd: dict[Kind, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, first: list[int], count: list[int], embd_k: Sequence[int], embd_v: Sequence[int]) -> LayerGroups:
+        """Add up the dimensions."""
+
+        def dims(embd: Sequence[int]) -> list[int]:
+            return [sum(embd[f : f + c]) for f, c in zip(first, count, strict=True)]
+
+        return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
+
+    def name(self, group: int) -> str:
+        """Layers of a group for people: "0-4"."""
+        return f"{self.first[group]}-{self.first[group] + self.count[group] - 1}"

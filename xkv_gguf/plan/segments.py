@@ -1,0 +1,241 @@
+"""Which directions are kept, and with how many bits: reverse water-filling over all groups, K and V together.
+
+Pure functions of spectra. A direction of relative variance v costs `v * noise(type)` when it is stored and `v` when it
+is dropped. At the best plan, a byte more buys the same everywhere; that price is found by bisection, and what is left
+of the budget then goes where it helps most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import OptionError
+from .coef_types import TYPES
+from .waterfill import STEP, Problem, fill
+
+Spectrum = npt.NDArray[np.floating]
+Kind = Literal["k", "v"]
+KINDS: tuple[Kind, ...] = ("k", "v")
+
+MAX_SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Directions of one kind of one group, after those of the segment before.
+
+    Coefficients are in `type`, the directions themselves in `type_basis`.
+    """
+
+    group: int
+    kind: Kind
+    rank: int
+    type: str
+    type_basis: str = "q8_0"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a plan needs to know of a model's groups of layers.
+
+    Attributes
+    ----------
+    first, count : tuple of int
+        First layer and number of layers of each group.
+    spectra : dict of str to tuple of ndarray
+        By kind and group: variance along each of the group's D directions, descending.
+    weights : dict of str to tuple of float
+        By kind and group: what one unit of relative distortion costs.
+    frame : int
+        Tokens per chunk.
+    kld_scale : float
+        Mean divergence of the next-token distribution, in nats, per unit of distortion; 0 when unknown.
+    """
+
+    first: tuple[int, ...]
+    count: tuple[int, ...]
+    spectra: dict[Kind, tuple[Spectrum, ...]]
+    weights: dict[Kind, tuple[float, ...]]
+    frame: int
+    kld_scale: float = 0.0
+
+    def dim(self, group: int, kind: Kind) -> int:
+        """Numbers per token of one kind of a group: D."""
+        return len(self.spectra[kind][group])
+
+    def variances(self, group: int, kind: Kind) -> npt.NDArray[np.float64]:
+        """Weighted share of the variance along each direction, shape (D,); zeros for a spectrum of zeros."""
+        spectrum = np.asarray(self.spectra[kind][group], dtype=np.float64)
+        total = spectrum.sum()
+        return self.weights[kind][group] * spectrum / total if total > 0 else np.zeros_like(spectrum)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What is counted against a budget.
+
+    Attributes
+    ----------
+    slots : int
+        Tokens that the store has room for; 1 to count bytes per token.
+    bases : mapping of str to str
+        Type of the directions by the type of their coefficients.
+    with_bases : bool
+        Whether a direction's bytes in the basis count.
+    """
+
+    slots: int
+    bases: Mapping[str, str] = field(hash=False)
+    with_bases: bool = True
+
+
+def energy_kept(spectrum: Spectrum, rank: int) -> float:
+    """Share of the variance that the first `rank` directions hold, 0 to 1 (1 for a spectrum of zeros)."""
+    total = float(np.sum(spectrum, dtype=np.float64))
+    return float(np.sum(spectrum[:rank], dtype=np.float64)) / total if total > 0 else 1.0
+
+
+def assumed_spectrum(dim: int) -> Spectrum:
+    """Variances that are assumed where nothing was measured: direction i has 1 / (i + 8)^1.5.
+
+    An assumption about the shape only: a heavy tail after a steep beginning. It decides how many bits each direction
+    gets until bases are learnt, which directions these are it does not say.
+    """
+    result: Spectrum = (np.arange(dim) + 8.0) ** -1.5
+    return result
+
+
+def granule(type_name: str, kind: Kind, frame: int) -> int:
+    """Directions that a segment of a type is a multiple of; 0 when the type cannot be used.
+
+    A row of K is a token, so that a quantization block lies along the directions. A row of V is a direction, so that
+    a block lies along the tokens of a chunk and has to fit into it.
+    """
+    block = TYPES[type_name].block
+    if kind == "k":
+        return max(STEP, block)
+    return STEP if frame % block == 0 else 0
+
+
+def stored_rank(segment: Segment) -> int:
+    """Coefficients per token of a segment: its rank, and zeros up to a whole block of K (of 32 directions of V)."""
+    step = max(STEP, TYPES[segment.type].block) if segment.kind == "k" else STEP
+    return -(-segment.rank // step) * step
+
+
+def plan_segments(
+    stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices, budget: float
+) -> tuple[Segment, ...] | None:
+    """The segments with the least distortion in a budget.
+
+    Parameters
+    ----------
+    stats : Statistics
+    types : sequence of str
+        Coefficient types that may be used, by descending bytes.
+    max_segments : int
+        Most segments of one kind of one group.
+    prices : Prices
+    budget : float
+        Bytes, for what `prices` counts.
+
+    Returns
+    -------
+    tuple of Segment, or None
+        By group, K before V, then by descending variance; None when even the smallest plan is over the budget. Every
+        kind of every group keeps at least one segment.
+    """
+    problem, names = _problem(stats, types, max_segments, prices)
+    counts = fill(problem, budget)
+    if counts is None:
+        return None
+    segments = []
+    for row, (g, kind) in zip(counts, _sources(stats), strict=True):
+        left = stats.dim(g, kind)
+        for name, n in zip(names, row, strict=True):
+            if n > 0:
+                segments.append(Segment(g, kind, min(int(n) * STEP, left), name, prices.bases[name]))
+                left -= segments[-1].rank
+    return tuple(segments)
+
+
+def least_cost(stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices) -> float:
+    """Bytes of the smallest plan; parameters as in `plan_segments`."""
+    return _problem(stats, types, max_segments, prices)[0].least_cost()
+
+
+def same_rank(stats: Statistics, rank: int | None, type_name: str, type_basis: str) -> tuple[Segment, ...]:
+    """One segment for every kind of every group, of the same rank (at most D) or of full rank (None).
+
+    Raises
+    ------
+    OptionError
+        The rank is no multiple of what the type needs, or the type cannot be used for V.
+    """
+    segments = []
+    for g, kind in _sources(stats):
+        step, dim = granule(type_name, kind, stats.frame), stats.dim(g, kind)
+        if step == 0:
+            raise OptionError(
+                f"type {type_name} for V: its blocks of {TYPES[type_name].block} tokens do not fit into chunks of "
+                f"{stats.frame}; use another type"
+            )
+        if rank is not None and rank < dim and (rank < 1 or rank % step):
+            raise OptionError(f"rank {rank}: a multiple of {step} (for {type_name}), or 'full', expected")
+        segments.append(Segment(g, kind, dim if rank is None else min(rank, dim), type_name, type_basis))
+    return tuple(segments)
+
+
+def distortion(stats: Statistics, segments: Sequence[Segment]) -> float:
+    """Predicted distortion: over all groups and kinds, the weighted share of the variance that is lost.
+
+    Dropped directions lose theirs, stored ones the noise of their type and of their basis's.
+    """
+    done = dict.fromkeys(_sources(stats), 0)
+    lost = sum(float(stats.variances(*source).sum()) for source in done)
+    for segment in segments:
+        source = (segment.group, segment.kind)
+        kept = float(stats.variances(*source)[done[source] : done[source] + segment.rank].sum())
+        lost -= kept * (1 - TYPES[segment.type].noise - TYPES[segment.type_basis].noise)
+        done[source] += segment.rank
+    return max(0.0, lost)
+
+
+def _sources(stats: Statistics) -> list[tuple[int, Kind]]:
+    return [(g, kind) for g in range(len(stats.first)) for kind in KINDS]
+
+
+def _problem(
+    stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices
+) -> tuple[Problem, tuple[str, ...]]:
+    """The plan in steps of 32 directions, and the types that its columns stand for."""
+    sources = _sources(stats)
+    steps = {(kind, t): granule(t, kind, stats.frame) for kind in KINDS for t in types}
+    for kind in KINDS:
+        if not any(steps[kind, t] for t in types):
+            raise OptionError(
+                f"coefficient types {'+'.join(types)}: none has blocks that fit into chunks of {stats.frame} tokens, "
+                f"as {kind.upper()} needs; allow a type with smaller blocks"
+            )
+    dims = np.array([stats.dim(*source) for source in sources])
+    # a segment may end inside a block where the directions end, so the last block counts as whole
+    longest = max(step for step in steps.values()) // STEP
+    n_step = int(-(-dims.max() // STEP)) + longest - 1
+    gains = np.zeros((len(sources), n_step))
+    for i, source in enumerate(sources):
+        padded = np.zeros(n_step * STEP)
+        padded[: dims[i]] = stats.variances(*source)
+        gains[i] = padded.reshape(n_step, STEP).sum(axis=1)
+    costs = np.empty((len(sources), len(types), n_step))
+    for j, t in enumerate(types):
+        basis_bytes = TYPES[prices.bases[t]].bytes if prices.with_bases else 0.0
+        costs[:, j] = STEP * (TYPES[t].bytes * prices.slots + basis_bytes * dims[:, None])
+    keep = np.array([1 - TYPES[t].noise - TYPES[prices.bases[t]].noise for t in types])
+    granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
+    ends = -(-dims // STEP)
+    return Problem(gains, costs, keep, granules, ends, min(max_segments, len(types))), tuple(types)

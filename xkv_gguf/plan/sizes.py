@@ -1,0 +1,152 @@
+"""Bytes per token and predicted cache sizes. Pure functions; the rule for each kind of cache stands in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .coef_types import QUANT_BLOCK, TYPES, bytes_per_coef
+from .segments import KINDS, Kind, Segment, stored_rank
+
+CONTEXTS = (4096, 32768, 131072)
+"""Contexts for which totals are printed, in tokens."""
+
+PLAN_CTX = 8192
+"""Context that a sidecar is made for unless another is given."""
+
+CTX_STEP = 256  # llama.cpp rounds n_ctx up to it, llama_cpp does not
+SLOT_PAD = 256
+CELL_PAD = 32
+
+
+def padded_ctx(n_ctx: int) -> int:
+    """Tokens that a context has when `n_ctx` are asked for."""
+    return _pad(n_ctx, CTX_STEP)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model's layers, in numbers per token.
+
+    Attributes
+    ----------
+    embd_k, embd_v : tuple of int
+        K and V of each layer.
+    embd_out : tuple of int
+        Output of attention of each layer, before its projection: heads times head size of V.
+    head_k, head_v : int
+        Size of a head of K and of V; the greatest common divisor where layers differ.
+    """
+
+    embd_k: tuple[int, ...]
+    embd_v: tuple[int, ...]
+    embd_out: tuple[int, ...]
+    head_k: int
+    head_v: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per token that a plain cache keeps."""
+        return sum(self.embd_k) + sum(self.embd_v)
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether windows and bases of this model can be quantized."""
+        return self.head_k % QUANT_BLOCK == 0 and self.head_v % QUANT_BLOCK == 0
+
+    def dim(self, kind: Kind, first: int, count: int) -> int:
+        """Numbers per token of one kind of a group of layers."""
+        return sum((self.embd_k if kind == "k" else self.embd_v)[first : first + count])
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What decides an xkv cache's size besides its segments. Sizes are in tokens, types are ggml type names."""
+
+    n_ctx: int
+    n_sink: int = 4
+    n_window: int = 64
+    n_ubatch: int = 512
+    frame: int = 64
+    type_window: str = "f16"
+    n_text_sink: int = 0
+
+    @property
+    def n_cell(self) -> int:
+        """Cells of the window: sinks at the start and in the text, recent tokens, a chunk that fills, a micro-batch."""
+        return _pad(self.n_sink + self.n_text_sink + self.n_window + self.frame + self.n_ubatch, CELL_PAD)
+
+    @property
+    def n_slot(self) -> int:
+        """Tokens that the store has room for."""
+        # one chunk more than there are full ones, for the chunk that is cut short
+        n_chunk = -(-max(0, self.n_ctx - self.n_sink - self.n_window) // self.frame) + 1
+        return _pad(n_chunk * self.frame, SLOT_PAD)
+
+    @property
+    def n_exact(self) -> int:
+        """Tokens that a context has to exceed, so that something is left to compress."""
+        return self.n_sink + self.n_window + self.frame
+
+
+def plain_bytes_per_token(embd_k: Sequence[int], embd_v: Sequence[int], type_name: str) -> float:
+    """Bytes per token of a plain cache whose K and V have the ggml type `type_name`."""
+    return (sum(embd_k) + sum(embd_v)) * bytes_per_coef(type_name)
+
+
+def coef_bytes_per_token(segments: Sequence[Segment]) -> float:
+    """Bytes per token of the coefficient store."""
+    return sum(stored_rank(s) * TYPES[s.type].bytes for s in segments)
+
+
+def window_bytes(shape: ModelShape, layout: CacheLayout) -> int:
+    """Bytes of sinks and window."""
+    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_cell
+
+
+def mean_bytes(shape: ModelShape) -> int:
+    """Bytes of the means: f32, of K and V, and of V as it is added to the output of each layer."""
+    return 4 * (shape.numbers + sum(shape.embd_out))
+
+
+def predict_parts(
+    shape: ModelShape, first: Sequence[int], count: Sequence[int], segments: Sequence[Segment], layout: CacheLayout
+) -> dict[str, int]:
+    """Bytes of an xkv cache for one sequence, by the names of the parts in its report.
+
+    The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Left out is the scratch of a flush, which is
+    allocated when the first chunk leaves the window.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    first, count : sequence of int
+        First layer and number of layers of each group.
+    segments : sequence of Segment
+    layout : CacheLayout
+
+    Returns
+    -------
+    dict of str to int
+        Bytes of "K coefficients", "V coefficients", "bases and means", "sinks and window".
+    """
+    coef = {
+        kind: round(coef_bytes_per_token([s for s in segments if s.kind == kind]) * layout.n_slot) for kind in KINDS
+    }
+    bases = 0.0
+    for g, (f, c) in enumerate(zip(first, count, strict=True)):
+        for kind in KINDS:
+            per_number = sum(
+                stored_rank(s) * TYPES[s.type_basis].bytes for s in segments if (s.group, s.kind) == (g, kind)
+            )
+            bases += shape.dim(kind, f, c) * per_number
+    return {
+        "K coefficients": coef["k"],
+        "V coefficients": coef["v"],
+        "bases and means": round(bases) + mean_bytes(shape),
+        "sinks and window": window_bytes(shape, layout),
+    }
+
+
+def _pad(n: int, step: int) -> int:
+    return -(-n // step) * step

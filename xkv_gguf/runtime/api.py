@@ -1,0 +1,12 @@
+"""llama_cpp on the patched library. Modules of this package take it from here, so that it is loaded in time."""
+
+from __future__ import annotations
+
+from . import loader
+
+loader.load()
+
+import llama_cpp  # noqa: E402
+from llama_cpp import _internals as internals  # noqa: E402
+
+__all__ = ["internals", "llama_cpp"]

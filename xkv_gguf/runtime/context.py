@@ -1,0 +1,72 @@
+"""The context of llama_cpp with failures that say why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DecodeError, UnsupportedError
+from . import native
+from .api import internals, llama_cpp
+
+# what llama_decode returns when no cells are left
+STATUS_FULL = 1
+
+
+class CheckedContext(internals.LlamaContext):
+    """`llama_cpp`'s context; an operation that the cache refuses raises instead of passing unnoticed.
+
+    An object of the parent class becomes one by assigning its ``__class__``: `llama_cpp.Llama` makes its context
+    itself.
+    """
+
+    # an operation that was refused and left the cache unusable until it is cleared
+    _refused = ""
+
+    def decode(self, batch: Any) -> None:
+        """Evaluate a batch.
+
+        Raises
+        ------
+        DecodeError
+            The context is full, a token does not exist, or the cache refused.
+        """
+        code = llama_cpp.llama_decode(self.ctx, batch.batch)
+        if code == 0:
+            return
+        why = native.take_refusal(self.ctx) or self._refused
+        if not why:
+            why = f"the context of {self.n_ctx()} tokens is full" if code == STATUS_FULL else f"status {code}"
+        raise DecodeError(f"a batch of {batch.n_tokens()} tokens cannot be evaluated: {why}")
+
+    def kv_cache_clear(self) -> None:
+        """Empty the cache."""
+        super().kv_cache_clear()  # type: ignore[no-untyped-call]
+        self._refused = ""
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """Remove the positions p0 to p1 - 1 of a sequence; False where the model cannot take back that much."""
+        removed = bool(super().kv_cache_seq_rm(seq_id, p0, p1))
+        if not removed:
+            self._raise_refusal()
+        return removed
+
+    def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
+        """Let a second sequence share positions of a first one."""
+        super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)
+        self._raise_refusal()
+
+    def kv_cache_seq_keep(self, seq_id: int) -> None:
+        """Remove all sequences but one."""
+        super().kv_cache_seq_keep(seq_id)
+        self._raise_refusal()
+
+    def kv_cache_seq_shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
+        """Move positions; an xkv cache refuses."""
+        super().kv_cache_seq_shift(seq_id, p0, p1, shift)
+        self._raise_refusal()
+
+    def _raise_refusal(self) -> None:
+        why = native.take_refusal(self.ctx)
+        if why:
+            self._refused = why
+            raise UnsupportedError(why)

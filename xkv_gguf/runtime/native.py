@@ -1,0 +1,243 @@
+"""Binding of the C API in ``xkv.h`` to the libllama that llama_cpp runs on.
+
+Pointers of llama_cpp (plain integers) are taken as they are and cast here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import cffi
+
+from ..errors import (
+    OptionError,
+    OutOfMemoryError,
+    SidecarError,
+    SidecarMismatchError,
+    SidecarVersionError,
+    UnsupportedError,
+    XkvError,
+)
+from ..plan.segments import KINDS, Segment
+from ..plan.stages import Stage
+from . import loader
+
+CDEF_BEGIN = "// CFFI-BEGIN"
+CDEF_END = "// CFFI-END"
+OPAQUE_TYPES = "struct llama_model;\nstruct llama_context;\n"
+
+STATUS_OK = 0
+# enum xkv_status
+EXCEPTIONS: dict[int, type[XkvError]] = {
+    1: OptionError,
+    2: SidecarError,
+    3: SidecarError,
+    4: SidecarVersionError,
+    5: SidecarMismatchError,
+    6: UnsupportedError,
+    7: OutOfMemoryError,
+    8: XkvError,
+}
+
+# enum ggml_type
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q1_0": 41, "q2_0": 42}
+
+
+@dataclass(frozen=True)
+class ScopeParams:
+    """What `struct xkv_params` holds, in Python types.
+
+    Without a sidecar, `first`, `count` (layers of each group) and `frame` say what it would.
+    """
+
+    segments: tuple[Segment, ...]
+    sidecar: str | None
+    n_sink: int = 4
+    n_text_sink: int = 0
+    n_window: int = 64
+    n_absorb: int = 8
+    online: bool = True
+    n_prior: int = 2000
+    fused: bool = True
+    first: tuple[int, ...] = ()
+    count: tuple[int, ...] = ()
+    frame: int = 0
+    stages: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True)
+class OnlineInfo:
+    """How the bases of a stream follow what it reads.
+
+    Attributes
+    ----------
+    n_update, n_check : int
+        Times that bases were renewed, and that it was found out whether they should be.
+    residual, expected : float
+        Share of the variance that the bases lost at the last check, and that the plan expects.
+    """
+
+    n_update: int
+    n_check: int
+    residual: float
+    expected: float
+
+
+@dataclass(frozen=True)
+class Native:
+    """The C API: `ffi` makes and casts values, `lib` holds the functions."""
+
+    ffi: cffi.FFI
+    lib: Any
+
+    def model(self, pointer: int) -> Any:
+        """Cast a `llama_model_p` of llama_cpp."""
+        return self.ffi.cast("struct llama_model *", _address(pointer))
+
+    def context(self, pointer: int) -> Any:
+        """Cast a `llama_context_p` of llama_cpp."""
+        return self.ffi.cast("struct llama_context *", _address(pointer))
+
+    def text(self, pointer: Any) -> str:
+        """Copy a C string."""
+        return bytes(self.ffi.string(pointer)).decode("utf-8", errors="replace")
+
+
+def declarations(header: str) -> str:
+    """Cut the declarations for cffi out of the text of ``xkv.h``."""
+    return OPAQUE_TYPES + header.partition(CDEF_BEGIN)[2].partition(CDEF_END)[0]
+
+
+@functools.cache
+def native() -> Native:
+    """Load the library and bind it; later calls return the same object.
+
+    Raises
+    ------
+    LibraryError
+        See `loader.load`.
+    """
+    library = loader.load()
+    ffi = cffi.FFI()
+    ffi.cdef(declarations(library.header.read_text(encoding="utf-8")))
+    return Native(ffi, ffi.dlopen(str(library.path)))
+
+
+def last_error() -> str:
+    """Text of the last failure on this thread, "" when there was none."""
+    api = native()
+    return api.text(api.lib.xkv_last_error())
+
+
+def check_status(code: int) -> None:
+    """Raise the exception that belongs to a status code, with the library's text; do nothing for OK."""
+    if code == STATUS_OK:
+        return
+    raise EXCEPTIONS.get(code, XkvError)(last_error() or f"the native library failed with status {code}")
+
+
+@contextmanager
+def scope(params: ScopeParams) -> Iterator[None]:
+    """Make the contexts that this thread creates inside keep their KV cache as xkv.
+
+    Raises
+    ------
+    XkvError
+        The sidecar or a parameter cannot be used.
+    """
+    api = native()
+    # cffi keeps no reference to what a struct's pointers point to: these names do
+    sidecar = api.ffi.NULL if params.sidecar is None else api.ffi.new("char[]", os.fsencode(params.sidecar))
+    first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
+    segments = _segments(api, params.segments)
+    early = [_segments(api, stage.segments) if stage.segments else api.ffi.NULL for stage in params.stages]
+    stages = api.ffi.new(
+        "struct xkv_stage[]",
+        [(s.n_slot, e, len(s.segments), GGML_TYPES[s.type]) for s, e in zip(params.stages, early, strict=True)],
+    )
+    fields: dict[str, Any] = {
+        "sidecar": sidecar,
+        "first": first,
+        "count": count,
+        "n_group": len(params.first),
+        "frame": params.frame,
+        "segments": segments,
+        "n_segment": len(params.segments),
+        "stages": stages,
+        "n_stage": len(stages),
+        "n_sink": params.n_sink,
+        "n_text_sink": params.n_text_sink,
+        "n_window": params.n_window,
+        "n_absorb": params.n_absorb,
+        "online": int(params.online),
+        "n_prior": params.n_prior,
+        "fused": int(params.fused),
+    }
+    check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
+    try:
+        yield
+    finally:
+        api.lib.xkv_scope_end()
+
+
+def _segments(api: Native, segments: Iterable[Segment]) -> Any:
+    """An array of struct xkv_segment."""
+    return api.ffi.new(
+        "struct xkv_segment[]",
+        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis]) for s in segments],
+    )
+
+
+def check_model(model: int) -> None:
+    """Raise UnsupportedError, with the reason, when a loaded model cannot be used with xkv."""
+    api = native()
+    check_status(api.lib.xkv_model_check(api.model(model)))
+
+
+def is_xkv(context: int) -> bool:
+    """Whether a context's memory is an xkv cache."""
+    api = native()
+    return bool(api.lib.xkv_context_is_xkv(api.context(context)))
+
+
+def report(context: int) -> list[tuple[str, int]]:
+    """Parts of a context's KV cache of any kind: name and bytes allocated."""
+    api = native()
+    ctx = api.context(context)
+    count = api.ffi.new("uint32_t *", 0)
+    check_status(api.lib.xkv_report(ctx, api.ffi.NULL, count))
+    parts = api.ffi.new("struct xkv_report_part[]", count[0])
+    check_status(api.lib.xkv_report(ctx, parts, count))
+    return [(api.text(part.name), int(part.bytes)) for part in parts]
+
+
+def seq_tokens(context: int, seq_id: int) -> tuple[int, int]:
+    """Tokens of a sequence in an xkv cache: exact (sinks and window) and compressed."""
+    api = native()
+    n_exact, n_stored = api.ffi.new("uint32_t *"), api.ffi.new("uint32_t *")
+    check_status(api.lib.xkv_seq_tokens(api.context(context), seq_id, n_exact, n_stored))
+    return int(n_exact[0]), int(n_stored[0])
+
+
+def online_info(context: int, seq_id: int) -> OnlineInfo:
+    """How the bases of the stream that holds a sequence have followed what it read, in an xkv cache."""
+    api = native()
+    info = api.ffi.new("struct xkv_online_info *")
+    check_status(api.lib.xkv_online(api.context(context), seq_id, info))
+    return OnlineInfo(int(info.n_update), int(info.n_check), float(info.residual), float(info.expected))
+
+
+def take_refusal(context: int) -> str:
+    """Text of the operation that an xkv context refused since the last call, "" when there was none."""
+    api = native()
+    return api.text(api.lib.xkv_context_refusal(api.context(context)))
+
+
+def _address(pointer: Any) -> int:
+    """Address of a ctypes pointer or of the integer that llama_cpp uses for one."""
+    return int(getattr(pointer, "value", pointer) or 0)

@@ -1,0 +1,1 @@
+"""The sidecar file: reading, writing, finding, describing. FORMAT.md specifies the bytes."""

@@ -1,0 +1,214 @@
+"""What is in a sidecar or a model file, and the cache that is planned for it, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelError, OptionError, SidecarError
+from ..model.fingerprint import read_model_header
+from ..model.gguf_read import GgufFormatError, read_header
+from ..model.shape import find_shape, known_shape, model_shape
+from ..plan.cache_plan import CachePlan, Wishes, plan_cache
+from ..plan.coef_types import TYPES
+from ..plan.segments import KINDS, energy_kept
+from ..plan.size_target import SizeTarget
+from ..plan.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, padded_ctx, plain_bytes_per_token
+from .find import find_sidecar
+from .info import FORMAT_VERSION, SUFFIX
+from .read import Sidecar, read_sidecar
+
+PLAIN = ("f16", "q8_0", "q4_0")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file calls itself a sidecar, by its name or by its first field."""
+    if path.name.endswith(SUFFIX):
+        return True
+    try:
+        return bool(read_header(path).scalar("general.architecture") == "xkv")
+    except (OSError, GgufFormatError):
+        return False
+
+
+def describe(path: Path, target: SizeTarget | None = None, n_ctx: int | None = None) -> dict[str, Any]:
+    """Describe a sidecar or a model.
+
+    Parameters
+    ----------
+    path : Path
+    target : SizeTarget, optional
+        What to plan for; None is the sidecar's own.
+    n_ctx : int, optional
+        Context in tokens to plan for; None is what the sidecar was made for.
+
+    Returns
+    -------
+    dict
+        JSON types only. "kind" is "sidecar" or "model"; "plan" is the cache that is planned, null for a model without
+        a sidecar; "caches" predicts bytes per token and totals by context.
+
+    Raises
+    ------
+    SidecarError, ModelError
+        The file cannot be read.
+    OptionError
+        The size target is out of reach, or is given for a model without a sidecar.
+    """
+    if is_sidecar(path):
+        return describe_sidecar(read_sidecar(path), beside(path), target, n_ctx)
+    return describe_model(path, target, n_ctx)
+
+
+def describe_sidecar(
+    sidecar: Sidecar, shape: ModelShape | None, target: SizeTarget | None, n_ctx: int | None
+) -> dict[str, Any]:
+    """See `describe`; `shape` is the model's where it is known."""
+    info = sidecar.info
+    shape = known_shape(shape, info.embd_k, info.embd_v)
+    target, n_ctx = target or info.target, n_ctx or info.n_ctx
+    plan = plan_of(sidecar, shape, target, n_ctx)
+    contexts = contexts_with(n_ctx)
+    return {
+        "kind": "sidecar",
+        "path": str(sidecar.path),
+        "bytes": sidecar.path.stat().st_size,
+        "format_version": FORMAT_VERSION,
+        "digest": sidecar.digest,
+        "model": {"architecture": info.architecture, "name": info.name, "fingerprint": info.fingerprint},
+        "layers": info.n_layer,
+        "group_size": info.group_size,
+        "frame": info.frame,
+        "n_sink": info.n_sink,
+        "kld_scale": info.kld_scale,
+        "basis_type": "f16" if sidecar.basis(0, "k").dtype == np.float16 else "f32",
+        "calibration": vars(info.calibration).copy(),
+        "settings": dict(info.settings),
+        "made_for": {"knob": info.target.kind, "value": info.target.value, "n_ctx": info.n_ctx},
+        "plan": describe_plan(sidecar, plan, target),
+        "caches": {**plain_caches(shape, contexts), "xkv": xkv_cache(sidecar, shape, target, plan, contexts)},
+    }
+
+
+def describe_model(path: Path, target: SizeTarget | None, n_ctx: int | None) -> dict[str, Any]:
+    """See `describe`; K and V sizes come from the metadata, the model is not loaded.
+
+    Raises
+    ------
+    ModelError
+        The file is no model, or its metadata does not tell the size of K and V.
+    """
+    header = read_model_header(path)
+    shape = model_shape(header)
+    arch = header.scalar("general.architecture")
+    found: dict[str, Any] = {
+        "kind": "model",
+        "path": str(path),
+        "bytes": header.file_size,
+        "model": {"architecture": arch, "name": str(header.scalar("general.name", ""))},
+        "layers": len(shape.embd_k),
+        "n_ctx_train": header.scalar(f"{arch}.context_length"),
+        "embd_k": list(shape.embd_k),
+        "embd_v": list(shape.embd_v),
+        "sidecar": None,
+        "sidecar_problem": None,
+        "plan": None,
+        "caches": plain_caches(shape, contexts_with(n_ctx)),
+    }
+    at = find_sidecar(path)
+    if at is None:
+        if target is not None:
+            raise OptionError(
+                f"model {path}: there is no sidecar to plan with; make one with `xkv-gguf convert {path}`"
+            )
+        return found
+    found["sidecar"] = str(at)
+    try:
+        sidecar = read_sidecar(at)
+        sidecar.check_model(path)
+    except SidecarError as error:
+        found["sidecar_problem"] = str(error)
+        return found
+    of_sidecar = describe_sidecar(sidecar, shape, target, n_ctx)
+    return {**found, "plan": of_sidecar["plan"], "caches": of_sidecar["caches"]}
+
+
+def beside(sidecar: Path) -> ModelShape | None:
+    """Shape of the model that a sidecar lies beside; None where there is none."""
+    model = sidecar.with_name(sidecar.name.removesuffix(SUFFIX) + ".gguf")
+    try:
+        return find_shape(read_model_header(model)) if model != sidecar else None
+    except ModelError:
+        return None
+
+
+def plan_of(sidecar: Sidecar, shape: ModelShape, target: SizeTarget, n_ctx: int) -> CachePlan:
+    """The plan of a context with default options."""
+    return plan_cache(sidecar.statistics(), shape, Wishes(n_ctx, target, sidecar.info.n_sink))
+
+
+def describe_plan(sidecar: Sidecar, plan: CachePlan, target: SizeTarget) -> dict[str, Any]:
+    """A plan in JSON types; "groups" has what is kept of the (scaled) variance, and more."""
+    layout = plan.layout
+    stats = sidecar.statistics()
+    groups = []
+    for g, group in enumerate(sidecar.info.groups):
+        entry: dict[str, Any] = {"layers": [group.first, group.first + group.count - 1]}
+        for kind in KINDS:
+            segments = plan.of(g, kind)
+            entry[f"dim_{kind}"] = sidecar.info.dim(g, kind)
+            entry[f"segments_{kind}"] = [[s.rank, s.type] for s in segments]
+            entry[f"kept_{kind}"] = energy_kept(sidecar.spectrum(g, kind), sum(s.rank for s in segments))
+            entry[f"weight_{kind}"] = group.weight_k if kind == "k" else group.weight_v
+            entry[f"scale_{kind}"] = list(sidecar.info.scales(kind)[group.first : group.first + group.count])
+        groups.append(entry)
+    return {
+        "knob": target.kind,
+        "value": target.value,
+        "n_ctx": layout.n_ctx,
+        "ratio": plan.ratio,
+        "coef_ratio": plan.coef_ratio,
+        "total_bytes": plan.total_bytes,
+        "f16_bytes": plan.f16_bytes,
+        "parts": dict(plan.parts),
+        "n_sink": layout.n_sink,
+        "n_text_sink": layout.n_text_sink,
+        "n_window": layout.n_window,
+        "n_ubatch": layout.n_ubatch,
+        "type_window": layout.type_window,
+        "types_basis": [name for name in TYPES if any(s.type_basis == name for s in plan.segments)],
+        "distortion": plan.distortion,
+        "kld": plan.kld,
+        "stages": [{"n_slot": s.n_slot, "distortion": s.distortion(stats)} for s in plan.stages],
+        "groups": groups,
+    }
+
+
+def contexts_with(n_ctx: int | None) -> list[int]:
+    """Contexts to tell totals of, in tokens: the usual ones and a given one."""
+    return sorted({*CONTEXTS, *([] if n_ctx is None else [padded_ctx(n_ctx)])})
+
+
+def xkv_cache(
+    sidecar: Sidecar, shape: ModelShape, target: SizeTarget, plan: CachePlan, contexts: Sequence[int]
+) -> dict[str, Any]:
+    """Bytes per token of a plan, and totals of the caches that are planned for other contexts: null out of reach."""
+    totals: dict[str, int | None] = {}
+    for n in contexts:
+        try:
+            totals[str(n)] = plan_of(sidecar, shape, target, n).total_bytes
+        except OptionError:
+            totals[str(n)] = None
+    return {"bytes_per_token": coef_bytes_per_token(plan.segments), "totals": totals}
+
+
+def plain_caches(shape: ModelShape, contexts: Sequence[int]) -> dict[str, Any]:
+    """Bytes per token and totals of plain caches, by type."""
+    caches: dict[str, Any] = {}
+    for name in PLAIN:
+        per_token = plain_bytes_per_token(shape.embd_k, shape.embd_v, name)
+        caches[name] = {"bytes_per_token": per_token, "totals": {str(n): round(per_token * n) for n in contexts}}
+    return caches
