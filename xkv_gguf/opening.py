@@ -140,6 +140,8 @@ def scope_params(
         online=options.online,
         n_prior=options.n_prior,
         fused=options.fused,
+        tolerance=options.tolerance,
+        n_lead=options.lead,
         first=stats.first if alone else (),
         count=stats.count if alone else (),
         frame=stats.frame if alone else 0,

@@ -70,7 +70,12 @@ class XkvOptions:
     n_prior : int
         Tokens that the calibration is worth when bases follow the prompt; the first check waits for half as many.
     fused : bool
-        Whether layers on the CPU use ops of their own for few queries; else those of every backend.
+        Whether layers on a device that has it (the CPU) use an attention op of their own; else those of every backend.
+    tolerance : float
+        With few queries, share of a query's softmax up to which a block of 16 stored tokens counts by its first `lead`
+        directions alone; 0 takes all directions of all tokens.
+    lead : int
+        Directions of K and of V that count for every token, a multiple of 32.
     calibrate : bool
         False uses no sidecar: bases are learnt from the first tokens, and the plan assumes the spectra's shape.
     group_size, frame : int, optional
@@ -100,6 +105,8 @@ class XkvOptions:
     online: bool = True
     n_prior: int = 2000
     fused: bool = True
+    tolerance: float = 0.0025
+    lead: int = 128
     calibrate: bool = True
     group_size: int | None = None
     frame: int | None = None
@@ -122,6 +129,11 @@ class XkvOptions:
             _check_int("xkv option n_text_sink", self.n_text_sink, 0)
         _check_int("xkv option n_absorb", self.n_absorb, 0)
         _check_int("xkv option n_prior", self.n_prior, 0)
+        _check_int("xkv option lead", self.lead, 32)
+        if self.lead % 32:
+            raise OptionError(f"xkv option lead: {self.lead!r}, expected a multiple of 32")
+        if not _is_number(self.tolerance) or not 0 <= self.tolerance <= 1:
+            raise OptionError(f"xkv option tolerance: {self.tolerance!r}, expected a number from 0 to 1")
         _check_int("xkv option max_segments", self.max_segments, 1)
         if self.n_window is not None:
             _check_int("xkv option n_window", self.n_window, 1)

@@ -59,7 +59,7 @@ def test_equal_stock_ops(name: str, n_threads: int, tiny: Callable[[str], Tiny],
     [
         *(((128, name),) for name in ("f16", "q8_0", "q5_0", "q4_0", "q2_0", "q1_0")),
         ((32, "f32"), (32, "q8_0"), (64, "q2_0")),
-        ((32, "q8_0"), (32, "q5_0"), (32, "f16"), (32, "q4_0")),
+        ((32, "f16"), (32, "q8_0"), (32, "q5_0"), (32, "q4_0")),
     ],
 )
 def test_types(types: tuple[tuple[int, str], ...], tiny: Callable[[str], Tiny], tokens: list[int]) -> None:

@@ -23,13 +23,13 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
 
 
-def test_segments_of_one_type_are_exact(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    """The full-rank invariant holds however the directions are split."""
+def test_segments_of_exact_types_are_exact(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """The full-rank invariant holds where the directions are split, as far as f16 goes."""
     one = tiny("llama")
     with open_context(one.model, flash_attn=False) as ctx:
         plain = ctx.feed(tokens[:400], 8)
-    with open_context(one.model, xkv=one.bases(4, 64).params(types=((32, "f32"), (64, "f32"), (32, "f32")))) as ctx:
-        assert deviation(ctx.feed(tokens[:400], 8), plain) <= TOL_F32
+    with open_context(one.model, xkv=one.bases(4, 64).params(types=((96, "f32"), (32, "f16")))) as ctx:
+        assert deviation(ctx.feed(tokens[:400], 8), plain) <= 20 * TOL_F32
 
 
 def test_paths_agree(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
@@ -92,7 +92,7 @@ def test_window_types(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
         ((Segment(9, "k", 32, "q8_0"),), "segment 0 has group 9"),
         ((Segment(0, "v", 64, "q1_0"),), "blocks of 128 tokens, but chunks are 32"),
         ((Segment(0, "v", 32, "q2_0"),), "blocks of 64 tokens, but chunks are 32"),
-        ((Segment(0, "k", 33, "q8_0"), Segment(0, "k", 31, "q8_0")), "has rank 33, expected a multiple of 32"),
+        ((Segment(0, "k", 33, "q8_0"), Segment(0, "k", 31, "q5_0")), "has rank 33, expected a multiple of 32"),
     ],
 )
 def test_impossible_segments(segments: tuple[Segment, ...], text: str, tiny: Callable[[str], Tiny]) -> None:

@@ -64,6 +64,8 @@ class ScopeParams:
     online: bool = True
     n_prior: int = 2000
     fused: bool = True
+    tolerance: float = 0.0
+    n_lead: int = 128
     first: tuple[int, ...] = ()
     count: tuple[int, ...] = ()
     frame: int = 0
@@ -177,6 +179,8 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "online": int(params.online),
         "n_prior": params.n_prior,
         "fused": int(params.fused),
+        "tolerance": params.tolerance,
+        "n_lead": params.n_lead,
     }
     check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
     try:
