@@ -70,6 +70,13 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
     const auto next = store.begin(stage);
+
+    size_t n_byte = 0;
+    for (const auto & buf : next.bufs) {
+        n_byte += ggml_backend_buffer_get_size(buf.get());
+    }
+    stage_peak = std::max(stage_peak, n_byte);
+
     if (online) {
         online->enter_stage(lctx, stream, jobs, next);
     } else {
@@ -140,6 +147,10 @@ void xkv_flow::copy(uint32_t src, uint32_t dst) {
     if (online) {
         online->copy(src, dst);
     }
+}
+
+size_t xkv_flow::peak() const {
+    return std::max(flush.peak(), stage_peak + (online ? online->peak() : 0));
 }
 
 xkv_online_info xkv_flow::info(uint32_t stream) const {

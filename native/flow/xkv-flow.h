@@ -41,6 +41,9 @@ public:
     // stream dst gets the coefficients and bases of stream src
     void copy(uint32_t src, uint32_t dst);
 
+    // most bytes that were allocated at once for a flush, a renewal or a change of stage
+    size_t peak() const;
+
     // how the bases of the stream followed its tokens
     xkv_online_info info(uint32_t stream) const;
 
@@ -54,6 +57,8 @@ private:
 
     xkv_flush                         flush;
     std::unique_ptr<xkv_online_bases> online; // empty while bases stay as calibrated
+
+    size_t stage_peak = 0; // bytes of a next stage beside the present one
 
     jobs_t select(llama_context * lctx, llama_seq_id seq_id);
     void   adapt (llama_context * lctx, uint32_t stream, const jobs_t & jobs);

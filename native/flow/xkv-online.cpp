@@ -220,7 +220,9 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
         n_bytes = std::max(n_bytes, space_bytes(rank_of(pr, next)));
     }
     const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
-    uint32_t     n_applied = 0;
+    problem_peak = std::max(problem_peak, std::min(n_most, due.size())*n_bytes);
+
+    uint32_t n_applied = 0;
     for (size_t first = 0; first < due.size(); first += n_most) {
         const size_t n = std::min(n_most, due.size() - first);
 

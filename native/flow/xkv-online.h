@@ -37,6 +37,9 @@ public:
     // stream dst holds a copy of stream src
     void copy(uint32_t src, uint32_t dst) { states[dst] = states[src]; }
 
+    // most bytes of its graphs and problems
+    size_t peak() const { return graph.peak() + problem_peak; }
+
     xkv_online_info info(uint32_t stream) const { return states[stream].info; }
 
 private:
@@ -79,6 +82,8 @@ private:
     const xkv_flush &                    flush;
 
     xkv_graph graph;
+
+    size_t problem_peak = 0;
 
     std::vector<state>   states;   // per stream
     std::vector<problem> problems; // all kinds and groups
