@@ -1,5 +1,7 @@
 #include "flow/xkv-flow.h"
 
+#include "base/xkv-memory.h"
+
 #include "flow/xkv-online.h"
 #include "format/xkv-sidecar.h"
 #include "store/xkv-carry.h"
@@ -26,6 +28,7 @@ void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
     adapt(lctx, stream, jobs);
     flush.compress(lctx, stream, jobs);
     commit(stream, jobs);
+    xkv_trim();
 }
 
 xkv_flow::jobs_t xkv_flow::select(llama_context * lctx, llama_seq_id seq_id) {
@@ -69,26 +72,30 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 }
 
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
-    const auto next = store.begin(stage);
+    auto next = store.begin(stage, tables[stream].n_slot());
 
-    size_t n_byte = 0;
-    for (const auto & buf : next.bufs) {
-        n_byte += ggml_backend_buffer_get_size(buf.get());
-    }
-    stage_peak = std::max(stage_peak, n_byte);
-
-    if (online) {
-        online->enter_stage(lctx, stream, jobs, next);
-    } else {
-        xkv_graph graph;
-        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
-            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-                const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
-                xkv_carry_over(graph, lctx, store, kd, ig, stream, tables[stream].used(), turn, &next);
-            }
+    xkv_graph graph;
+    try {
+        if (online) {
+            online->begin_stage(stream, jobs);
         }
+        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
+            store.begin_group(next, ig);
+            if (online) {
+                online->enter_stage(lctx, stream, jobs, next, ig);
+            }
+            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+                if (!online) {
+                    const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
+                    xkv_carry_over(graph, lctx, store, kd, ig, stream, tables[stream].used(), turn, &next);
+                }
+            }
+            store.end_group(next, ig);
+        }
+    } catch (const std::exception & err) {
+        throw xkv_flow_error(XKV_STATUS_INTERNAL, err.what());
     }
-    store.commit(next);
+    store.commit(std::move(next));
 }
 
 void xkv_flow::adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs) {
@@ -150,7 +157,7 @@ void xkv_flow::copy(uint32_t src, uint32_t dst) {
 }
 
 size_t xkv_flow::peak() const {
-    return std::max(flush.peak(), stage_peak + (online ? online->peak() : 0));
+    return std::max(flush.peak(), store.staged_peak() + (online ? online->peak() : 0));
 }
 
 xkv_online_info xkv_flow::info(uint32_t stream) const {

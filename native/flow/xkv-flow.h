@@ -58,8 +58,6 @@ private:
     xkv_flush                         flush;
     std::unique_ptr<xkv_online_bases> online; // empty while bases stay as calibrated
 
-    size_t stage_peak = 0; // bytes of a next stage beside the present one
-
     jobs_t select(llama_context * lctx, llama_seq_id seq_id);
     void   adapt (llama_context * lctx, uint32_t stream, const jobs_t & jobs);
     void   commit(uint32_t stream, const jobs_t & jobs);
