@@ -40,7 +40,7 @@ ggml_tensor * xkv_graph::input(ggml_type type, std::vector<int64_t> data) {
     return t;
 }
 
-ggml_tensor * xkv_graph::input(int64_t ne0, int64_t ne1, std::vector<float> data) {
+ggml_tensor * xkv_graph::input(int64_t ne0, int64_t ne1, xkv_floats data) {
     ggml_tensor * t = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, ne0, ne1);
     GGML_ASSERT((int64_t) data.size() == ne0*ne1);
     ggml_set_input(t);
@@ -53,8 +53,8 @@ void xkv_graph::output(ggml_tensor * t) {
     expand(t);
 }
 
-std::vector<float> xkv_graph::read(const ggml_tensor * t) {
-    std::vector<float> res(ggml_nelements(t));
+xkv_floats xkv_graph::read(const ggml_tensor * t) {
+    xkv_floats res(ggml_nelements(t));
     ggml_backend_tensor_get(t, res.data(), 0, ggml_nbytes(t));
     return res;
 }

@@ -3,6 +3,8 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
+#include "base/xkv-memory.h"
+
 #include <memory>
 #include <utility>
 #include <vector>
@@ -20,13 +22,13 @@ public:
     ggml_tensor * input(ggml_type type, std::vector<int64_t> data);
 
     // an f32 input [ne0, ne1]
-    ggml_tensor * input(int64_t ne0, int64_t ne1, std::vector<float> data);
+    ggml_tensor * input(int64_t ne0, int64_t ne1, xkv_floats data);
 
     void expand(ggml_tensor * t);
 
     // an f32 result to read after run()
     void output(ggml_tensor * t);
-    static std::vector<float> read(const ggml_tensor * t);
+    static xkv_floats read(const ggml_tensor * t);
 
     // allocates, sets the inputs, computes and waits; throws xkv_error
     void run();
@@ -47,5 +49,5 @@ private:
     size_t                 n_peak     = 0;
 
     std::vector<std::pair<ggml_tensor *, std::vector<int64_t>>> inputs;
-    std::vector<std::pair<ggml_tensor *, std::vector<float>>>   inputs_f32;
+    std::vector<std::pair<ggml_tensor *, xkv_floats>>   inputs_f32;
 };

@@ -30,14 +30,14 @@ static void xkv_one_thread() {
 #endif
 }
 
-bool xkv_orthonormalize(std::vector<float> & rows, int n, int dim) {
+bool xkv_orthonormalize(xkv_floats & rows, int n, int dim) {
     xkv_one_thread();
 
     // row-major [n, dim] is LAPACK's dim x n
     int                info  = 0;
     const int          lwork = 64*std::max(n, 1);
-    std::vector<float> tau(n);
-    std::vector<float> work(lwork);
+    xkv_floats tau(n);
+    xkv_floats work(lwork);
     XKV_LAPACK(sgeqrf)(&dim, &n, rows.data(), &dim, tau.data(), work.data(), &lwork, &info);
     if (info == 0) {
         XKV_LAPACK(sorgqr)(&dim, &n, &n, rows.data(), &dim, tau.data(), work.data(), &lwork, &info);
@@ -45,7 +45,7 @@ bool xkv_orthonormalize(std::vector<float> & rows, int n, int dim) {
     return info == 0;
 }
 
-bool xkv_eigen(std::vector<float> & a, int n, int m, std::vector<float> & values, std::vector<float> & vectors) {
+bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & vectors) {
     xkv_one_thread();
 
     // the last m, by ascending value
@@ -68,7 +68,7 @@ bool xkv_eigen(std::vector<float> & a, int n, int m, std::vector<float> & values
     run(&size, &isize);
     lwork  = (int) size;
     liwork = isize;
-    std::vector<float> work(lwork);
+    xkv_floats work(lwork);
     std::vector<int>   iwork(liwork);
     run(work.data(), iwork.data());
     if (info != 0 || found != m) {
@@ -83,14 +83,14 @@ bool xkv_eigen(std::vector<float> & a, int n, int m, std::vector<float> & values
     return true;
 }
 
-void xkv_add_gram(const std::vector<float> & x, int n, int dim, std::vector<float> & sum, int stride) {
+void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int stride) {
     xkv_one_thread();
     const float one = 1.0f;
     const int   ld  = stride > 0 ? stride : dim;
     XKV_LAPACK(ssyrk)("U", "N", &dim, &n, &one, x.data(), &ld, &one, sum.data(), &dim);
 }
 
-void xkv_mirror(std::vector<float> & sum, int dim) {
+void xkv_mirror(xkv_floats & sum, int dim) {
     for (int i = 0; i < dim; ++i) {
         for (int j = 0; j < i; ++j) {
             sum[(size_t) j*dim + i] = sum[(size_t) i*dim + j];
@@ -98,13 +98,25 @@ void xkv_mirror(std::vector<float> & sum, int dim) {
     }
 }
 
-std::vector<float> xkv_mul_rows(const std::vector<float> & a, const std::vector<float> & b, int n, int m, int dim) {
+xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim) {
     xkv_one_thread();
-    std::vector<float> res((size_t) n*m);
+    xkv_floats res((size_t) n*m);
     const float one  = 1.0f;
     const float zero = 0.0f;
     if (n > 0 && m > 0 && dim > 0) {
         XKV_LAPACK(sgemm)("T", "N", &m, &n, &dim, &one, b.data(), &dim, a.data(), &dim, &zero, res.data(), &m);
     }
     return res;
+}
+
+void xkv_add_mul(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, float factor, xkv_floats & sum) {
+    xkv_one_thread();
+    const float one = 1.0f;
+    XKV_LAPACK(sgemm)("N", "N", &dim, &n, &m, &factor, b.data(), &dim, a.data(), &m, &one, sum.data(), &dim);
+}
+
+void xkv_add_cross(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum) {
+    xkv_one_thread();
+    const float one = 1.0f;
+    XKV_LAPACK(sgemm)("N", "T", &dim, &m, &n, &one, b.data(), &dim, a.data(), &m, &one, sum.data(), &dim);
 }

@@ -1,11 +1,32 @@
 #include "base/xkv-memory.h"
 
-#if defined(__GLIBC__) || defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
+#    include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
 #    include <malloc.h>
 #endif
 
 void xkv_trim() {
 #if defined(__GLIBC__)
     malloc_trim(0);
+#endif
+}
+
+void * xkv_pages_new(size_t n_byte) {
+#if defined(__unix__) || defined(__APPLE__)
+    void * ptr = mmap(nullptr, n_byte, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return ptr == MAP_FAILED ? nullptr : ptr;
+#else
+    return malloc(n_byte);
+#endif
+}
+
+void xkv_pages_free(void * ptr, size_t n_byte) {
+#if defined(__unix__) || defined(__APPLE__)
+    munmap(ptr, n_byte);
+#else
+    (void) n_byte;
+    free(ptr);
 #endif
 }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,8 +25,12 @@ template <typename F> void xkv_parallel(size_t n, int n_threads, F && f) {
         }
     };
     std::vector<std::thread> threads;
-    for (size_t i = 1; i < n && (int) i < n_threads; ++i) {
-        threads.emplace_back(work);
+    try {
+        for (size_t i = 1; i < n && (int) i < n_threads; ++i) {
+            threads.emplace_back(work);
+        }
+    } catch (const std::system_error &) {
+        // the system has no more threads: those that run do all the work
     }
     work();
     for (auto & thread : threads) {

@@ -1,6 +1,7 @@
 #include "cache/xkv-cache.h"
 
 #include "base/xkv-error.h"
+#include "base/xkv-memory.h"
 #include "flow/xkv-flow.h"
 
 #include "llama-batch.h"
@@ -50,6 +51,8 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
     window = std::make_unique<xkv_window>(model, params, cparams, layers, n_cell);
     tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
     flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
+
+    xkv_trim();
 }
 
 llama_kv_cache_xkv::~llama_kv_cache_xkv() = default;

@@ -6,6 +6,9 @@
 #include "format/xkv-sidecar.h"
 #include "store/xkv-carry.h"
 
+#include "llama-context.h"
+#include "llama-cparams.h"
+
 #include <algorithm>
 
 xkv_flow::xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables) :
@@ -74,7 +77,6 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
     auto next = store.begin(stage, tables[stream].n_slot());
 
-    xkv_graph graph;
     try {
         if (online) {
             online->begin_stage(stream, jobs);
@@ -86,11 +88,12 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
             }
             for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
                 if (!online) {
-                    const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
-                    xkv_carry_over(graph, lctx, store, kd, ig, stream, tables[stream].used(), turn, &next);
+                    const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : xkv_floats();
+                    xkv_carry_over(store, kd, ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
                 }
             }
             store.end_group(next, ig);
+            xkv_trim();
         }
     } catch (const std::exception & err) {
         throw xkv_flow_error(XKV_STATUS_INTERNAL, err.what());

@@ -117,7 +117,7 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
         }
         graph.run();
 
-        const std::vector<float> data[2] = { graph.read(coef[0]), graph.read(coef[1]) };
+        const xkv_floats data[2] = { graph.read(coef[0]), graph.read(coef[1]) };
         xkv_parallel(2*n_job, lctx->get_cparams().n_threads_batch, [&](size_t i) {
             const auto   kd = i % 2 == 0 ? xkv_store::kind::K : xkv_store::kind::V;
             const size_t j  = i/2;

@@ -6,6 +6,9 @@
 #include "base/xkv-lapack.h"
 #include "store/xkv-carry.h"
 
+#include "llama-context.h"
+#include "llama-cparams.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -21,16 +24,9 @@ static const uint32_t XKV_ONLINE_NEW = 64;
 // Eigenproblems up to this size cost little; a larger one leaves out what the next basis will hardly have room for.
 static const uint32_t XKV_ONLINE_SMALL = 512;
 
-// rows of the calibration, or tokens, that are looked at together
-static const uint32_t XKV_ONLINE_BLOCK = 256;
-
 // x [n, dim] in a space of rows [n_row, dim]; in one of all numbers as it is
-static std::vector<float> xkv_into(const std::vector<float> & x, const std::vector<float> & rows, bool unit, int n, int n_row, int dim) {
+static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool unit, int n, int n_row, int dim) {
     return unit ? x : xkv_mul_rows(x, rows, n, n_row, dim);
-}
-
-static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
-    return ggml_cont(ctx, ggml_transpose(ctx, x));
 }
 
 // directions of the old basis that a basis of a rank is looked for in
@@ -47,7 +43,7 @@ uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout *
     return (next ? next->groups : store.groups())[pr.ig].rank[pr.kd];
 }
 
-std::vector<float> xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const {
+xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const {
     const auto & gr    = store.groups()[pr.ig];
 
     auto res = store.plain() ? setup.sidecar.basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
@@ -69,7 +65,11 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
     if (sp.unit) {
         return;
     }
-    sp.rows = rows_of(stream, pr, sp.n_old);
+    sp.rows.reserve((size_t) (sp.n_old + XKV_ONLINE_NEW)*dim);
+    {
+        const auto rows = rows_of(stream, pr, sp.n_old);
+        sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
+    }
 
     // the main directions of what it misses in the tokens
     uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
@@ -84,49 +84,35 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
     }
 }
 
-std::vector<float> xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                             uint32_t n_new, const space & sp) {
     const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
 
     std::mt19937                    rng(pr.ig);
     std::normal_distribution<float> normal;
-    std::vector<float>              omega((size_t) dim*n_new);
+    xkv_floats              omega((size_t) dim*n_new);
     std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
 
-    // the second moments of tokens z [dim, n] outside the old rows, times random directions
-    std::vector<float> res(omega.size(), 0.0f);
-    each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {
-        ggml_context * ctx = graph.ctx();
+    // the second moments of tokens z [n, dim] outside the old rows, times random directions [n_new, dim]
+    xkv_floats res(omega.size(), 0.0f);
+    each_exact(lctx, stream, jobs, pr, [&](const xkv_floats & z, uint32_t n) {
+        xkv_floats rest = z;
         if (sp.n_old > 0) {
-            ggml_tensor * b = graph.input(dim, sp.n_old, sp.rows);
-            z = ggml_sub(ctx, z, ggml_mul_mat(ctx, xkv_transposed(ctx, b), ggml_mul_mat(ctx, b, z)));
+            xkv_add_mul(xkv_mul_rows(z, sp.rows, n, sp.n_old, dim), sp.rows, n, sp.n_old, dim, -1.0f, rest);
         }
-        ggml_tensor * y = ggml_mul_mat(ctx, z, graph.input(dim, n_new, omega)); // [n, n_new]
-        y = ggml_mul_mat(ctx, xkv_transposed(ctx, z), y);                       // [dim, n_new]
-        graph.output(y);
-        graph.run();
-        const auto part = graph.read(y);
-        std::transform(part.begin(), part.end(), res.begin(), res.begin(), std::plus<float>());
+        xkv_add_cross(xkv_mul_rows(rest, omega, n, n_new, dim), rest, n, n_new, dim, res);
     });
     return res;
 }
 
-std::vector<float> xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
-    std::vector<float> res;
+xkv_floats xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
+    xkv_floats res;
     for (size_t j = first; j < first + n; ++j) {
         auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
         part.resize((size_t) tables[stream][chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);
         res.insert(res.end(), part.begin(), part.end());
     }
     return res;
-}
-
-void xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
-    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
-    ggml_tensor * x = input_tokens(stream, jobs, pr); // [dim, n_token]
-    graph.output(x);
-    graph.run();
-    sp.tokens = graph.read(x);
 }
 
 void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp) const {
@@ -197,11 +183,11 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
         }
     };
     if (store.plain()) {
-        each([&](const std::vector<float> & coef, int n) { xkv_add_gram(xkv_into(coef, sp.rows, sp.unit, n, sp.n, dim), n, sp.n, sp.cov); });
+        each([&](const xkv_floats & coef, int n) { xkv_add_gram(xkv_into(coef, sp.rows, sp.unit, n, sp.n, dim), n, sp.n, sp.cov); });
         return;
     }
-    std::vector<float> sum((size_t) sp.n_old*sp.n_old, 0.0f);
-    each([&](const std::vector<float> & coef, int n) { xkv_add_gram(coef, n, sp.n_old, sum, rank); });
+    xkv_floats sum((size_t) sp.n_old*sp.n_old, 0.0f);
+    each([&](const xkv_floats & coef, int n) { xkv_add_gram(coef, n, sp.n_old, sum, rank); });
     xkv_mirror(sum, sp.n_old);
     const auto t = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old);
     sum = xkv_mul_rows(t, sp.meet, sp.n, sp.n, sp.n_old);
@@ -228,7 +214,7 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
 
 void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
     const uint32_t rank = rank_of(pr, &next);
-    std::vector<float> turn;
+    xkv_floats turn;
     if (store.plain()) {
         if (!setup.sidecar.calibrated()) {
             xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
@@ -238,7 +224,7 @@ void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const p
     } else {
         store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
     }
-    xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, tables[stream].used(), turn, &next);
+    xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
 
     auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
     n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
@@ -275,28 +261,23 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
 
     auto rows = sp.combos; // the new basis [rank, dim]
     if (!sp.unit) {
-        graph.begin(lctx, 64);
-        ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
-        ggml_tensor * r = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(dim, sp.n, sp.rows)), x);
-        graph.output(r);
-        graph.run();
-        rows = graph.read(r);
+        rows.assign((size_t) rank*dim, 0.0f);
+        xkv_add_mul(sp.combos, sp.rows, rank, sp.n, dim, 1.0f, rows);
     }
-    std::vector<float> turn; // old coefficients to new ones [rank, rank_old]
+    xkv_floats turn; // old coefficients to new ones [rank, rank_old]
     if (store.plain()) {
         turn = rows;
     } else if (sp.n_old > 0) {
-        graph.begin(lctx, 64);
-        ggml_tensor * x = graph.input(sp.n, rank, sp.combos);
-        ggml_tensor * t = ggml_mul_mat(graph.ctx(), xkv_transposed(graph.ctx(), graph.input(sp.n_old, sp.n, sp.meet)), x);
-        t = ggml_pad(graph.ctx(), t, rank_old - sp.n_old, 0, 0, 0);
-        graph.output(t);
-        graph.run();
-        turn = graph.read(t);
+        xkv_floats part((size_t) rank*sp.n_old, 0.0f);
+        xkv_add_mul(sp.combos, sp.meet, rank, sp.n, sp.n_old, 1.0f, part);
+        turn.assign((size_t) rank*rank_old, 0.0f);
+        for (uint32_t r = 0; r < rank; ++r) {
+            std::copy_n(part.begin() + (size_t) r*sp.n_old, sp.n_old, turn.begin() + (size_t) r*rank_old);
+        }
     }
     store.set_basis(pr.kd, pr.ig, stream, rows, next);
     if (!turn.empty()) {
-        xkv_carry_over(graph, lctx, store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next);
+        xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next, lctx->get_cparams().n_threads_batch);
     }
     states[stream].n_dir[pr.kd][pr.ig] = std::min(rank, sp.n);
 }

@@ -1,6 +1,7 @@
 #include "flow/xkv-online.h"
 
 #include "base/xkv-codec.h"
+#include "base/xkv-lapack.h"
 #include "base/xkv-parallel.h"
 #include "format/xkv-sidecar.h"
 #include "store/xkv-carry.h"
@@ -24,7 +25,7 @@ static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 // of spaces at a time
 static const size_t XKV_ONLINE_BYTES = 8*1024*1024;
 
-static float xkv_mean(const std::vector<float> & x) {
+static float xkv_mean(const xkv_floats & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
 }
 
@@ -53,8 +54,8 @@ float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, con
     return total > 0.0 ? lost/total : 0.0;
 }
 
-std::vector<float> xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
-    std::vector<float> res;
+xkv_floats xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
+    xkv_floats res;
     for (const auto & seg : groups[pr.ig].segments[pr.kd]) {
         res.insert(res.end(), seg.rank, 1.0f - xkv_noise(seg.type));
     }
@@ -66,7 +67,7 @@ void xkv_online_bases::reset(uint32_t stream) {
     st = {};
     // few tokens say little beside the calibration, and an early update costs as much as a later one
     st.n_next        = setup.sidecar.calibrated() ? setup.config.n_prior/2 : 0;
-    std::vector<float> wanted;
+    xkv_floats wanted;
     for (const auto & pr : problems) {
         const auto & gr = store.groups()[pr.ig];
         wanted.push_back(expect(store.groups(), pr));
@@ -170,36 +171,48 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
 
     double total = 0.0;
     double keep  = 0.0;
-    each_exact(lctx, stream, jobs, pr, [&](ggml_tensor * z) {                                            // [dim, n]
-        ggml_context * ctx = graph.ctx();
-
-        ggml_tensor * b = graph.input(dim, rank, rows);
-        ggml_tensor * a = ggml_mul_mat(ctx, b, z);                                                       // [rank, n]
-
-        ggml_tensor * of_all  = ggml_sum(ctx, ggml_sqr(ctx, z));
-        ggml_tensor * of_kept = ggml_sum(ctx, ggml_mul(ctx, ggml_sqr(ctx, a), graph.input(rank, 1, weight)));
-        graph.output(of_all);
-        graph.output(of_kept);
-        graph.run();
-        total += graph.read(of_all) [0];
-        keep  += graph.read(of_kept)[0];
+    each_exact(lctx, stream, jobs, pr, [&](const xkv_floats & z, uint32_t n) {
+        const auto coef = xkv_mul_rows(z, rows, n, rank, dim);
+        for (float v : z) {
+            total += v*v;
+        }
+        for (size_t i = 0; i < coef.size(); ++i) {
+            keep += coef[i]*coef[i]*weight[i % rank];
+        }
     });
     return total > 0.0 ? std::max(0.0, 1.0 - keep/total) : 0.0;
 }
 
+xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
+    xkv_floats res;
+    res.reserve((size_t) xkv_job_cells(jobs).size()*store.groups()[pr.ig].dim[pr.kd]);
+
+    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/2/store.n_chunk);
+    for (size_t i = 0; i < jobs.size(); i += n_block) {
+        const std::vector<xkv_flush::job> part(jobs.begin() + i, jobs.begin() + std::min(jobs.size(), i + n_block));
+
+        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
+        ggml_tensor * x = input_tokens(stream, part, pr); // [dim, n_token]
+        graph.output(x);
+        graph.run();
+        const auto data = graph.read(x);
+        res.insert(res.end(), data.begin(), data.end());
+    }
+    return res;
+}
+
 void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                  const std::function<void(ggml_tensor *)> & use) {
-    graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
-    use(input_tokens(stream, jobs, pr));
+                                  const std::function<void(const xkv_floats & z, uint32_t n)> & use) {
+    const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+
+    const auto tokens = read_tokens(lctx, stream, jobs, pr);
+    use(tokens, tokens.size()/dim);
 
     const auto   chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
-    const size_t n_block = XKV_CARRY_BLOCK/store.n_chunk;
+    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
     for (size_t i = 0; i < chunks.size(); i += n_block) {
-        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
-        graph.begin(lctx, 64);
-        const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
-        const int64_t  n   = coef.size()/dim;
-        use(graph.input(dim, n, std::move(coef)));
+        const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+        use(coef, coef.size()/dim);
     }
 }
 
@@ -229,7 +242,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
         for (size_t i = 0; i < n; ++i) {
-            read_tokens(lctx, stream, jobs, due[first + i], spaces[i]);
+            spaces[i].tokens = read_tokens(lctx, stream, jobs, due[first + i]);
         }
         graph.release();
         std::vector<char> solved(n);

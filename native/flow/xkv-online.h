@@ -13,6 +13,9 @@
 
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
+// rows of the calibration, or tokens, that are looked at together
+static const uint32_t XKV_ONLINE_BLOCK = 256;
+
 // Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
 // the window, onto which stored coefficients are projected. They are looked for at the end of each stage, and in the last one
 // when the number of a stream's stored tokens has doubled, where the bases lose more than calibration made expect: on all tokens
@@ -68,14 +71,14 @@ private:
         uint32_t           n_old = 0;
         uint32_t           n     = 0;
         bool               unit  = false; // all numbers of a plain store, without rows
-        std::vector<float> rows;   // [n, dim] orthonormal
-        std::vector<float> tokens; // [n_token, dim] at hand
-        std::vector<float> meet;   // [n, n_old] rows times old directions; not of a plain store
-        std::vector<float> cov;    // [n, n] the expected covariance of future tokens
-        std::vector<float> combos; // [rank, n] the new basis in terms of rows; unused ones are zero
+        xkv_floats rows;   // [n, dim] orthonormal
+        xkv_floats tokens; // [n_token, dim] at hand
+        xkv_floats meet;   // [n, n_old] rows times old directions; not of a plain store
+        xkv_floats cov;    // [n, n] the expected covariance of future tokens
+        xkv_floats combos; // [rank, n] the new basis in terms of rows; unused ones are zero
 
-        std::vector<float> variance; // [n] along the rows
-        std::vector<float> values;   // [n] along the best basis, descending
+        xkv_floats variance; // [n] along the rows
+        xkv_floats values;   // [n] along the best basis, descending
     };
 
     const xkv_setup                      setup;
@@ -88,8 +91,8 @@ private:
     size_t problem_peak = 0;
 
     // of the check that goes on
-    std::vector<float> residual;
-    std::vector<float> wanted;
+    xkv_floats residual;
+    xkv_floats wanted;
 
     std::vector<state>   states;   // per stream
     std::vector<problem> problems; // all kinds and groups
@@ -101,9 +104,12 @@ private:
     float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                   const std::vector<xkv_store::group> & groups);
 
-    // the tokens [dim, n] that are known as they are, some at a time: those of the jobs, and of a plain store the stored ones
+    // the tokens of the jobs [n, dim]
+    xkv_floats read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
+
+    // the tokens [n, dim] that are known as they are, some at a time: those of the jobs, and of a plain store the stored ones
     void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                    const std::function<void(ggml_tensor *)> & use);
+                    const std::function<void(const xkv_floats & z, uint32_t n)> & use);
 
     // those whose bases lose more than expected in the next stage, or in the present one
     std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & list,
@@ -121,12 +127,11 @@ private:
     bool orthonormalize(const problem & pr, space & sp) const;
 
     // directions that span what the tokens have outside the old rows (randomized range finder) [n_new, dim]
-    std::vector<float> sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
+    xkv_floats sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
                               const space & sp);
 
     // of the tokens in n chunks [tokens, rank]
-    std::vector<float> stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
-    void read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
+    xkv_floats stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
     void build_cov(uint32_t stream, const problem & pr, space & sp) const;
     // adds the covariance of the calibration, and of the tokens in the store
     void add_prior (const problem & pr, space & sp) const;
@@ -145,7 +150,7 @@ private:
     void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next);
 
     // the directions in use; of a plain store the calibrated ones
-    std::vector<float> rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
+    xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
 
     uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
 
@@ -153,7 +158,7 @@ private:
     uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;
 
     // weight 1 - noise of every direction's type [rank]
-    static std::vector<float> kept(const std::vector<xkv_store::group> & groups, const problem & pr);
+    static xkv_floats kept(const std::vector<xkv_store::group> & groups, const problem & pr);
 
     // the tokens of the jobs as inputs of the graph
     ggml_tensor * input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);

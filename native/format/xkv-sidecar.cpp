@@ -40,7 +40,7 @@ static std::vector<uint32_t> xkv_get_u32s(const xkv_sidecar & sc, const gguf_con
     return std::vector<uint32_t>(data, data + gguf_get_arr_n(ctx, id));
 }
 
-static std::vector<float> xkv_get_scales(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, size_t n_layer) {
+static xkv_floats xkv_get_scales(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, size_t n_layer) {
     const int64_t id = xkv_find_key(sc, ctx, key, GGUF_TYPE_ARRAY);
     if (gguf_get_arr_type(ctx, id) != GGUF_TYPE_FLOAT32 || gguf_get_arr_n(ctx, id) != n_layer) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s holds %zu of %s, expected %zu of f32", sc.path.c_str(), key,
@@ -53,7 +53,7 @@ static std::vector<float> xkv_get_scales(const xkv_sidecar & sc, const gguf_cont
                       key, data[il], il);
         }
     }
-    return std::vector<float>(data, data + n_layer);
+    return xkv_floats(data, data + n_layer);
 }
 
 // groups cover the layers in their order
@@ -165,8 +165,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     }
 }
 
-std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
-    std::vector<float>       res(n);
+xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
+    xkv_floats       res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
 
     const size_t   size = ggml_type_size((ggml_type) t.type);
@@ -184,9 +184,9 @@ std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t firs
     return res;
 }
 
-std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first) const {
+xkv_floats xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first) const {
     const uint64_t     dim = groups[g].dim[kd];
-    std::vector<float> res;
+    xkv_floats res;
     if (calibrated() && first < dim) {
         res = read(bases[kd][g], std::min<uint64_t>(n_row, dim - first)*dim, first*dim);
     }
@@ -194,10 +194,10 @@ std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint3
     return res;
 }
 
-std::vector<float> xkv_sidecar::mean(uint32_t g, kind kd) const {
-    return calibrated() ? read(means[kd][g], groups[g].dim[kd]) : std::vector<float>(groups[g].dim[kd], 0.0f);
+xkv_floats xkv_sidecar::mean(uint32_t g, kind kd) const {
+    return calibrated() ? read(means[kd][g], groups[g].dim[kd]) : xkv_floats(groups[g].dim[kd], 0.0f);
 }
 
-std::vector<float> xkv_sidecar::spectrum(uint32_t g, kind kd) const {
-    return calibrated() ? read(spectra[kd][g], groups[g].dim[kd]) : std::vector<float>(groups[g].dim[kd], 0.0f);
+xkv_floats xkv_sidecar::spectrum(uint32_t g, kind kd) const {
+    return calibrated() ? read(spectra[kd][g], groups[g].dim[kd]) : xkv_floats(groups[g].dim[kd], 0.0f);
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "base/xkv-memory.h"
+
 #include <cstdint>
 #include <cstdio>
 #include <memory>
@@ -32,19 +34,19 @@ public:
     bool calibrated() const { return file != nullptr; }
 
     // n_row directions from first on, each dim numbers, [n_row*dim]; zeros beyond dim; throws xkv_error
-    std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first = 0) const;
+    xkv_floats basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first = 0) const;
 
     // [dim]; throws xkv_error
-    std::vector<float> mean(uint32_t g, kind kd) const;
+    xkv_floats mean(uint32_t g, kind kd) const;
 
     // [dim] variance along each direction, descending; throws xkv_error
-    std::vector<float> spectrum(uint32_t g, kind kd) const;
+    xkv_floats spectrum(uint32_t g, kind kd) const;
 
     const std::string path;
 
     uint32_t              frame = 0; // chunk length in tokens
     std::vector<uint32_t> n_embd[2];  // per layer: numbers per token of K and V
-    std::vector<float>    scale[2];   // per layer: what K and V are multiplied by, so that errors weigh the same
+    xkv_floats    scale[2];   // per layer: what K and V are multiplied by, so that errors weigh the same
     std::vector<group>    groups;
 
 private:
@@ -67,5 +69,5 @@ private:
     mutable std::mutex    file_mutex;
 
     // n numbers of a tensor from one on; from any thread
-    std::vector<float> read(const tensor & t, uint64_t n, uint64_t first = 0) const;
+    xkv_floats read(const tensor & t, uint64_t n, uint64_t first = 0) const;
 };

@@ -87,14 +87,14 @@ static size_t xkv_basis_index(const xkv_store::segment & seg, xkv_store::kind kd
     return kd == xkv_store::kind::K ? (size_t) r*n + i : (size_t) i*seg.rank + r;
 }
 
-void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const {
+void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows) const {
     const group &  gr  = groups[ig];
     const uint32_t dim = gr.dim[kd];
     GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
 
     // the segment's rows for n numbers of a layer
     const auto part = [&](const segment & seg, uint32_t first, uint32_t n) {
-        std::vector<float> x((size_t) seg.rank*n);
+        xkv_floats x((size_t) seg.rank*n);
         for (uint32_t r = 0; r < seg.rank; ++r) {
             for (uint32_t i = 0; i < n; ++i) {
                 x[xkv_basis_index(seg, kd, n, r, i)] = rows[(size_t) (seg.first + r)*dim + first + i];
@@ -126,13 +126,13 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
     }
 }
 
-std::vector<float> xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream) const {
+xkv_floats xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream) const {
     const group &  gr     = now.groups[layer_of(il).ig];
     const uint32_t n_embd = sidecar.n_embd[kd][il];
 
-    std::vector<float>   rows((size_t) gr.rank[kd]*n_embd);
+    xkv_floats   rows((size_t) gr.rank[kd]*n_embd);
     std::vector<uint8_t> data;
-    std::vector<float>   x;
+    xkv_floats   x;
     const auto put = [&](const segment & seg, uint32_t first, uint32_t n) {
         for (uint32_t r = 0; r < seg.rank; ++r) {
             for (uint32_t i = 0; i < n; ++i) {
@@ -163,11 +163,11 @@ std::vector<float> xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t str
     return rows;
 }
 
-std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
+xkv_floats xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
     const group &  gr  = now.groups[ig];
     const uint32_t dim = gr.dim[kd];
 
-    std::vector<float> rows((size_t) gr.rank[kd]*dim);
+    xkv_floats rows((size_t) gr.rank[kd]*dim);
     for (uint32_t il : gr.layers) {
         const auto     part = get_basis_layer(kd, il, stream);
         const uint32_t n    = sidecar.n_embd[kd][il];
@@ -178,7 +178,7 @@ std::vector<float> xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) c
     return rows;
 }
 
-void xkv_store::set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows, const layout * next) {
+void xkv_store::set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next) {
     if (next) {
         write_basis(next->groups, next->bases, kd, ig, rows);
         return;
@@ -255,7 +255,7 @@ void xkv_store::fill_means() {
             const float *  v          = mean_v.data() + l.off[kind::V];
             const uint32_t n_head_dim = hparams.n_embd_head_v(il);
 
-            std::vector<float> mean_o;
+            xkv_floats mean_o;
             for (uint32_t h = 0; h < hparams.n_head(il); ++h) {
                 const float * head = v + (size_t) (h/hparams.n_gqa(il))*n_head_dim;
                 mean_o.insert(mean_o.end(), head, head + n_head_dim);

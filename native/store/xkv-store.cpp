@@ -117,12 +117,12 @@ template <typename F> static void xkv_each_number(const xkv_store::segment & seg
     }
 }
 
-std::vector<float> xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
+xkv_floats xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
     const group & gr = now.groups[ig];
 
-    std::vector<float>   res((size_t) n_chunk*gr.rank[kd]);
+    xkv_floats   res((size_t) n_chunk*gr.rank[kd]);
     std::vector<uint8_t> data;
-    std::vector<float>   x;
+    xkv_floats   x;
     for (const auto & seg : gr.segments[kd]) {
         x.resize((size_t) n_chunk*seg.rank);
         data.resize(ggml_row_size(seg.type, x.size()));
@@ -152,7 +152,7 @@ void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, con
     const group & gr = (next ? *next : now).groups[ig];
 
     std::vector<uint8_t> data;
-    std::vector<float>   x;
+    xkv_floats   x;
     for (const auto & seg : gr.segments[kd]) {
         x.resize((size_t) n_chunk*seg.rank);
         data.resize(ggml_row_size(seg.type, x.size()));

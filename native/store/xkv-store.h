@@ -138,8 +138,8 @@ public:
     uint32_t n_change() const { return n_tensor_change; }
 
     // directions of a group as rows [rank, dim]
-    std::vector<float> get_basis(kind kd, uint32_t ig, uint32_t stream) const;
-    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const std::vector<float> & rows, const layout * next = nullptr);
+    xkv_floats get_basis(kind kd, uint32_t ig, uint32_t stream) const;
+    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next = nullptr);
 
     // before set_basis: bases of the stream's own where several streams share the calibrated ones; throws xkv_error
     void own_bases(uint32_t stream);
@@ -148,10 +148,10 @@ public:
     void reset_bases(uint32_t stream);
 
     // the part of a layer, [rank, n_embd]
-    std::vector<float> get_basis_layer(kind kd, uint32_t il, uint32_t stream) const;
+    xkv_floats get_basis_layer(kind kd, uint32_t il, uint32_t stream) const;
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
-    std::vector<float> get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
+    xkv_floats get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
     void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
 
     void copy_stream(uint32_t src, uint32_t dst);
@@ -230,7 +230,7 @@ private:
 
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
-    void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const std::vector<float> & rows) const;
+    void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows) const;
 
     // f(segment, KV head, bytes from the begin of the layer's packed bases) for what is packed of one kind
     void each_basis(const group & gr, kind kd, uint32_t il, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const;
