@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from xkv_gguf import __version__
-from xkv_gguf.base.files import check_writable
 from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert.calibrate import collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
@@ -29,7 +28,7 @@ from xkv_gguf.plan.groups import GROUP_SIZE, LayerGroups, group_layers
 from xkv_gguf.plan.segments import Kind
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import loader
-from xkv_gguf.sidecar.find import cached_sidecar, find_sidecar
+from xkv_gguf.sidecar.find import cached_sidecar, check_output, find_sidecar
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside
 from xkv_gguf.sidecar.read import read_sidecar
 from xkv_gguf.sidecar.write import write_sidecar
@@ -46,7 +45,9 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def convert(model: Path, out: Path | None, settings: Settings, show_progress: bool = True) -> Converted:
+def convert(
+    model: Path, out: Path | None, settings: Settings, show_progress: bool = True, *, force: bool = False
+) -> Converted:
     """Calibrate a GGUF model and write its sidecar.
 
     OUT.partial keeps the runs for weights while they are made: interrupted, the same conversion takes them up, after it
@@ -61,6 +62,8 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     settings : Settings
     show_progress : bool
         Draw progress bars on stderr.
+    force : bool
+        Replace another model's sidecar. The model's own is replaced anyway, and what is no sidecar never is.
 
     Returns
     -------
@@ -72,7 +75,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         The model cannot be read or used.
     OptionError
         A setting does not fit the model, found out before the long part begins where that can be known; or OUT.partial
-        is something else, or cannot be written.
+        is something else, or cannot be written; or OUT is a file that is not replaced.
     CalibrationError
         There is too little text, or the model fails on it.
     SidecarError
@@ -80,7 +83,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     """
     header = read_model_header(model)
     out = out if out is not None else sidecar_beside(model)
-    check_writable(out)
+    check_output(out, model, force)
     fingerprint = model_fingerprint(model)
     basis = {
         "model": fingerprint,

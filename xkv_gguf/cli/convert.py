@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="GGUF file or Hugging Face folder (default: the demo model)"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="sidecar to write (default: MODEL.xkv.gguf)")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the sidecar of another model, too; what is no sidecar never is"
+    )
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--group-size",
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         convert_folder(folder, model, args.outtype or "f16")
     elif args.outtype is not None:
         raise OptionError(f"--outtype is for Hugging Face folders, {model} is not a folder")
-    done = convert(model, out, settings, show_progress=not args.quiet)
+    done = convert(model, out, settings, show_progress=not args.quiet, force=args.force)
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     if not args.quiet:

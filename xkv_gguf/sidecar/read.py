@@ -102,6 +102,18 @@ def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(DIGEST_AT))
+def is_sidecar(path: Path) -> bool:
+    """Whether a file begins as a sidecar of any version does; what follows is not read."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(_ARCH_AT + len(_ARCH_FIELD))
+    except OSError:
+        return False
+    return head[:4] == b"GGUF" and head[_ARCH_AT:] == _ARCH_FIELD
+
+
         digest.update(b"0" * len(file.read(64)))
         while chunk := file.read(1 << 20):
             digest.update(chunk)
