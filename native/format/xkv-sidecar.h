@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-// The sidecar file of a model (convert/FORMAT.md): bases, means and spectra per group of layers. The constructor reads and
+// The sidecar file of a model (xkv_gguf/sidecar/FORMAT.md): bases, means and spectra per group of layers. The constructor reads and
 // checks the metadata; the tensors are read on demand, from a file that stays open.
 //
 // Without calibration there is no file: groups alone, with bases, means and spectra of zeros, and scales of 1.
@@ -30,7 +30,7 @@ public:
 
     bool calibrated() const { return file != nullptr; }
 
-    // the first n_row directions, each dim numbers, [n_row*dim]; zeros beyond dim; throws xkv_error
+    // the first n_row directions, each dim numbers, [n_row*dim]; zeros beyond those that the file holds; throws xkv_error
     std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row) const;
 
     // [dim]; throws xkv_error
@@ -56,6 +56,7 @@ private:
     struct tensor {
         int      type;
         uint64_t offset; // from the start of the file
+        uint64_t n;      // numbers
     };
 
     std::vector<tensor> bases[2]; // per group
