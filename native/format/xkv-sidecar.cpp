@@ -153,9 +153,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         }
         const uint64_t n = gguf_get_tensor_size(ctx.get(), id)/ggml_type_size(type);
         if (basis ? n == 0 || n % dim != 0 || n/dim > dim : n != n_row) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s holds %llu numbers, expected %s%llu", path.c_str(), name,
-                      (unsigned long long) n, basis ? "as many directions at most as there are numbers in each: " : "",
-                      (unsigned long long) dim);
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s holds %llu numbers, expected %llu%s", path.c_str(), name,
+                      (unsigned long long) n, (unsigned long long) dim, basis ? " for each of at most as many directions" : "");
         }
         const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id), n };
         if (t.offset + n*ggml_type_size(type) > size) {
