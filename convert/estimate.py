@@ -28,7 +28,7 @@ SUM_BYTES = 9 << 28
 SOLVE_BYTES = 5 << 28
 """Most that eigenproblems in work take, where one fits."""
 
-FIXED_BYTES = 640 << 20
+FIXED_BYTES = 512 << 20
 """Compute buffers of the model, and what Python's libraries take."""
 
 FLOPS = 15e9
