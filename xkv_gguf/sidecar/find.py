@@ -14,14 +14,26 @@ from .read import is_sidecar, read_sidecar
 
 
 def cache_folder() -> Path:
-    """Folder for sidecars that were made on first use: the user's cache folder / xkv-gguf."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "xkv-gguf"
+    """Folder for sidecars that were made on first use: the user's cache folder / xkv-gguf.
+
+    Raises
+    ------
+    SidecarError
+        The user has no home folder, and no variable names a cache folder.
+    """
+    name = {"win32": "LOCALAPPDATA", "darwin": ""}.get(sys.platform, "XDG_CACHE_HOME")
+    base = os.environ.get(name) if name else None
+    if base:
+        return Path(base) / "xkv-gguf"
+    try:
+        home = Path.home()
+    except RuntimeError as err:  # no variable, and no entry in the system's list of users
+        raise SidecarError(
+            f"no folder for sidecars: the user has no home folder; set {name or 'HOME'}, or make a sidecar beside the "
+            "model with `xkv-gguf convert MODEL`"
+        ) from err
+    inside = {"win32": home / "AppData" / "Local", "darwin": home / "Library" / "Caches"}
+    return inside.get(sys.platform, home / ".cache") / "xkv-gguf"
 
 
 def cached_sidecar(model: str | Path) -> Path:
@@ -29,6 +41,8 @@ def cached_sidecar(model: str | Path) -> Path:
 
     Raises
     ------
+    SidecarError
+        There is no cache folder.
     ModelError
         The model cannot be read.
     """
@@ -37,17 +51,21 @@ def cached_sidecar(model: str | Path) -> Path:
 
 
 def find_sidecar(model: str | Path) -> Path | None:
-    """The sidecar of a model: beside it, else in the cache folder, else None. It is not opened.
+    """The sidecar of a model: beside it, or beside the file that it links to, or in the cache folder. It is not opened.
 
     Raises
     ------
     ModelError
         The model cannot be read.
     """
-    for path in (sidecar_beside(model), cached_sidecar(model)):
+    for path in (sidecar_beside(model), sidecar_beside(Path(model).resolve())):
         if path.exists():
             return path
-    return None
+    try:
+        cached = cached_sidecar(model)
+        return cached if cached.exists() else None
+    except (SidecarError, PermissionError):  # a folder that is not there, or not the user's, holds nothing
+        return None
 
 
 def check_output(out: Path, model: Path, force: bool = False) -> None:
