@@ -65,7 +65,7 @@ def test_no_loss_is_measured_twice(
 ) -> None:
     out, whole, wanted = tmp_path / "s", tmp_path / "whole", settings(weigh=weigh)
     convert(tiny_model, whole, wanted, show_progress=False)
-    n_all = 1 + 2 * n_group
+    n_all = 2 + 2 * n_group
     assert counter.n_loss == n_all
     assert not whole.with_name("whole.partial").exists()
 
@@ -103,7 +103,7 @@ def test_what_depends_on_something_else_is_measured_anew(
         text_file.write_text(text_file.read_text()[::-1])
     counter.begin()
     convert(tiny_model, tmp_path / "s", wanted, show_progress=False)
-    assert counter.n_loss == 1 + 2 * N_GROUP
+    assert counter.n_loss == 2 + 2 * N_GROUP
 
 
 def test_nothing_is_promised_before_anything_is_kept(
