@@ -46,8 +46,8 @@ N_TEXT_SINK = 32
 TEXT_SINK = 0.05
 """Share of a layer's mean energy of V below which a token is an attention sink, which caches keep exact."""
 
-COEF_RATIO = 64.0
-"""f16 bytes per token over coefficient bytes per token of the coarse plan."""
+COEF_RATIOS = (64.0, 32.0, 16.0)
+"""f16 bytes per token over coefficient bytes per token of the coarse plan: the first that narrow groups allow."""
 
 TINY = 1e-3
 """Noise as a share of each number's deviation, whose cost is that of rounding otherwise."""
@@ -295,7 +295,8 @@ def _texts(sequences: Sequence[Sequence[int]], n_score: int) -> list[list[int]]:
 def _coarse(stats: Statistics, quantizable: bool) -> tuple[Segment, ...] | None:
     numbers = sum(len(spectrum) for kind in KINDS for spectrum in stats.spectra[kind])
     prices = Prices(1, basis_types(quantizable), with_bases=False)
-    return plan_segments(stats, DEFAULT_TYPES, MAX_SEGMENTS, prices, 2 * numbers / COEF_RATIO)
+    plans = (plan_segments(stats, DEFAULT_TYPES, MAX_SEGMENTS, prices, 2 * numbers / ratio) for ratio in COEF_RATIOS)
+    return next((plan for plan in plans if plan is not None), None)
 
 
 def _of(segments: Sequence[Segment], source: Source) -> list[Segment]:

@@ -199,11 +199,13 @@ class Llama(llama_cpp.Llama):
     def kv_report(self) -> KvReport:
         """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
         parts = tuple(KvPart(name, size) for name, size in native.report(self._ctx.ctx))
+        scratch = tuple(KvPart(name, size) for name, size in native.scratch(self._ctx.ctx))
         if self.kv_mode != "xkv":
-            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens)
+            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch)
         n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
         online = native.online_info(self._ctx.ctx, 0)
-        return KvReport("xkv", self.n_ctx(), parts, n_exact, n_stored, online.n_update, online.n_check)
+        counts = (n_exact, n_stored, online.n_update, online.n_check)
+        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those that the context holds.

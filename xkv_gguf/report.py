@@ -34,6 +34,9 @@ class KvReport:
     n_update, n_check : int
         Times that the bases of an xkv cache were renewed, and that it was found out whether they should be; 0 for
         other caches.
+    scratch : tuple of KvPart
+        What is allocated beside the cache and does not grow with it, or is given back: the cells through which a
+        micro-batch passes, compute buffers, and the most that a flush or a renewal of bases has taken so far.
     """
 
     kv_mode: str
@@ -43,19 +46,27 @@ class KvReport:
     n_stored: int = 0
     n_update: int = 0
     n_check: int = 0
+    scratch: tuple[KvPart, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Bytes allocated for the cache."""
         return sum(part.bytes for part in self.parts)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes allocated beside the cache; of flushes and renewals, the most so far."""
+        return sum(part.bytes for part in self.scratch)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: kv_mode, n_ctx, total_bytes, parts (name to bytes), n_exact, n_stored, n_update, n_check."""
+        """Plain values: kv_mode, n_ctx, total_bytes, parts, scratch_bytes, scratch (name to bytes), n_exact ..."""
         return {
             "kv_mode": self.kv_mode,
             "n_ctx": self.n_ctx,
             "total_bytes": self.total_bytes,
             "parts": {part.name: part.bytes for part in self.parts},
+            "scratch_bytes": self.scratch_bytes,
+            "scratch": {part.name: part.bytes for part in self.scratch},
             "n_exact": self.n_exact,
             "n_stored": self.n_stored,
             "n_update": self.n_update,
@@ -72,4 +83,5 @@ class KvReport:
             head += f"; bases renewed {self.n_update} times in {self.n_check} checks"
         rows = [[part.name, format_bytes(part.bytes)] for part in self.parts]
         rows.append(["total", format_bytes(self.total_bytes)])
+        rows += [[f"scratch: {part.name}", format_bytes(part.bytes)] for part in self.scratch]
         return head + "\n" + "\n".join("  " + line for line in format_table(rows, "<>"))

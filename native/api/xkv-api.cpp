@@ -8,6 +8,7 @@
 #include "cache/xkv-scope.h"
 #include "cache/xkv-support.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -89,6 +90,16 @@ int xkv_context_is_xkv(const llama_context * ctx) {
     return ctx && xkv_cast(ctx) ? 1 : 0;
 }
 
+static void xkv_list_parts(const std::vector<std::pair<std::string, size_t>> & list, xkv_report_part * parts, uint32_t * n_parts) {
+    const uint32_t room = *n_parts;
+    *n_parts = list.size();
+    for (uint32_t i = 0; parts && i < std::min(room, *n_parts); ++i) {
+        parts[i] = {};
+        strncpy(parts[i].name, list[i].first.c_str(), sizeof(parts[i].name) - 1);
+        parts[i].bytes = list[i].second;
+    }
+}
+
 int xkv_report(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_parts) {
     return xkv_guard([&] {
         xkv_require(ctx,     "ctx");
@@ -105,13 +116,25 @@ int xkv_report(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_
             list.emplace_back("K and V", bytes);
         }
 
-        const uint32_t room = *n_parts;
-        *n_parts = list.size();
-        for (uint32_t i = 0; parts && i < std::min(room, *n_parts); ++i) {
-            parts[i] = {};
-            strncpy(parts[i].name, list[i].first.c_str(), sizeof(parts[i].name) - 1);
-            parts[i].bytes = list[i].second;
+        xkv_list_parts(list, parts, n_parts);
+    });
+}
+
+int xkv_scratch(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_parts) {
+    return xkv_guard([&] {
+        xkv_require(ctx,     "ctx");
+        xkv_require(n_parts, "n_parts");
+
+        std::vector<std::pair<std::string, size_t>> list;
+        if (const auto * xkv = xkv_cast(ctx)) {
+            list = xkv->scratch();
         }
+        size_t bytes = 0;
+        for (const auto & [buft, size] : ctx->memory_breakdown()) {
+            bytes += size.compute;
+        }
+        list.emplace_back("compute buffers", bytes);
+        xkv_list_parts(list, parts, n_parts);
     });
 }
 

@@ -79,7 +79,7 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
 
     const auto params = xkv_make_params(gctx, inp, kq_scale, il);
     if (inp->n_slot == 0) {
-        return xkv_attn(ctx, { q, k, v, mask }, &params);
+        return xkv_attn(ctx, { q, k, v, mask, nullptr, nullptr, nullptr, nullptr, nullptr }, &params);
     }
     xkv_add_inputs(gctx, inp);
 

@@ -6,6 +6,8 @@
 
 #include "ggml.h"
 
+#include <algorithm>
+
 void xkv_graph::begin(llama_context * lctx, size_t n_node) {
     inputs.clear();
     inputs_f32.clear();
@@ -66,6 +68,15 @@ void xkv_graph::run() {
     if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
         xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the compute buffer of an xkv graph");
     }
+    size_t n_byte = 0;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched.get()); ++i) {
+        n_byte += ggml_backend_sched_get_buffer_size(sched.get(), ggml_backend_sched_get_backend(sched.get(), i));
+    }
+    for (const auto & [t, data] : inputs_f32) {
+        n_byte += data.size()*sizeof(float);
+    }
+    n_peak = std::max(n_peak, n_byte);
+
     for (const auto & [t, data] : inputs) {
         if (!t->buffer) {
             continue; // not used by this model, e.g. positions without RoPE

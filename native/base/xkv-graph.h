@@ -31,6 +31,9 @@ public:
     // allocates, sets the inputs, computes and waits; throws xkv_error
     void run();
 
+    // most bytes of compute buffers and inputs at once
+    size_t peak() const { return n_peak; }
+
     // frees the compute buffers: they are scratch, as a model's are
     void release();
 
@@ -41,6 +44,7 @@ private:
     ggml_backend_sched_ptr sched;
     ggml_cgraph *          gf         = nullptr;
     size_t                 n_node_max = 0;
+    size_t                 n_peak     = 0;
 
     std::vector<std::pair<ggml_tensor *, std::vector<int64_t>>> inputs;
     std::vector<std::pair<ggml_tensor *, std::vector<float>>>   inputs_f32;

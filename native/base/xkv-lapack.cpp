@@ -13,8 +13,13 @@ extern "C" {
 void XKV_LAPACK(sgeqrf)(const int * m, const int * n, float * a, const int * lda, float * tau, float * work, const int * lwork, int * info);
 void XKV_LAPACK(sorgqr)(const int * m, const int * n, const int * k, float * a, const int * lda, const float * tau, float * work,
                         const int * lwork, int * info);
-void XKV_LAPACK(ssyevd)(const char * jobz, const char * uplo, const int * n, float * a, const int * lda, float * w, float * work,
-                        const int * lwork, int * iwork, const int * liwork, int * info);
+void XKV_LAPACK(ssyevr)(const char * jobz, const char * range, const char * uplo, const int * n, float * a, const int * lda, const float * vl,
+                        const float * vu, const int * il, const int * iu, const float * abstol, int * m, float * w, float * z, const int * ldz,
+                        int * isuppz, float * work, const int * lwork, int * iwork, const int * liwork, int * info);
+void XKV_LAPACK(ssyrk)(const char * uplo, const char * trans, const int * n, const int * k, const float * alpha, const float * a, const int * lda,
+                       const float * beta, float * c, const int * ldc);
+void XKV_LAPACK(sgemm)(const char * transa, const char * transb, const int * m, const int * n, const int * k, const float * alpha, const float * a,
+                       const int * lda, const float * b, const int * ldb, const float * beta, float * c, const int * ldc);
 }
 
 // problems are solved side by side, one thread each
@@ -40,28 +45,66 @@ bool xkv_orthonormalize(std::vector<float> & rows, int n, int dim) {
     return info == 0;
 }
 
-bool xkv_eigen(std::vector<float> & a, int n, std::vector<float> & values) {
+bool xkv_eigen(std::vector<float> & a, int n, int m, std::vector<float> & values, std::vector<float> & vectors) {
     xkv_one_thread();
 
-    int              info   = 0;
-    int              lwork  = -1;
-    int              liwork = -1;
-    float            size   = 0.0f;
-    int              isize  = 0;
+    // the last m, by ascending value
+    const int   il     = n - m + 1;
+    const float zero   = 0.0f;
+    int         found  = 0;
+    int         info   = 0;
+    int         lwork  = -1;
+    int         liwork = -1;
+    float       size   = 0.0f;
+    int         isize  = 0;
+
+    std::vector<int> support(2*(size_t) n);
     values.resize(n);
-    XKV_LAPACK(ssyevd)("V", "U", &n, a.data(), &n, values.data(), &size, &lwork, &isize, &liwork, &info);
+    vectors.resize((size_t) m*n);
+    const auto run = [&](float * work, int * iwork) {
+        XKV_LAPACK(ssyevr)("V", "I", "U", &n, a.data(), &n, &zero, &zero, &il, &n, &zero, &found, values.data(), vectors.data(), &n, support.data(),
+                           work, &lwork, iwork, &liwork, &info);
+    };
+    run(&size, &isize);
     lwork  = (int) size;
     liwork = isize;
     std::vector<float> work(lwork);
     std::vector<int>   iwork(liwork);
-    XKV_LAPACK(ssyevd)("V", "U", &n, a.data(), &n, values.data(), work.data(), &lwork, iwork.data(), &liwork, &info);
-    if (info != 0) {
+    run(work.data(), iwork.data());
+    if (info != 0 || found != m) {
         return false;
     }
+    values.resize(m);
     std::reverse(values.begin(), values.end());
-    // eigenvectors ascend, one per LAPACK column, which is a row here
-    for (int i = 0; i < n/2; ++i) {
-        std::swap_ranges(a.begin() + (size_t) i*n, a.begin() + (size_t) (i + 1)*n, a.begin() + (size_t) (n - 1 - i)*n);
+    // one eigenvector per LAPACK column, which is a row here
+    for (int i = 0; i < m/2; ++i) {
+        std::swap_ranges(vectors.begin() + (size_t) i*n, vectors.begin() + (size_t) (i + 1)*n, vectors.begin() + (size_t) (m - 1 - i)*n);
     }
     return true;
+}
+
+void xkv_add_gram(const std::vector<float> & x, int n, int dim, std::vector<float> & sum, int stride) {
+    xkv_one_thread();
+    const float one = 1.0f;
+    const int   ld  = stride > 0 ? stride : dim;
+    XKV_LAPACK(ssyrk)("U", "N", &dim, &n, &one, x.data(), &ld, &one, sum.data(), &dim);
+}
+
+void xkv_mirror(std::vector<float> & sum, int dim) {
+    for (int i = 0; i < dim; ++i) {
+        for (int j = 0; j < i; ++j) {
+            sum[(size_t) j*dim + i] = sum[(size_t) i*dim + j];
+        }
+    }
+}
+
+std::vector<float> xkv_mul_rows(const std::vector<float> & a, const std::vector<float> & b, int n, int m, int dim) {
+    xkv_one_thread();
+    std::vector<float> res((size_t) n*m);
+    const float one  = 1.0f;
+    const float zero = 0.0f;
+    if (n > 0 && m > 0 && dim > 0) {
+        XKV_LAPACK(sgemm)("T", "N", &m, &n, &dim, &one, b.data(), &dim, a.data(), &dim, &zero, res.data(), &m);
+    }
+    return res;
 }

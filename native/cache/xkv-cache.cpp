@@ -36,6 +36,8 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
     const uint32_t n_seq    = xkv_n_seq_stream(cparams);
     const uint32_t n_cell   = GGML_PAD(n_seq*(n_exact + config.n_text_sink) + cparams.n_ubatch, 32);
 
+    n_keep = GGML_PAD(n_seq*(n_exact + config.n_text_sink), 32);
+
     // each sequence of a stream can leave one chunk that is not full
     const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
 
@@ -187,12 +189,27 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdow
 std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::parts() const {
     auto res = store->parts();
 
-    size_t n_window = 0;
-    for (const auto & [buft, bytes] : get_window()->memory_breakdown()) {
-        n_window += bytes;
-    }
-    res.emplace_back("sinks and window", n_window);
+    res.emplace_back("sinks and window", window_bytes() - transit());
     return res;
+}
+
+size_t llama_kv_cache_xkv::window_bytes() const {
+    size_t res = 0;
+    for (const auto & [buft, bytes] : get_window()->memory_breakdown()) {
+        res += bytes;
+    }
+    return res;
+}
+
+size_t llama_kv_cache_xkv::transit() const {
+    return window_bytes()/window->size()*(window->size() - n_keep);
+}
+
+std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::scratch() const {
+    return {
+        { "micro-batch in transit", transit() },
+        { "flush and renewals",     flow->peak() },
+    };
 }
 
 void llama_kv_cache_xkv::refuse(const char * fmt, ...) {

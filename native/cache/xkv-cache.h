@@ -79,6 +79,9 @@ public:
     // bytes allocated, by part
     std::vector<std::pair<std::string, size_t>> parts() const;
 
+    // scratch, by part: bytes that do not grow with n_ctx, or are given back
+    std::vector<std::pair<std::string, size_t>> scratch() const;
+
     // the last operation that was refused; reading it clears it
     std::string take_refusal();
 
@@ -98,12 +101,19 @@ private:
     std::vector<xkv_chunk_table> tables; // per stream
     std::unique_ptr<xkv_flow>    flow;
 
+    uint32_t n_keep = 0; // cells of the window that tokens stay in; the others are for a micro-batch
+
     llama_context * lctx = nullptr;
 
     std::string refusal;
     bool        broken = false; // an operation was refused that the caller could not see fail
 
     void refuse(const char * fmt, ...);
+
+    size_t window_bytes() const;
+
+    // of the window's cells through which a micro-batch passes
+    size_t transit() const;
 
     // what belongs to tokens that were removed: text sinks, and a stream's bases with its last token
     void drop_unused();

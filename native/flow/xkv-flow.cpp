@@ -1,5 +1,7 @@
 #include "flow/xkv-flow.h"
 
+#include "base/xkv-memory.h"
+
 #include "flow/xkv-online.h"
 #include "format/xkv-sidecar.h"
 #include "store/xkv-carry.h"
@@ -26,6 +28,7 @@ void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
     adapt(lctx, stream, jobs);
     flush.compress(lctx, stream, jobs);
     commit(stream, jobs);
+    xkv_trim();
 }
 
 xkv_flow::jobs_t xkv_flow::select(llama_context * lctx, llama_seq_id seq_id) {
@@ -69,19 +72,30 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 }
 
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
-    const auto next = store.begin(stage);
-    if (online) {
-        online->enter_stage(lctx, stream, jobs, next);
-    } else {
-        xkv_graph graph;
-        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
-            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-                const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
-                xkv_carry_over(graph, lctx, store, kd, ig, stream, tables[stream].used(), turn, &next);
-            }
+    auto next = store.begin(stage, tables[stream].n_slot());
+
+    xkv_graph graph;
+    try {
+        if (online) {
+            online->begin_stage(stream, jobs);
         }
+        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
+            store.begin_group(next, ig);
+            if (online) {
+                online->enter_stage(lctx, stream, jobs, next, ig);
+            }
+            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+                if (!online) {
+                    const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : std::vector<float>();
+                    xkv_carry_over(graph, lctx, store, kd, ig, stream, tables[stream].used(), turn, &next);
+                }
+            }
+            store.end_group(next, ig);
+        }
+    } catch (const std::exception & err) {
+        throw xkv_flow_error(XKV_STATUS_INTERNAL, err.what());
     }
-    store.commit(next);
+    store.commit(std::move(next));
 }
 
 void xkv_flow::adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs) {
@@ -140,6 +154,10 @@ void xkv_flow::copy(uint32_t src, uint32_t dst) {
     if (online) {
         online->copy(src, dst);
     }
+}
+
+size_t xkv_flow::peak() const {
+    return std::max(flush.peak(), store.staged_peak() + (online ? online->peak() : 0));
 }
 
 xkv_online_info xkv_flow::info(uint32_t stream) const {

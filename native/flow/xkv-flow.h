@@ -41,6 +41,9 @@ public:
     // stream dst gets the coefficients and bases of stream src
     void copy(uint32_t src, uint32_t dst);
 
+    // most bytes that were allocated at once for a flush, a renewal or a change of stage
+    size_t peak() const;
+
     // how the bases of the stream followed its tokens
     xkv_online_info info(uint32_t stream) const;
 

@@ -21,6 +21,9 @@ public:
     // writes the coefficients of the jobs' tokens into their chunks; throws xkv_error
     void compress(llama_context * lctx, uint32_t stream, const std::vector<job> & jobs);
 
+    // most bytes of its graphs
+    size_t peak() const { return graph.peak(); }
+
     // writes K and V of the tokens in slots of a chunk into cells of the window; throws xkv_error
     void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,
                  const std::vector<uint32_t> & cells);

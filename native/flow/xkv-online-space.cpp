@@ -19,7 +19,15 @@ static const float XKV_ONLINE_PRIOR = 0.98f;
 static const uint32_t XKV_ONLINE_NEW = 64;
 
 // Eigenproblems up to this size cost little; a larger one leaves out what the next basis will hardly have room for.
-static const uint32_t XKV_ONLINE_SMALL = 1024;
+static const uint32_t XKV_ONLINE_SMALL = 512;
+
+// rows of the calibration, or tokens, that are looked at together
+static const uint32_t XKV_ONLINE_BLOCK = 256;
+
+// x [n, dim] in a space of rows [n_row, dim]; in one of all numbers as it is
+static std::vector<float> xkv_into(const std::vector<float> & x, const std::vector<float> & rows, bool unit, int n, int n_row, int dim) {
+    return unit ? x : xkv_mul_rows(x, rows, n, n_row, dim);
+}
 
 static ggml_tensor * xkv_transposed(ggml_context * ctx, ggml_tensor * x) {
     return ggml_cont(ctx, ggml_transpose(ctx, x));
@@ -32,7 +40,7 @@ static uint32_t xkv_n_kept(uint32_t rank) {
 
 size_t xkv_online_bases::space_bytes(uint32_t rank) {
     const size_t n = xkv_n_kept(rank) + XKV_ONLINE_NEW;
-    return 6*n*n*sizeof(float); // rows, meet and its input, covariance, LAPACK's two
+    return 4*n*n*sizeof(float); // rows, covariance, what is added to it, eigenvectors
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
@@ -113,103 +121,91 @@ std::vector<float> xkv_online_bases::stored_coef(uint32_t stream, const problem 
     return res;
 }
 
-void xkv_online_bases::build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
-    const auto &   gr     = store.groups()[pr.ig];
-    const uint32_t dim    = gr.dim[pr.kd];
-    const auto     chunks = tables[stream].used();
-
-    uint32_t n_token = 0;
-    for (const auto & job : jobs) {
-        n_token += job.cells.size();
-    }
-
+void xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp) {
     graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
-    ggml_context * ctx  = graph.ctx();
-    ggml_tensor *  s    = sp.unit ? nullptr : graph.input(dim, sp.n, sp.rows);
-    const auto     into = [&](ggml_tensor * x) { return s ? ggml_mul_mat(ctx, s, x) : x; }; // [n, ...]
+    ggml_tensor * x = input_tokens(stream, jobs, pr); // [dim, n_token]
+    graph.output(x);
+    graph.run();
+    sp.tokens = graph.read(x);
+}
 
+void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp) const {
+    const uint32_t dim     = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t n_token = sp.tokens.size()/dim;
+
+    sp.cov.assign((size_t) sp.n*sp.n, 0.0f);
+
+    auto x = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim); // [n_token, n]
+    sp.tokens = {};
     // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
     // at hand stand for them.
-    std::vector<float> scale(sp.n, 1.0f);
     if (!store.plain()) {
         const uint32_t n_since = tables[stream].n_token() - std::min(tables[stream].n_token(), states[stream].n_update[pr.kd][pr.ig]);
-        std::fill(scale.begin() + sp.n_old, scale.end(), sqrtf((float) (n_since + n_token)/n_token));
-    }
-    ggml_tensor * x = ggml_mul(ctx, into(input_tokens(stream, jobs, pr)), graph.input(sp.n, 1, std::move(scale)));
-    x = xkv_transposed(ctx, x);
-    ggml_tensor * cov = ggml_mul_mat(ctx, x, x);
-
-    if (setup.sidecar.calibrated() && setup.config.n_prior > 0) {
-        const auto  variance = setup.sidecar.spectrum(pr.ig, pr.kd);
-        const float total    = std::accumulate(variance.begin(), variance.end(), 0.0f);
-
-        uint32_t n_row = 0;
-        for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR*total; ++n_row) {
-            sum += variance[n_row];
+        const float    scale   = sqrtf((float) (n_since + n_token)/n_token);
+        for (uint32_t i = 0; i < n_token; ++i) {
+            for (uint32_t j = sp.n_old; j < sp.n; ++j) {
+                x[(size_t) i*sp.n + j] *= scale;
+            }
         }
-        auto rows = setup.sidecar.basis(pr.ig, pr.kd, n_row);
-        for (uint32_t i = 0; i < n_row; ++i) {
-            const float f = sqrtf(variance[i]*setup.config.n_prior);
+    }
+    xkv_add_gram(x, n_token, sp.n, sp.cov);
+    add_prior(pr, sp);
+    add_stored(stream, pr, sp);
+    xkv_mirror(sp.cov, sp.n);
+}
+
+void xkv_online_bases::add_prior(const problem & pr, space & sp) const {
+    if (!setup.sidecar.calibrated() || setup.config.n_prior == 0) {
+        return;
+    }
+    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
+    const auto     variance = setup.sidecar.spectrum(pr.ig, pr.kd);
+    const float    total    = std::accumulate(variance.begin(), variance.end(), 0.0f);
+
+    uint32_t n_row = 0;
+    for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR*total; ++n_row) {
+        sum += variance[n_row];
+    }
+    for (uint32_t first = 0; first < n_row; first += XKV_ONLINE_BLOCK) {
+        const uint32_t n    = std::min(XKV_ONLINE_BLOCK, n_row - first);
+        auto           rows = setup.sidecar.basis(pr.ig, pr.kd, n, first);
+        for (uint32_t i = 0; i < n; ++i) {
+            const float f = sqrtf(variance[first + i]*setup.config.n_prior);
             std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
         }
-        ggml_tensor * p = xkv_transposed(ctx, into(graph.input(dim, n_row, std::move(rows)))); // [n_row, n]
-        cov = ggml_add(ctx, cov, ggml_mul_mat(ctx, p, p));
-    }
-    graph.output(cov);
-
-    // the space's rows times the directions of stored coefficients
-    if (!store.plain() && sp.n_old > 0) {
-        ggml_tensor * meet = ggml_mul_mat(ctx, graph.input(dim, sp.n_old, rows_of(stream, pr, sp.n_old)), s); // [n_old, n]
-        graph.output(meet);
-        graph.run();
-        sp.meet = graph.read(meet);
-    } else {
-        graph.run();
-    }
-    sp.cov = graph.read(cov);
-
-    if (!chunks.empty() && (store.plain() || sp.n_old > 0)) {
-        add_stored(lctx, stream, pr, chunks, sp);
+        xkv_add_gram(xkv_into(rows, sp.rows, sp.unit, n, sp.n, dim), n, sp.n, sp.cov);
     }
 }
 
-void xkv_online_bases::add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp) {
-    const uint32_t rank    = store.groups()[pr.ig].rank[pr.kd];
-    const size_t   n_block = XKV_CARRY_BLOCK/store.n_chunk;
-    const uint32_t n_sum   = store.plain() ? sp.n : sp.n_old;
-
-    const auto add = [](std::vector<float> & sum, const std::vector<float> & x) {
-        std::transform(x.begin(), x.end(), sum.begin(), sum.begin(), std::plus<float>());
-    };
-    std::vector<float> sum((size_t) n_sum*n_sum, 0.0f); // of a a^T; of a plain store, in the space already
-    for (size_t i = 0; i < chunks.size(); i += n_block) {
-        auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
-        graph.begin(lctx, 64);
-        ggml_context * ctx = graph.ctx();
-
-        const int64_t n = coef.size()/rank;
-        ggml_tensor * a = graph.input(rank, n, std::move(coef));
-        if (!store.plain()) {
-            a = ggml_view_2d(ctx, a, sp.n_old, n, a->nb[1], 0);
-        } else if (!sp.unit) {
-            a = ggml_mul_mat(ctx, graph.input(rank, sp.n, sp.rows), a);
+void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & sp) const {
+    const auto &   gr     = store.groups()[pr.ig];
+    const uint32_t dim    = gr.dim [pr.kd];
+    const uint32_t rank   = gr.rank[pr.kd];
+    const auto     chunks = tables[stream].used();
+    if (!store.plain() && sp.n_old > 0) {
+        // the space's rows times the directions of stored coefficients [n, n_old]
+        sp.meet = xkv_mul_rows(sp.rows, rows_of(stream, pr, sp.n_old), sp.n, sp.n_old, dim);
+    }
+    if (chunks.empty() || (!store.plain() && sp.n_old == 0)) {
+        return;
+    }
+    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
+    const auto   each    = [&](auto && use) { // coefficients [n, rank]
+        for (size_t i = 0; i < chunks.size(); i += n_block) {
+            const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+            use(coef, (int) (coef.size()/rank));
         }
-        a = xkv_transposed(ctx, a);
-        ggml_tensor * c = ggml_mul_mat(ctx, a, a);
-        graph.output(c);
-        graph.run();
-        add(sum, graph.read(c));
+    };
+    if (store.plain()) {
+        each([&](const std::vector<float> & coef, int n) { xkv_add_gram(xkv_into(coef, sp.rows, sp.unit, n, sp.n, dim), n, sp.n, sp.cov); });
+        return;
     }
-    if (!store.plain()) {
-        graph.begin(lctx, 64);
-        ggml_tensor * s = graph.input(sp.n_old, sp.n, sp.meet);
-        ggml_tensor * t = ggml_mul_mat(graph.ctx(), graph.input(sp.n_old, sp.n_old, std::move(sum)), s); // [n_old, n]
-        t = ggml_mul_mat(graph.ctx(), s, t);
-        graph.output(t);
-        graph.run();
-        sum = graph.read(t);
-    }
-    add(sp.cov, sum);
+    std::vector<float> sum((size_t) sp.n_old*sp.n_old, 0.0f);
+    each([&](const std::vector<float> & coef, int n) { xkv_add_gram(coef, n, sp.n_old, sum, rank); });
+    xkv_mirror(sum, sp.n_old);
+    const auto t = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old);
+    sum = xkv_mul_rows(t, sp.meet, sp.n, sp.n, sp.n_old);
+    std::transform(sum.begin(), sum.end(), sp.cov.begin(), sp.cov.begin(), std::plus<float>());
 }
 
 bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
@@ -222,7 +218,7 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
     double gain = 0.0;
     double lost = 0.0;
     for (uint32_t i = 0; i < kept_new.size(); ++i) {
-        gain += i < sp.n     ? sp.values  [i]*kept_new[i] : 0.0;
+        gain += i < sp.values.size() ? sp.values[i]*kept_new[i] : 0.0;
         gain -= i < sp.n_old ? sp.variance[i]*kept_new[i] : 0.0;
         // what keeps its place and type is not rounded again
         lost += i < sp.n_old && kept_now[i] == kept_new[i] ? sp.variance[i]*(1.0f - kept_now[i]) : 0.0;
@@ -260,15 +256,15 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
     for (uint32_t i = 0; i < sp.n; ++i) {
         sp.variance.push_back(x[(size_t) i*sp.n + i]);
     }
-    if (!xkv_eigen(x, sp.n, sp.values)) {
+    const uint32_t n_new = std::min(rank, sp.n);
+    if (!xkv_eigen(x, sp.n, n_new, sp.values, sp.combos)) {
         return false;
     }
-    x.resize((size_t) std::min(rank, sp.n)*sp.n);
-    if (std::any_of(x.begin(), x.end(), [](float v) { return !std::isfinite(v); })) {
+    x = {};
+    if (std::any_of(sp.combos.begin(), sp.combos.end(), [](float v) { return !std::isfinite(v); })) {
         return false;
     }
-    x.resize((size_t) rank*sp.n, 0.0f);
-    sp.combos = std::move(x);
+    sp.combos.resize((size_t) rank*sp.n, 0.0f);
     return true;
 }
 

@@ -10,6 +10,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 // New bases are worth their work when the error is this much above the calibrated one, as a share of that and at least of the
@@ -21,7 +22,7 @@ static const float XKV_ONLINE_EXCESS_PLAIN = 0.15f;
 static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 
 // of spaces at a time
-static const size_t XKV_ONLINE_BYTES = 64*1024*1024;
+static const size_t XKV_ONLINE_BYTES = 8*1024*1024;
 
 static float xkv_mean(const std::vector<float> & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
@@ -83,37 +84,37 @@ uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush
     return n;
 }
 
-void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next) {
+void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
     auto & st = states[stream];
+    st.n_seen = n_tokens(stream, jobs);
+    st.n_next = 2*st.n_seen;
+    st.info.n_check++;
+    residual.clear();
+    wanted.clear();
+}
 
-    const state before = st;
-    try {
-        st.n_seen = n_tokens(stream, jobs);
-        st.n_next = 2*st.n_seen;
-        const auto due = find_due(lctx, stream, jobs, &next);
-        for (const auto & pr : problems) {
-            if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd && d.ig == pr.ig; })) {
-                carry_over(lctx, stream, pr, next);
-            }
+void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig) {
+    std::vector<problem> list;
+    std::copy_if(problems.begin(), problems.end(), std::back_inserter(list), [&](const problem & pr) { return pr.ig == ig; });
+
+    const auto due = find_due(lctx, stream, jobs, list, &next);
+    for (const auto & pr : list) {
+        if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd; })) {
+            carry_over(lctx, stream, pr, next);
         }
-        update(lctx, stream, jobs, due, &next);
-    } catch (...) {
-        st = before; // the store stays in its stage
-        throw;
     }
+    update(lctx, stream, jobs, due, &next);
     graph.release();
 }
 
 std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                                                                  const xkv_store::layout * next) {
+                                                                  const std::vector<problem> & list, const xkv_store::layout * next) {
     auto &       st     = states[stream];
     const auto & groups = next ? next->groups : store.groups();
     const bool   cold   = !setup.sidecar.calibrated();
 
     std::vector<problem> due;
-    std::vector<float>   residual;
-    std::vector<float>   wanted;
-    for (const auto & pr : problems) {
+    for (const auto & pr : list) {
         wanted  .push_back(expect(groups, pr));
         residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
         const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
@@ -122,7 +123,6 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
             due.push_back(pr);
         }
     }
-    st.info.n_check++;
     st.info.residual = xkv_mean(residual);
     st.info.expected = xkv_mean(wanted);
     return due;
@@ -141,10 +141,8 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     if (n < st.n_next || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
         return;
     }
-    st.n_next = 2*n;
-    st.n_seen = n;
-
-    update(lctx, stream, jobs, find_due(lctx, stream, jobs, nullptr), nullptr);
+    begin_stage(stream, jobs);
+    update(lctx, stream, jobs, find_due(lctx, stream, jobs, problems, nullptr), nullptr);
     graph.release();
 }
 
@@ -220,7 +218,9 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
         n_bytes = std::max(n_bytes, space_bytes(rank_of(pr, next)));
     }
     const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
-    uint32_t     n_applied = 0;
+    problem_peak = std::max(problem_peak, std::min(n_most, due.size())*n_bytes);
+
+    uint32_t n_applied = 0;
     for (size_t first = 0; first < due.size(); first += n_most) {
         const size_t n = std::min(n_most, due.size() - first);
 
@@ -228,20 +228,25 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
         for (size_t i = 0; i < n; ++i) {
             build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
-        std::vector<char> solved(n);
-        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = orthonormalize(due[first + i], spaces[i]); });
         for (size_t i = 0; i < n; ++i) {
-            if (solved[i]) {
-                build_cov(lctx, stream, jobs, due[first + i], spaces[i]);
-            }
+            read_tokens(lctx, stream, jobs, due[first + i], spaces[i]);
         }
-        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = solved[i] && solve(rank_of(due[first + i], next), spaces[i]); });
+        graph.release();
+        std::vector<char> solved(n);
+        xkv_parallel(n, n_thread, [&](size_t i) {
+            const auto & pr = due[first + i];
+            if (orthonormalize(pr, spaces[i])) {
+                build_cov(stream, pr, spaces[i]);
+                solved[i] = solve(rank_of(pr, next), spaces[i]);
+            }
+        });
         for (size_t i = 0; i < n; ++i) {
             const auto & pr = due[first + i];
             if (!solved[i]) {
                 LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
                                pr.kd == kind::K ? 'K' : 'V', pr.ig);
             }
+            spaces[i].cov = {};
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 apply(lctx, stream, pr, spaces[i], next);
                 n_applied++;

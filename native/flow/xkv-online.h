@@ -28,14 +28,18 @@ public:
     // before the jobs' tokens are compressed; throws xkv_error
     void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
 
-    // the bases and stored coefficients of the store's next stage; throws xkv_error
-    void enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next);
+    // before the bases and stored coefficients of the store's next stage are made, group by group; throws xkv_error
+    void begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+    void enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig);
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
 
     // stream dst holds a copy of stream src
     void copy(uint32_t src, uint32_t dst) { states[dst] = states[src]; }
+
+    // most bytes of its graphs and problems
+    size_t peak() const { return graph.peak() + problem_peak; }
 
     xkv_online_info info(uint32_t stream) const { return states[stream].info; }
 
@@ -65,6 +69,7 @@ private:
         uint32_t           n     = 0;
         bool               unit  = false; // all numbers of a plain store, without rows
         std::vector<float> rows;   // [n, dim] orthonormal
+        std::vector<float> tokens; // [n_token, dim] at hand
         std::vector<float> meet;   // [n, n_old] rows times old directions; not of a plain store
         std::vector<float> cov;    // [n, n] the expected covariance of future tokens
         std::vector<float> combos; // [rank, n] the new basis in terms of rows; unused ones are zero
@@ -80,6 +85,12 @@ private:
 
     xkv_graph graph;
 
+    size_t problem_peak = 0;
+
+    // of the check that goes on
+    std::vector<float> residual;
+    std::vector<float> wanted;
+
     std::vector<state>   states;   // per stream
     std::vector<problem> problems; // all kinds and groups
 
@@ -94,8 +105,9 @@ private:
     void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                     const std::function<void(ggml_tensor *)> & use);
 
-    // whose bases lose more than expected in the next stage, or in the present one
-    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout * next);
+    // those whose bases lose more than expected in the next stage, or in the present one
+    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & list,
+                                  const xkv_store::layout * next);
 
     void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
                 const xkv_store::layout * next);
@@ -114,9 +126,11 @@ private:
 
     // of the tokens in n chunks [tokens, rank]
     std::vector<float> stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
-    void build_cov(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
-    // adds the covariance of the tokens in the store
-    void add_stored(llama_context * lctx, uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, space & sp);
+    void read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, space & sp);
+    void build_cov(uint32_t stream, const problem & pr, space & sp) const;
+    // adds the covariance of the calibration, and of the tokens in the store
+    void add_prior (const problem & pr, space & sp) const;
+    void add_stored(uint32_t stream, const problem & pr, space & sp) const;
 
     // combos of the given rank
     static bool solve(uint32_t rank, space & sp);

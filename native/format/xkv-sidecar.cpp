@@ -173,15 +173,18 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     }
 }
 
-std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n) const {
+std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
     std::vector<float>       res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
 
-    void * dst = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
-    if (fseek(file.get(), (long) t.offset, SEEK_SET) != 0 ||
-        fread(dst, ggml_type_size((ggml_type) t.type), n, file.get()) != n) {
-        xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n,
-                  (unsigned long long) t.offset);
+    const size_t   size = ggml_type_size((ggml_type) t.type);
+    const uint64_t at   = t.offset + first*size;
+    void *         dst  = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
+    {
+        std::lock_guard<std::mutex> lock(file_mutex);
+        if (fseek(file.get(), (long) at, SEEK_SET) != 0 || fread(dst, size, n, file.get()) != n) {
+            xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n, (unsigned long long) at);
+        }
     }
     if (t.type == GGML_TYPE_F16) {
         ggml_fp16_to_fp32_row(half.data(), res.data(), n);
@@ -189,11 +192,12 @@ std::vector<float> xkv_sidecar::read(const tensor & t, uint64_t n) const {
     return res;
 }
 
-std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row) const {
+std::vector<float> xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first) const {
     const uint64_t     dim = groups[g].dim[kd];
     std::vector<float> res;
-    if (calibrated()) {
-        res = read(bases[kd][g], std::min<uint64_t>(n_row*dim, bases[kd][g].n));
+    const uint64_t held = calibrated() ? bases[kd][g].n/dim : 0;
+    if (first < held) {
+        res = read(bases[kd][g], std::min<uint64_t>(n_row, held - first)*dim, first*dim);
     }
     res.resize(n_row*dim, 0.0f);
     return res;

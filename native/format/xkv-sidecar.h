@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,8 @@ public:
 
     bool calibrated() const { return file != nullptr; }
 
-    // the first n_row directions, each dim numbers, [n_row*dim]; zeros beyond those that the file holds; throws xkv_error
-    std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row) const;
+    // n_row directions from first on, each dim numbers, [n_row*dim]; zeros beyond those that the file holds; throws xkv_error
+    std::vector<float> basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first = 0) const;
 
     // [dim]; throws xkv_error
     std::vector<float> mean(uint32_t g, kind kd) const;
@@ -64,6 +65,8 @@ private:
     std::vector<tensor> spectra[2];
 
     std::shared_ptr<FILE> file;
+    mutable std::mutex    file_mutex;
 
-    std::vector<float> read(const tensor & t, uint64_t n) const;
+    // n numbers of a tensor from one on; from any thread
+    std::vector<float> read(const tensor & t, uint64_t n, uint64_t first = 0) const;
 };

@@ -122,6 +122,9 @@ int xkv_context_is_xkv(const struct llama_context * ctx);
 // fills parts[0 .. *n_parts - 1] for any kind of KV cache; *n_parts is the room on entry and the count on return
 int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
 
+// the same for scratch: what does not grow with n_ctx, or is given back; for any kind of KV cache
+int xkv_scratch(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
+
 // tokens of a sequence by where they are kept: exact (sinks and window) and compressed
 int xkv_seq_tokens(const struct llama_context * ctx, int32_t seq_id, uint32_t * n_exact, uint32_t * n_stored);
 

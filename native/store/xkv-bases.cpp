@@ -58,7 +58,7 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
         const uint32_t il  = layer_list[i].il;
         const auto &   gr  = groups[layer_list[i].ig];
         auto *         ctx = ctx_of(gr.layers[0]);
-        if (gr.packed) {
+        if (gr.pack) {
             size_t n_byte = 0;
             for (auto kd : { kind::K, kind::V }) {
                 for (const auto & seg : gr.segments[kd]) {
@@ -105,7 +105,7 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
     std::vector<uint8_t> data;
     for (uint32_t il : gr.layers) {
         const uint32_t off = layer_of(il).off[kd];
-        if (gr.packed) {
+        if (gr.pack) {
             ggml_tensor *  t = bases.packed[slot_of.at(il)];
             const uint32_t n = n_head_dim(kd, il);
             each_basis(gr, kd, il, [&](const segment & seg, uint32_t head, size_t at) {
@@ -140,7 +140,7 @@ std::vector<float> xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t str
             }
         }
     };
-    if (gr.packed) {
+    if (gr.pack) {
         const ggml_tensor * t = packed_basis(il, stream);
         const uint32_t      n = n_head_dim(kd, il);
         each_basis(gr, kd, il, [&](const segment & seg, uint32_t head, size_t at) {
@@ -229,13 +229,15 @@ void xkv_store::reset_bases(uint32_t stream) {
 }
 
 void xkv_store::fill_bases(const layout & l) const {
-    if (stages[l.stage].plain()) {
-        return;
+    for (uint32_t ig = 0; ig < l.groups.size(); ++ig) {
+        fill_bases(l, ig);
     }
-    for (size_t ig = 0; ig < l.groups.size(); ++ig) {
-        const group & gr = l.groups[ig];
-        for (auto kd : { kind::K, kind::V }) {
-            write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, gr.rank[kd]));
+}
+
+void xkv_store::fill_bases(const layout & l, uint32_t ig) const {
+    for (auto kd : { kind::K, kind::V }) {
+        if (!stages[l.stage].plain()) {
+            write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, l.groups[ig].rank[kd]));
         }
     }
 }

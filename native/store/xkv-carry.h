@@ -7,7 +7,7 @@
 #include <vector>
 
 // stored tokens that are read or written at once: bounds scratch
-static const uint32_t XKV_CARRY_BLOCK = 1024;
+static const uint32_t XKV_CARRY_BLOCK = 256;
 
 // Rewrites the coefficients of chunks for other directions of one kind of one group, in the store's next stage or, without
 // one, in the present. turn [rank, rank now] is old coefficients to new ones; when it is empty, directions keep their places.

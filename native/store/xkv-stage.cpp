@@ -11,6 +11,8 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
 // decoding multiplies with coefficients and bases as they are stored
 static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const char * what) {
@@ -25,35 +27,19 @@ static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const ch
     }
 }
 
-xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
+xkv_store::layout xkv_store::make_layout(uint32_t stage, uint32_t n_used) const {
     const bool plain = stages[stage].plain();
 
-    layout res = { stage, {}, {}, {}, {} };
-
-    size_t n_tensor = sidecar.groups.size() + 2*layer_list.size();
-    for (auto kd : { kind::K, kind::V }) {
-        for (size_t ig = 0; ig < stages[stage].segments[kd].size(); ++ig) {
-            n_tensor += (1 + sidecar.groups[ig].layers.size())*stages[stage].segments[kd][ig].size();
-        }
-    }
-    const ctx_of_t ctx_of = [&](uint32_t il) {
-        auto & ctx = res.ctxs[buft(il)];
-        if (!ctx) {
-            ctx.reset(ggml_init({ /*.mem_size =*/ n_tensor*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
-        }
-        return ctx.get();
-    };
-
-    const int64_t n = stages[stage].n_slot;
+    layout res;
+    res.stage = stage;
+    res.bufs.resize(sidecar.groups.size());
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
         const auto & sg = sidecar.groups[ig];
 
-        group gr = { sg.layers, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {}, nullptr };
-
-        const bool pack = can_pack(sg.layers);
+        group gr = { sg.layers, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {}, can_pack(sg.layers), nullptr };
         for (auto kd : { kind::K, kind::V }) {
             const auto add = [&](ggml_type type, ggml_type type_basis, uint32_t rank, uint32_t n_head) {
-                gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, nullptr, 0, pack ? n_head : 1 });
+                gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, nullptr, 0, gr.pack ? n_head : 1 });
                 gr.rank[kd] += rank;
             };
             if (plain) {
@@ -68,39 +54,54 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage) const {
                 add(seg.type, seg.type_basis, GGML_PAD(seg.rank, block), 1);
             }
         }
-        if (pack) {
-            // K, then V; of each layer when plain
-            size_t n_byte = 0;
-            const auto place = [&](segment & seg) {
-                seg.offset = n_byte;
-                n_byte += ggml_row_size(seg.type, (int64_t) n_chunk*seg.rank);
-            };
-            for (size_t i = 0; plain && i < gr.layers.size(); ++i) {
-                place(gr.segments[kind::K][i]);
-                place(gr.segments[kind::V][i]);
-            }
-            for (auto kd : { kind::K, kind::V }) {
-                for (auto & seg : gr.segments[kd]) {
-                    if (!plain) {
-                        place(seg);
-                    }
-                }
-            }
-            gr.packed = ggml_new_tensor_3d(ctx_of(gr.layers[0]), GGML_TYPE_I8, n_byte, n/n_chunk, n_stream);
-            ggml_format_name(gr.packed, "xkv_coef_g%zu", ig);
-        } else {
-            for (auto kd : { kind::K, kind::V }) {
-                for (auto & seg : gr.segments[kd]) {
-                    seg.coef = kd == kind::K ? ggml_new_tensor_3d(ctx_of(gr.layers[0]), seg.type, seg.rank, n, n_stream) :
-                                               ggml_new_tensor_3d(ctx_of(gr.layers[0]), seg.type, n, seg.rank, n_stream);
-                    ggml_format_name(seg.coef, "xkv_coef_%c_g%zu_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(seg.type));
-                }
-            }
-        }
+        const size_t n_tensor = 1 + (1 + gr.layers.size())*(gr.segments[kind::K].size() + gr.segments[kind::V].size());
+        res.ctxs.emplace_back(ggml_init({ /*.mem_size =*/ n_tensor*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
         res.groups.push_back(gr);
     }
-    res.bases = plain ? basis_set() : make_bases(res.groups, ctx_of);
+    if (!plain) {
+        res.bases = make_bases(res.groups, [&](uint32_t il) { return res.ctxs[layer_of(il).ig].get(); });
+    }
+    for (size_t ig = 0; ig < res.groups.size(); ++ig) {
+        make_coef(res, ig, n_used);
+    }
     return res;
+}
+
+void xkv_store::make_coef(layout & l, uint32_t ig, uint32_t n_used) const {
+    const bool plain = stages[l.stage].plain();
+    auto &     gr    = l.groups[ig];
+    auto *     ctx   = l.ctxs[ig].get();
+
+    if (!gr.pack) {
+        const int64_t n = stages[l.stage].n_slot;
+        for (auto kd : { kind::K, kind::V }) {
+            for (auto & seg : gr.segments[kd]) {
+                seg.coef = kd == kind::K ? ggml_new_tensor_3d(ctx, seg.type, seg.rank, n, n_stream) :
+                                           ggml_new_tensor_3d(ctx, seg.type, n, seg.rank, n_stream);
+                ggml_format_name(seg.coef, "xkv_coef_%c_g%u_%s", kd == kind::K ? 'k' : 'v', ig, ggml_type_name(seg.type));
+            }
+        }
+        return;
+    }
+    // K, then V; of each layer when plain
+    size_t n_byte = 0;
+    const auto put = [&](segment & seg) {
+        seg.offset = n_byte;
+        n_byte += ggml_row_size(seg.type, (int64_t) n_chunk*seg.rank);
+    };
+    for (size_t i = 0; plain && i < gr.layers.size(); ++i) {
+        put(gr.segments[kind::K][i]);
+        put(gr.segments[kind::V][i]);
+    }
+    for (auto kd : { kind::K, kind::V }) {
+        for (auto & seg : gr.segments[kd]) {
+            if (!plain) {
+                put(seg);
+            }
+        }
+    }
+    gr.packed = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, n_byte, n_used/n_chunk, n_stream);
+    ggml_format_name(gr.packed, "xkv_coef_g%u", ig);
 }
 
 std::vector<uint32_t> xkv_store::stage_slots() const {
@@ -130,22 +131,28 @@ void xkv_store::make_arena() {
         }
     }
 
-    layout full = make_layout(stages.size() - 1);
-    for (const auto & [type, ctx] : full.ctxs) {
-        const size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), type);
+    const auto sizes = [&](const layout & l) {
+        std::map<ggml_backend_buffer_type_t, size_t> res;
+        for (size_t ig = 0; ig < l.groups.size(); ++ig) {
+            const auto type = buft(l.groups[ig].layers[0]);
+            res[type] += ggml_backend_alloc_ctx_tensors_from_buft_size(l.ctxs[ig].get(), type);
+        }
+        return res;
+    };
 
+    layout full = make_layout(stages.size() - 1, stages.back().n_slot);
+    for (const auto & [type, size] : sizes(full)) {
         arena[type].reset(ggml_backend_buft_alloc_buffer(type, size));
         if (!arena[type]) {
             xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio",
                       size, ggml_backend_buft_name(type));
         }
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-            arena_bytes[PART_BASES] += GGML_PAD(ggml_backend_buft_get_alloc_size(type, t), ggml_backend_buft_get_alignment(type));
-        }
+        ggml_backend_buffer_clear(arena[type].get(), 0);
     }
-    for (const auto & gr : full.groups) {
-        const auto type = buft(gr.layers[0]);
-        const auto size = [&](const ggml_tensor * t) {
+    for (size_t ig = 0; ig < full.groups.size(); ++ig) {
+        const auto & gr   = full.groups[ig];
+        const auto   type = buft(gr.layers[0]);
+        const auto   size = [&](const ggml_tensor * t) {
             return GGML_PAD(ggml_backend_buft_get_alloc_size(type, t), ggml_backend_buft_get_alignment(type));
         };
         size_t n_k = 0;
@@ -163,70 +170,181 @@ void xkv_store::make_arena() {
         }
         arena_bytes[PART_COEF_K] += n_k;
         arena_bytes[PART_COEF_V] += n - n_k;
-        arena_bytes[PART_BASES]  -= n;
+        for (ggml_tensor * t = ggml_get_first_tensor(full.ctxs[ig].get()); t; t = ggml_get_next_tensor(full.ctxs[ig].get(), t)) {
+            arena_bytes[PART_BASES] += size(t);
+        }
+        arena_bytes[PART_BASES] -= n;
     }
 
     // where layers are on several devices, each has to hold its share of every stage
     for (size_t i = stages.size() - 1; i-- > 0;) {
-        const layout l    = make_layout(i);
-        const bool   fits = std::all_of(l.ctxs.begin(), l.ctxs.end(), [&](const auto & e) {
-            return ggml_backend_alloc_ctx_tensors_from_buft_size(e.second.get(), e.first) <= ggml_backend_buffer_get_size(arena[e.first].get());
-        });
-        if (!fits) {
+        const auto list = sizes(make_layout(i, stages[i].n_slot));
+        if (std::any_of(list.begin(), list.end(), [&](const auto & e) { return e.second > ggml_backend_buffer_get_size(arena[e.first].get()); })) {
             LLAMA_LOG_WARN("%s: the stage for %u tokens takes more than the full store on some device and is left out\n", __func__, stages[i].n_slot);
             stages.erase(stages.begin() + i);
         }
     }
     full.stage = stages.size() - 1;
 
-    place(std::move(full));
-    fill_bases(now);
+    place(full);
+    fill_bases(full);
+    now = std::move(full);
 }
 
-void xkv_store::place(layout && fresh) {
-    for (const auto & [type, ctx] : fresh.ctxs) {
-        ggml_backend_buffer_t buf = arena[type].get();
-        ggml_backend_buffer_clear(buf, 0);
-
-        ggml_tallocr alloc = ggml_tallocr_new(buf);
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-            GGML_ASSERT(ggml_tallocr_alloc(&alloc, t) == GGML_STATUS_SUCCESS);
+void xkv_store::place(layout & l) const {
+    std::map<ggml_backend_buffer_type_t, ggml_tallocr> allocs;
+    for (size_t ig = 0; ig < l.groups.size(); ++ig) {
+        const auto type = buft(l.groups[ig].layers[0]);
+        if (allocs.count(type) == 0) {
+            allocs[type] = ggml_tallocr_new(arena.at(type).get());
+        }
+        for (ggml_tensor * t = ggml_get_first_tensor(l.ctxs[ig].get()); t; t = ggml_get_next_tensor(l.ctxs[ig].get(), t)) {
+            GGML_ASSERT(ggml_tallocr_alloc(&allocs[type], t) == GGML_STATUS_SUCCESS);
         }
     }
-    now = std::move(fresh);
-    n_tensor_change++;
 }
 
 void xkv_store::restart(uint32_t stage) {
-    place(make_layout(stage));
-    fill_bases(now);
+    for (const auto & [type, buf] : arena) {
+        ggml_backend_buffer_clear(buf.get(), 0);
+    }
+    layout fresh = make_layout(stage, stages[stage].n_slot);
+    place(fresh);
+    fill_bases(fresh);
+    now     = std::move(fresh);
     changed = false;
+    n_tensor_change++;
 }
 
-xkv_store::layout xkv_store::begin(uint32_t stage) const {
-    layout res = make_layout(stage);
-    for (const auto & [type, ctx] : res.ctxs) {
-        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type());
-        if (!buf) {
-            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the next stage of the xkv store (for %u tokens)", stages[stage].n_slot);
-        }
-        ggml_backend_buffer_clear(buf, 0);
-        res.bufs.emplace_back(buf);
-    }
-    fill_bases(res);
-    return res;
+xkv_store::layout xkv_store::begin(uint32_t stage, uint32_t n_used) const {
+    return make_layout(stage, n_used);
 }
 
-void xkv_store::commit(const layout & next) {
-    place(make_layout(next.stage));
-    for (const auto & [type, ctx] : now.ctxs) {
-        ggml_context * from = next.ctxs.at(type).get();
+void xkv_store::begin_group(layout & next, uint32_t ig) const {
+    ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(next.ctxs[ig].get(), ggml_backend_cpu_buffer_type());
+    if (!buf) {
+        xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the next stage of the xkv store (for %u tokens)", stages[next.stage].n_slot);
+    }
+    next.bufs[ig].reset(buf);
+    if (!next.groups[ig].pack) {
+        ggml_backend_buffer_clear(buf, 0); // stock ops read all slots
+    }
+    fill_bases(next, ig);
 
-        ggml_tensor * src = ggml_get_first_tensor(from);
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-            ggml_backend_tensor_copy(src, t);
-            src = ggml_get_next_tensor(from, src);
+    size_t n = 0;
+    for (const auto & b : next.bufs) {
+        n += b ? ggml_backend_buffer_get_size(b.get()) : 0;
+    }
+    n_staged = std::max(n_staged, n);
+}
+
+std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const {
+    const auto   type = buft(l.groups[ig].layers[0]);
+    const auto * buf  = arena.at(type).get();
+    const auto   at   = [&](uint32_t i) {
+        return (size_t) ((char *) ggml_get_first_tensor(l.ctxs[i].get())->data - (char *) ggml_backend_buffer_get_base(const_cast<ggml_backend_buffer_t>(buf)));
+    };
+    for (uint32_t i = ig + 1; i < l.groups.size(); ++i) {
+        if (buft(l.groups[i].layers[0]) == type) {
+            return { at(ig), at(i) };
         }
     }
+    return { at(ig), ggml_backend_buffer_get_size(const_cast<ggml_backend_buffer_t>(buf)) };
+}
+
+// a context's tensors in a buffer from an offset on; false, and nothing is changed, when they do not fit before end
+static bool xkv_put(ggml_context * ctx, ggml_backend_buffer_t buf, size_t begin, size_t end) {
+    const size_t align = ggml_backend_buffer_get_alignment(buf);
+
+    std::vector<size_t> list;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        list.push_back(GGML_PAD(begin, align));
+        begin = list.back() + ggml_backend_buffer_get_alloc_size(buf, t);
+    }
+    if (begin > end) {
+        return false;
+    }
+    size_t i = 0;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        t->buffer = nullptr;
+        t->data   = nullptr;
+        GGML_ASSERT(ggml_backend_tensor_alloc(buf, t, (char *) ggml_backend_buffer_get_base(buf) + list[i++]) == GGML_STATUS_SUCCESS);
+    }
+    return true;
+}
+
+void xkv_store::end_group(layout & next, uint32_t ig) const {
+    if (!next.groups[ig].pack) {
+        return;
+    }
+    // the bytes of the tensors, in the place of what the store had of the group; what has no room there waits in host memory
+    auto * ctx = next.ctxs[ig].get();
+    auto * buf = arena.at(buft(next.groups[ig].layers[0])).get();
+
+    std::vector<void *> from;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        from.push_back(t->data);
+    }
+    const auto [begin, end] = region(now, ig);
+    if (!xkv_put(ctx, buf, begin, end)) {
+        return;
+    }
+    size_t i = 0;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        ggml_backend_tensor_set(t, from[i++], 0, ggml_nbytes(t));
+    }
+    next.bufs[ig].reset();
+}
+
+// src's bytes at the begin of dst
+static void xkv_move(const ggml_tensor * src, ggml_tensor * dst) {
+    std::vector<uint8_t> data(ggml_nbytes(src));
+    ggml_backend_tensor_get(src, data.data(), 0, data.size());
+    ggml_backend_tensor_set(dst, data.data(), 0, data.size());
+}
+
+void xkv_store::commit(layout && next) {
+    layout full = make_layout(next.stage, stages[next.stage].n_slot);
+    place(full);
+
+    const auto tensors = [](const layout & l, uint32_t ig) {
+        std::vector<ggml_tensor *> res;
+        for (ggml_tensor * t = ggml_get_first_tensor(l.ctxs[ig].get()); t; t = ggml_get_next_tensor(l.ctxs[ig].get(), t)) {
+            res.push_back(t);
+        }
+        return res;
+    };
+    const auto move = [&](uint32_t ig, bool last_first) {
+        auto src = tensors(next, ig);
+        auto dst = tensors(full, ig);
+        if (last_first) {
+            std::reverse(src.begin(), src.end());
+            std::reverse(dst.begin(), dst.end());
+        }
+        for (size_t i = 0; i < src.size(); ++i) {
+            xkv_move(src[i], dst[i]);
+        }
+    };
+    // Groups that are in the arena keep their order there: those that go up move from the last one on, then those that go down
+    // from the first one on, so that none is written over before it has moved.
+    const uint32_t n = full.groups.size();
+    const auto up = [&](uint32_t ig) { return tensors(full, ig)[0]->data > tensors(next, ig)[0]->data; };
+    for (uint32_t ig = n; ig-- > 0;) {
+        if (!next.bufs[ig] && up(ig)) {
+            move(ig, true);
+        }
+    }
+    for (uint32_t ig = 0; ig < n; ++ig) {
+        if (!next.bufs[ig] && !up(ig)) {
+            move(ig, false);
+        }
+    }
+    for (uint32_t ig = 0; ig < n; ++ig) {
+        if (next.bufs[ig]) {
+            move(ig, false);
+        }
+    }
+    now     = std::move(full);
     changed = true;
+    n_tensor_change++;
 }

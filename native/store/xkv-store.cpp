@@ -32,7 +32,7 @@ bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
         ggml_tensor * k = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_k(il), hparams.n_head_kv(il), 32, 1);
         ggml_tensor * v = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_v(il), hparams.n_head_kv(il), 32, 1);
         ggml_tensor * m = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, 32, 1, 1, 1);
-        return ggml_backend_dev_supports_op(device(il), xkv_attn(ctx.get(), { q, k, v, m }, &params));
+        return ggml_backend_dev_supports_op(device(il), xkv_attn(ctx.get(), { q, k, v, m, nullptr, nullptr, nullptr, nullptr, nullptr }, &params));
     });
 }
 

@@ -55,6 +55,7 @@ public:
 
         std::vector<segment> segments[2];
 
+        bool          pack;   // as XKV_ATTN reads it
         ggml_tensor * packed; // I8 [bytes of a chunk, n_slot/n_chunk, n_stream], or nullptr
     };
 
@@ -82,8 +83,9 @@ public:
         std::vector<group> groups;
         basis_set          bases;
 
-        std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
-        std::vector<ggml_backend_buffer_ptr>                   bufs; // while the layout is not the store's
+        // per group: bases, then coefficients
+        std::vector<ggml_context_ptr>        ctxs;
+        std::vector<ggml_backend_buffer_ptr> bufs; // in host memory, while the group is not in the store
     };
 
     // starts in the last stage; throws xkv_error
@@ -109,10 +111,16 @@ public:
     // an empty store in another stage, with the calibrated bases
     void restart(uint32_t stage);
 
-    // another stage, to be filled beside the present one by set_basis and set_coef, that then takes its place; it has the
-    // calibrated bases; throws xkv_error
-    layout begin(uint32_t stage) const;
-    void   commit(const layout & next);
+    // Another stage with room for n_used slots, to be filled group by group by set_basis and set_coef; a group begins with the
+    // calibrated bases. Once it has ended, what the store had of the group is gone, so that no more than one group's bytes are
+    // allocated beside the store (all of those that are not packed). begin and begin_group throw xkv_error.
+    layout begin(uint32_t stage, uint32_t n_used) const;
+    void   begin_group(layout & next, uint32_t ig) const;
+    void   end_group  (layout & next, uint32_t ig) const;
+    void   commit(layout && next);
+
+    // most bytes of groups in host memory at once
+    size_t staged_peak() const { return n_staged; }
 
     // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; there are none in a plain store
     ggml_tensor * basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const;
@@ -194,6 +202,8 @@ private:
 
     uint32_t n_tensor_change = 0;
 
+    mutable size_t n_staged = 0;
+
     ggml_backend_buffer_type_t buft(uint32_t il) const;
     ggml_backend_dev_t         device(uint32_t il) const;
 
@@ -207,12 +217,16 @@ private:
 
     void make_arena();
 
-    // tensors without memory
-    layout    make_layout(uint32_t stage) const;
+    // tensors without memory, for n_used slots where groups are packed
+    layout    make_layout(uint32_t stage, uint32_t n_used) const;
+    void      make_coef(layout & l, uint32_t ig, uint32_t n_used) const;
     basis_set make_bases(const std::vector<group> & groups, const ctx_of_t & ctx_of) const;
 
-    // zeroes the arena and puts a layout without memory there
-    void place(layout && fresh);
+    // puts a layout without memory into the arena
+    void place(layout & l) const;
+
+    // where a group lies in its arena [begin, end)
+    std::pair<size_t, size_t> region(const layout & l, uint32_t ig) const;
 
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
@@ -223,6 +237,7 @@ private:
 
     uint32_t n_head_dim(kind kd, uint32_t il) const; // numbers of a head
     void fill_bases(const layout & l) const;
+    void fill_bases(const layout & l, uint32_t ig) const;
     void copy_bases(const basis_set & src, const basis_set & dst) const;
     void fill_means();
 };

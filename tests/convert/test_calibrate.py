@@ -126,7 +126,7 @@ def test_layers_are_scaled_by_what_they_cost(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Means and variances are those of scaled numbers, and groups weigh what their layers do."""
-    monkeypatch.setattr(sensitivity, "COEF_RATIO", 4.0)  # the model is too small for less
+    monkeypatch.setattr(sensitivity, "COEF_RATIOS", (4.0,))  # the model is too small for less
     found = {}
     for weigh in ("groups", "layers"):
         run(tiny_model, tmp_path / weigh, data=(text_file,), tokens=3000, basis_type="f32", weigh=weigh)

@@ -41,7 +41,7 @@ class Counter:
                     engine.decode(part, [seq] * len(part), list(range(start, start + len(part))), outputs=False)
             return texts
 
-        monkeypatch.setattr(sensitivity, "COEF_RATIO", 4.0)  # the tiny model is too small for less
+        monkeypatch.setattr(sensitivity, "COEF_RATIOS", (4.0,))  # the tiny model is too small for less
         monkeypatch.setattr(sensitivity._Bench, "divergences", counted)
         monkeypatch.setattr(calibrate, "write_text", made_up)
 

@@ -29,9 +29,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file (default: the demo model)")
 
 
-def model_path(args: argparse.Namespace) -> Path:
-    """The model that is named, or else the demo model."""
-    return Path(args.model) if args.model is not None else demo_model()
+def model_path(args: argparse.Namespace) -> str | Path:
+    """The model that is named, as it is written, or else the demo model."""
+    return args.model if args.model is not None else demo_model()
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:

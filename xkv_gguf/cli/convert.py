@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         n_score=THOROUGH_SCORE if args.thorough else N_SCORE,
         **({} if args.threads is None else {"threads": args.threads}),
     )
-    model = model_path(args)
+    model = Path(model_path(args))
     out = Path(args.output) if args.output is not None else None
     if model.is_dir():
         folder, model = model, gguf_path(model, out, args.outtype or "f16")

@@ -6,9 +6,9 @@ follows:
 
 - One token in `TEXT_SINK_SHARE` of the context has room to stay exact as an attention sink; a half of that, a quarter
   or none where the budget is out of reach otherwise.
-- Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window with
-  the largest micro-batch, then q8_0 windows with micro-batches from the largest to the smallest of `UBATCHES`, each
-  with windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken.
+- Sinks and window get at most `WINDOW_SHARE` of the budget. The first of these that fits is taken: an f16 window, then
+  q8_0 windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken. The micro-batch is
+  `N_UBATCH` tokens at every size: it passes through cells that are scratch.
 - Bases are q8_0, and q4_0 for the directions whose coefficients are in q2_0 or q1_0.
 - Heads that are not multiples of 32 leave only f16 for both.
 """
@@ -31,7 +31,7 @@ from .stages import Stage, plan_stages
 N_BATCH = 512
 WINDOW_SHARE = 0.2
 WINDOWS = (64, 48, 32)
-UBATCHES = (512, 256, 128, 64)
+N_UBATCH = 512
 TEXT_SINK_SHARE = 80
 """One token in so many has room to stay exact as an attention sink; in SmolLM2, one in 65 to 130 is one."""
 
@@ -191,7 +191,7 @@ def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Cache
         n_ctx=wishes.n_ctx,
         n_sink=wishes.n_sink,
         n_window=wishes.n_window if wishes.n_window is not None else WINDOWS[0],
-        n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else UBATCHES[0]),
+        n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else N_UBATCH),
         frame=stats.frame,
         type_window=wishes.type_window or ("q8_0" if small else "f16"),
         n_text_sink=_text_sinks(wishes),
@@ -235,8 +235,6 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
         hint = f"no n_ctx gets beyond {_floor(limit)} with coefficients of {'+'.join(wishes.types)}"
     else:
         helps = ["a larger n_ctx" if wishes.target.kind == "ratio" else "a smaller n_ctx"]
-        if wishes.n_ubatch is not None and wishes.n_ubatch > UBATCHES[-1]:
-            helps.append(f"a smaller n_ubatch than {wishes.n_ubatch}")
         if wishes.n_window is not None and wishes.n_window > WINDOWS[-1]:
             helps.append(f"a smaller n_window than {wishes.n_window}")
         hint = f"{' or '.join(helps)} helps"
@@ -256,15 +254,11 @@ def _smallest(stats: Statistics, shape: ModelShape, wishes: Wishes, layouts: lis
 
 def _layouts(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Iterator[CacheLayout]:
     """Windows to try, from the one that is liked best."""
-    if wishes.n_ubatch is not None:
-        ubatches = [min(wishes.n_ubatch, wishes.n_batch)]
-    else:
-        ubatches = sorted({min(n, wishes.n_batch) for n in UBATCHES}, reverse=True)
+    n_ubatch = min(wishes.n_ubatch if wishes.n_ubatch is not None else N_UBATCH, wishes.n_batch)
     windows = WINDOWS if wishes.n_window is None else (wishes.n_window,)
     types = (wishes.type_window,) if wishes.type_window else ("f16", "q8_0") if shape.quantizable else ("f16",)
-    sizes = [(n_ubatch, n_window) for n_ubatch in ubatches for n_window in windows]
     for type_window in types:
-        for n_ubatch, n_window in sizes[:1] if type_window == "f16" and len(types) > 1 else sizes:
+        for n_window in windows[:1] if type_window == "f16" and len(types) > 1 else windows:
             yield CacheLayout(
                 wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window, _text_sinks(wishes)
             )

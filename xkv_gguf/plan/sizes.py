@@ -73,8 +73,14 @@ class CacheLayout:
 
     @property
     def n_cell(self) -> int:
-        """Cells of the window: sinks at the start and in the text, recent tokens, a chunk that fills, a micro-batch."""
-        return _pad(self.n_sink + self.n_text_sink + self.n_window + self.frame + self.n_ubatch, CELL_PAD)
+        """Cells of the window: sinks at the start and in the text, recent tokens, a chunk that fills."""
+        return _pad(self.n_sink + self.n_text_sink + self.n_window + self.frame, CELL_PAD)
+
+    @property
+    def n_transit(self) -> int:
+        """Cells beyond those of the window, through which a micro-batch passes: scratch, whatever n_ctx is."""
+        n_exact = self.n_sink + self.n_text_sink + self.n_window + self.frame
+        return _pad(n_exact + self.n_ubatch, CELL_PAD) - self.n_cell
 
     @property
     def n_slot(self) -> int:
@@ -104,6 +110,11 @@ def window_bytes(shape: ModelShape, layout: CacheLayout) -> int:
     return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_cell
 
 
+def transit_bytes(shape: ModelShape, layout: CacheLayout) -> int:
+    """Bytes of the cells through which a micro-batch passes."""
+    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_transit
+
+
 def mean_bytes(shape: ModelShape) -> int:
     """Bytes of the means: f32, of K and V, and of V as it is added to the output of each layer."""
     return 4 * (shape.numbers + sum(shape.embd_out))
@@ -114,8 +125,7 @@ def predict_parts(
 ) -> dict[str, int]:
     """Bytes of an xkv cache for one sequence, by the names of the parts in its report.
 
-    The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Left out is the scratch of a flush, which is
-    allocated when the first chunk leaves the window.
+    The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Scratch is not part of it, see `transit_bytes`.
 
     Parameters
     ----------

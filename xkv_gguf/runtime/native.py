@@ -211,12 +211,22 @@ def is_xkv(context: int) -> bool:
 
 def report(context: int) -> list[tuple[str, int]]:
     """Parts of a context's KV cache of any kind: name and bytes allocated."""
+    return _parts("xkv_report", context)
+
+
+def scratch(context: int) -> list[tuple[str, int]]:
+    """Parts of a context's scratch: what does not grow with n_ctx, or is given back; name and bytes."""
+    return _parts("xkv_scratch", context)
+
+
+def _parts(function: str, context: int) -> list[tuple[str, int]]:
     api = native()
     ctx = api.context(context)
+    ask = getattr(api.lib, function)
     count = api.ffi.new("uint32_t *", 0)
-    check_status(api.lib.xkv_report(ctx, api.ffi.NULL, count))
+    check_status(ask(ctx, api.ffi.NULL, count))
     parts = api.ffi.new("struct xkv_report_part[]", count[0])
-    check_status(api.lib.xkv_report(ctx, parts, count))
+    check_status(ask(ctx, parts, count))
     return [(api.text(part.name), int(part.bytes)) for part in parts]
 
 

@@ -98,6 +98,14 @@ struct xkv_attn_layer {
                 at = at_kind + n_head_kv*head_coef[kd];
             }
             lead[kd] = dense || plain ? rank[kd] : std::min<int64_t>(rank[kd], par.lead[kd]);
+            // whole tiles of K, whose columns are directions
+            for (int is = 0; is < n_segment[kd] && kd == XKV_K; ++is) {
+                const auto &  seg  = segments[kd][is];
+                const int64_t cols = xkv_tile_cols(seg.type);
+                if (lead[kd] > seg.first && lead[kd] < seg.first + seg.rank) {
+                    lead[kd] = seg.first + (lead[kd] - seg.first + cols - 1)/cols*cols;
+                }
+            }
         }
         kind_basis[XKV_V] = kind_basis[XKV_K] + n_head_kv*head_basis[XKV_K];
     }

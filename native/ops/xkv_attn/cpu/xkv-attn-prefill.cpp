@@ -1,41 +1,45 @@
-// Many queries: K and V of a tile of tokens are reconstructed for one KV head, in f32, meet all its queries and are forgotten; each
-// query keeps a running max and sum. Work is dealt by KV head and span of chunks; spans are a fixed number, and their sums are merged.
+// Many queries: K and V of a batch of tokens are made for all KV heads, in f32 tiles, meet all queries and are forgotten. Each query
+// keeps a running max and sum, and its output is where the sums are. Both steps are dealt to the threads anew for each batch; what a
+// unit computes does not depend on how they are dealt.
 
 #include "xkv-attn-layer.h"
 
-// tokens of a tile
+#include <vector>
+
+// tokens of a tile, and tiles of a batch
 static const int64_t XKV_TILE_TOKENS = 64;
+static const int64_t XKV_BATCH_TILES = 8;
 
-// spans of stored tokens
-static const int64_t XKV_N_SPAN = 4;
-
-// queries of a unit of exact attention
-static const int64_t XKV_EXACT_QUERIES = 256;
-
-static const int64_t XKV_PAD = 16;
-
-struct xkv_prefill_buffers {
-    float * sums; // [n_span + 1][n_query][d_v + pad]: sums, max, sum of weights
-    int64_t stride;
-
-    // of a thread
-    float * base_k; // [d_k][rank]
-    float * base_v; // [rank][d_v]
-    float * coef_k; // [rank][tile]
-    float * coef_v; // [tile][rank]
-    float * kt;     // [d_k][tile]
-    float * vt;     // [tile][d_v]
-    float * s;      // [rows][tile]
-    float * q;      // [rows][d_k]
-
-    size_t bytes;
-
-    float * at(int64_t n_query, int64_t span, int64_t i) const { return sums + (span*n_query + i)*stride; }
-};
+// queries of a KV head that one thread takes at a time: a multiple of the rows that meet a tile together
+static const int64_t XKV_UNIT_ROWS = 16*XKV_MUL_ROWS;
 
 static int64_t xkv_pad16(int64_t n) {
     return (n + 15)/16*16;
 }
+
+// tokens of one chunk, or exact ones
+struct xkv_tile_of {
+    int64_t ic;    // chunk; -1: exact tokens
+    int64_t first; // token of the chunk or of the exact ones
+    int64_t n;     // tokens
+    int64_t n_pad; // a multiple of 16
+};
+
+struct xkv_prefill_buffers {
+    float * state; // [n_query][2] max and sum of weights
+    float * kt;    // [n_head_kv][tiles][d_k][tokens]
+    float * vt;    // [n_head_kv][tiles][tokens][d_v]
+
+    // of a thread
+    float * base_k; // [d_k][rank]
+    float * base_v; // [rank][d_v]
+    float * coef_k; // [rank][tokens]
+    float * coef_v; // [tokens][rank]
+    float * s;      // [rows][tokens]
+    float * q;      // [rows][d_k]
+
+    size_t bytes;
+};
 
 static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, int ith, int nth) {
     xkv_prefill_buffers b;
@@ -46,8 +50,9 @@ static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, in
     const int64_t rv = xkv_pad16(l.rank[XKV_V]);
 
     xkv_arena shared = { work };
-    b.stride = dv + XKV_PAD;
-    b.sums   = shared.take<float>((XKV_N_SPAN + 1)*l.n_query*b.stride);
+    b.state = shared.take<float>(2*l.n_query);
+    b.kt    = shared.take<float>(l.n_head_kv*XKV_BATCH_TILES*XKV_TILE_TOKENS*dk);
+    b.vt    = shared.take<float>(l.n_head_kv*XKV_BATCH_TILES*XKV_TILE_TOKENS*dv);
 
     const auto own = [&](xkv_arena a) {
         b.base_k = a.take<float>(dk*rk);
@@ -55,8 +60,6 @@ static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, in
         // a tile of coefficients has up to 128 columns
         b.coef_k = a.take<float>((rk + 128)*XKV_TILE_TOKENS);
         b.coef_v = a.take<float>(rv*(XKV_TILE_TOKENS + 128));
-        b.kt     = a.take<float>(dk*XKV_TILE_TOKENS);
-        b.vt     = a.take<float>(dv*XKV_TILE_TOKENS);
         b.s      = a.take<float>(XKV_MUL_ROWS*XKV_TILE_TOKENS);
         b.q      = a.take<float>(XKV_MUL_ROWS*dk);
         return a.at;
@@ -136,14 +139,8 @@ struct xkv_prefill {
     // query j of the KV head's
     int64_t query(int64_t j) const { return j/l.n_gqa*l.n_head + head*l.n_gqa + j % l.n_gqa; }
 
-    void clear(int64_t span, int64_t j0, int64_t j1) const {
-        for (int64_t j = j0; j < j1; ++j) {
-            float * o = b.at(l.n_query, span, query(j));
-            memset(o, 0, dv*sizeof(float));
-            o[dv]     = -INFINITY;
-            o[dv + 1] = 0.0f;
-        }
-    }
+    float * kt(int64_t tile) const { return b.kt + (head*XKV_BATCH_TILES + tile)*XKV_TILE_TOKENS*dk; }
+    float * vt(int64_t tile) const { return b.vt + (head*XKV_BATCH_TILES + tile)*XKV_TILE_TOKENS*dv; }
 
     // the head's bases as f32
     void expand_bases() const {
@@ -198,7 +195,7 @@ struct xkv_prefill {
     }
 
     // K [d_k][n] at the tokens' positions, and V [n][d_v]
-    void reconstruct(int64_t ic, int64_t t0, int64_t n) const {
+    void reconstruct(int64_t ic, int64_t t0, int64_t n, float * kt, float * vt) const {
         expand_coef(ic, t0, n);
 
         const float * a[XKV_MUL_ROWS];
@@ -207,7 +204,7 @@ struct xkv_prefill {
             const int m = (int) std::min<int64_t>(XKV_MUL_ROWS, l.dim[XKV_K] - d);
             for (int i = 0; i < m; ++i) {
                 a[i] = b.base_k + (d + i)*rk;
-                c[i] = b.kt + (d + i)*n;
+                c[i] = kt + (d + i)*n;
             }
             if (l.plain) {
                 memcpy(c[0], b.coef_k + d*n, m*n*sizeof(float));
@@ -219,7 +216,7 @@ struct xkv_prefill {
             const int m = (int) std::min<int64_t>(XKV_MUL_ROWS, n - t);
             for (int i = 0; i < m; ++i) {
                 a[i] = b.coef_v + (t + i)*rv;
-                c[i] = b.vt + (t + i)*dv;
+                c[i] = vt + (t + i)*dv;
             }
             if (l.plain) {
                 for (int i = 0; i < m; ++i) {
@@ -232,13 +229,13 @@ struct xkv_prefill {
         const float * mean = l.mean_k(head);
         for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
             for (int64_t t = 0; t < n; t += 16) {
-                xkv_store(b.kt + d*n + t, xkv_load(b.kt + d*n + t) + mean[d]);
+                xkv_store(kt + d*n + t, xkv_load(kt + d*n + t) + mean[d]);
             }
         }
-        turn_back(ic, n);
+        turn_back(ic, n, kt);
     }
 
-    void turn_back(int64_t ic, int64_t n) const {
+    void turn_back(int64_t ic, int64_t n, float * kt) const {
         if (l.n_rot == 0) {
             return;
         }
@@ -250,8 +247,8 @@ struct xkv_prefill {
             const int64_t at1 = neox ? i + half : 2*i + 1;
             const float   c   = cs[at0];
             const float   d   = -cs[at1];
-            float * x = b.kt + (l.par.rot_first + at0)*n;
-            float * y = b.kt + (l.par.rot_first + at1)*n;
+            float * x = kt + (l.par.rot_first + at0)*n;
+            float * y = kt + (l.par.rot_first + at1)*n;
             for (int64_t t = 0; t < n; t += 16) {
                 const f32r xv = xkv_load(x + t);
                 const f32r yv = xkv_load(y + t);
@@ -261,102 +258,7 @@ struct xkv_prefill {
         }
     }
 
-    // queries [j0, j1) of the head meet a tile of n tokens; see(t, bias) is false when token t of the batch sees none of them, or
-    // fills in what is added to the scores
-    template <typename F> void attend(int64_t span, int64_t j0, int64_t j1, int64_t n, F && see) const {
-        for (int64_t j = j0; j < j1; j += XKV_MUL_ROWS) {
-            int m = 0;
-
-            const float * bias[XKV_MUL_ROWS];
-            float *       o   [XKV_MUL_ROWS];
-            const float * a   [XKV_MUL_ROWS];
-            float *       c   [XKV_MUL_ROWS];
-            for (int64_t k = j; k < std::min(j + XKV_MUL_ROWS, j1); ++k) {
-                const float * add = nullptr;
-                if (!see(k/l.n_gqa, add)) {
-                    continue;
-                }
-                const float * q = l.query(query(k), s);
-                float *      qs = b.q + m*dk;
-                for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
-                    qs[d] = q[d]*l.par.scale;
-                }
-                bias[m] = add;
-                o   [m] = b.at(l.n_query, span, query(k));
-                a   [m] = qs;
-                c   [m] = b.s + m*XKV_TILE_TOKENS;
-                m++;
-            }
-            if (m == 0) {
-                continue;
-            }
-            xkv_mul<false>(m, l.dim[XKV_K], n, a, b.kt, n, c);
-            for (int i = 0; i < m; ++i) {
-                f32r top = xkv_set1(-INFINITY);
-                for (int64_t t = 0; t < n; t += 16) {
-                    f32r x = xkv_load(c[i] + t);
-                    if (bias[i]) {
-                        x += xkv_load(bias[i] + t);
-                        xkv_store(c[i] + t, x);
-                    }
-                    top = xkv_max(top, x);
-                }
-                const float old = o[i][dv];
-                const float max = std::max(old, xkv_max(top));
-                if (max > old) {
-                    const float f = old == -INFINITY ? 0.0f : expf(old - max);
-                    for (int64_t d = 0; d < dv; d += 16) {
-                        xkv_store(o[i] + d, xkv_load(o[i] + d)*f);
-                    }
-                    o[i][dv + 1] *= f;
-                    o[i][dv]      = max;
-                }
-                f32r sum = {};
-                for (int64_t t = 0; t < n; t += 16) {
-                    const f32r p = max == -INFINITY ? f32r{} : xkv_exp(xkv_load(c[i] + t) - max);
-                    xkv_store(c[i] + t, p);
-                    sum += p;
-                }
-                o[i][dv + 1] += xkv_sum(sum);
-            }
-            xkv_mul<true>(m, n, dv, c, b.vt, dv, o);
-        }
-    }
-
-    void run_stored(int64_t span, int64_t ic0, int64_t ic1) const {
-        const int64_t n_row = l.n_gqa*l.n_tps;
-        clear(span, 0, n_row);
-        if (!l.plain) {
-            expand_bases();
-        }
-        float tail[XKV_TILE_TOKENS];
-        for (int64_t ic = ic0; ic < ic1; ++ic) {
-            int64_t most = 0;
-            for (int64_t t = 0; t < l.n_tps; ++t) {
-                most = std::max(most, l.n_fill(ic, t, s));
-            }
-            for (int64_t t0 = 0; t0 < most; t0 += XKV_TILE_TOKENS) {
-                const int64_t n = std::min(XKV_TILE_TOKENS, l.n_chunk - t0);
-                reconstruct(ic, t0, n);
-                int64_t tail_of = -1;
-                attend(span, 0, n_row, n, [&](int64_t t, const float *& bias) {
-                    const int64_t fill = l.n_fill(ic, t, s) - t0;
-                    if (fill < n && fill > 0) {
-                        if (tail_of != fill) {
-                            for (int64_t i = 0; i < n; ++i) {
-                                tail[i] = i < fill ? 0.0f : -INFINITY;
-                            }
-                            tail_of = fill;
-                        }
-                        bias = tail;
-                    }
-                    return fill > 0;
-                });
-            }
-        }
-    }
-
-    void load_exact(int64_t j0, int64_t n, int64_t n_pad) const {
+    void load_exact(int64_t j0, int64_t n, int64_t n_pad, float * kt, float * vt) const {
         const auto get = [](const char * p, ggml_type type, int64_t n, float * dst) {
             if (type == GGML_TYPE_F32) {
                 memcpy(dst, p, n*sizeof(float));
@@ -364,90 +266,194 @@ struct xkv_prefill {
                 ggml_get_type_traits(type)->to_float(p, dst, n);
             }
         };
-        float row[512];
+        float row[XKV_ATTN_MAX_HEAD] = {};
         for (int64_t t = 0; t < n_pad; ++t) {
             if (t < n) {
                 get((const char *) l.k->data + head*l.k->nb[1] + (j0 + t)*l.k->nb[2] + s*l.k->nb[3], l.k->type, l.dim[XKV_K], row);
-                get((const char *) l.v->data + head*l.v->nb[1] + (j0 + t)*l.v->nb[2] + s*l.v->nb[3], l.v->type, l.dim[XKV_V], b.vt + t*dv);
+                get((const char *) l.v->data + head*l.v->nb[1] + (j0 + t)*l.v->nb[2] + s*l.v->nb[3], l.v->type, l.dim[XKV_V], vt + t*dv);
             } else {
                 memset(row, 0, sizeof(row));
-                memset(b.vt + t*dv, 0, dv*sizeof(float));
+                memset(vt + t*dv, 0, dv*sizeof(float));
             }
             for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
-                b.kt[d*n_pad + t] = row[d];
+                kt[d*n_pad + t] = row[d];
             }
         }
     }
 
-    // tokens of the batch [t0, t1) over the exact tokens
-    void run_exact(int64_t span, int64_t t0, int64_t t1) const {
-        clear(span, t0*l.n_gqa, t1*l.n_gqa);
+    void make(const xkv_tile_of & tile, int64_t i) const {
+        if (tile.ic < 0) {
+            load_exact(tile.first, tile.n, tile.n_pad, kt(i), vt(i));
+        } else {
+            reconstruct(tile.ic, tile.first, tile.n, kt(i), vt(i));
+        }
+    }
 
-        float bias[XKV_TILE_TOKENS];
-        for (int64_t j = 0; j < l.n_exact; j += XKV_TILE_TOKENS) {
-            const int64_t n     = std::min(XKV_TILE_TOKENS, l.n_exact - j);
-            const int64_t n_pad = xkv_pad16(n);
-            bool loaded = false;
-            for (int64_t t = t0; t < t1; ++t) {
-                bool any = false;
-                for (int64_t i = 0; i < n_pad; ++i) {
-                    bias[i] = i < n ? l.mask_at(j + i, t, s) : -INFINITY;
-                    any = any || bias[i] > -INFINITY;
+    // what is added to a query's scores: nullptr for nothing; false when it sees none of the tile
+    bool see(const xkv_tile_of & tile, int64_t t, float * bias, const float *& add) const {
+        add = nullptr;
+        if (tile.ic >= 0) {
+            const int64_t fill = l.n_fill(tile.ic, t, s) - tile.first;
+            if (fill < tile.n) {
+                for (int64_t i = 0; i < tile.n; ++i) {
+                    bias[i] = i < fill ? 0.0f : -INFINITY;
                 }
-                if (!any) {
+                add = bias;
+            }
+            return fill > 0;
+        }
+        bool any = false;
+        bool all = tile.n == tile.n_pad;
+        for (int64_t i = 0; i < tile.n_pad; ++i) {
+            bias[i] = i < tile.n ? l.mask_at(tile.first + i, t, s) : -INFINITY;
+            any = any || bias[i] > -INFINITY;
+            all = all && bias[i] == 0.0f;
+        }
+        add = all ? nullptr : bias;
+        return any;
+    }
+
+    // queries [j0, j1) of the head meet a tile
+    void attend(const xkv_tile_of & tile, int64_t it, int64_t j0, int64_t j1) const {
+        const int64_t n = tile.n_pad;
+
+        float   bias[XKV_MUL_ROWS][XKV_TILE_TOKENS];
+        int64_t bias_of = -1; // token of the batch that the last bias is of
+        int     n_bias  = 0;
+        bool    seen    = false;
+        const float * add = nullptr;
+        for (int64_t j = j0; j < j1; j += XKV_MUL_ROWS) {
+            int m = 0;
+
+            const float * adds [XKV_MUL_ROWS];
+            float *       state[XKV_MUL_ROWS];
+            float *       o    [XKV_MUL_ROWS];
+            const float * a    [XKV_MUL_ROWS];
+            float *       c    [XKV_MUL_ROWS];
+            n_bias  = 0;
+            bias_of = -1;
+            for (int64_t k = j; k < std::min(j + XKV_MUL_ROWS, j1); ++k) {
+                const int64_t t = k/l.n_gqa;
+                if (t != bias_of) {
+                    seen    = see(tile, t, bias[n_bias++], add);
+                    bias_of = t;
+                }
+                if (!seen) {
                     continue;
                 }
-                if (!loaded) {
-                    load_exact(j, n, n_pad);
-                    loaded = true;
+                const float * q  = l.query(query(k), s);
+                float *       qs = b.q + m*dk;
+                for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
+                    qs[d] = q[d]*l.par.scale;
                 }
-                attend(span, t*l.n_gqa, (t + 1)*l.n_gqa, n_pad, [&](int64_t, const float *& add) {
-                    add = bias;
-                    return true;
-                });
+                adds [m] = add;
+                state[m] = b.state + 2*query(k);
+                o    [m] = l.out(query(k), s);
+                a    [m] = qs;
+                c    [m] = b.s + m*XKV_TILE_TOKENS;
+                m++;
             }
+            if (m == 0) {
+                continue;
+            }
+            xkv_mul<false>(m, l.dim[XKV_K], n, a, kt(it), n, c);
+            for (int i = 0; i < m; ++i) {
+                f32r top = xkv_set1(-INFINITY);
+                for (int64_t t = 0; t < n; t += 16) {
+                    f32r x = xkv_load(c[i] + t);
+                    if (adds[i]) {
+                        x += xkv_load(adds[i] + t);
+                        xkv_store(c[i] + t, x);
+                    }
+                    top = xkv_max(top, x);
+                }
+                const float old = state[i][0];
+                const float max = std::max(old, xkv_max(top));
+                if (max > old) {
+                    const float f = old == -INFINITY ? 0.0f : expf(old - max);
+                    for (int64_t d = 0; d < dv; d += 16) {
+                        xkv_store(o[i] + d, xkv_load(o[i] + d)*f);
+                    }
+                    state[i][0]  = max;
+                    state[i][1] *= f;
+                }
+                f32r sum = {};
+                for (int64_t t = 0; t < n; t += 16) {
+                    const f32r p = max == -INFINITY ? f32r{} : xkv_exp(xkv_load(c[i] + t) - max);
+                    xkv_store(c[i] + t, p);
+                    sum += p;
+                }
+                state[i][1] += xkv_sum(sum);
+            }
+            xkv_mul<true>(m, n, dv, c, vt(it), dv, o);
         }
     }
 };
 
+// all tiles of a stream: stored tokens that a query sees, then exact ones
+static std::vector<xkv_tile_of> xkv_list_tiles(const xkv_attn_layer & l, int64_t s) {
+    std::vector<xkv_tile_of> res;
+    for (int64_t ic = 0; ic < l.n_frame; ++ic) {
+        int64_t most = 0;
+        for (int64_t t = 0; t < l.n_tps; ++t) {
+            most = std::max(most, l.n_fill(ic, t, s));
+        }
+        for (int64_t t0 = 0; t0 < most; t0 += XKV_TILE_TOKENS) {
+            const int64_t n = std::min(XKV_TILE_TOKENS, l.n_chunk - t0);
+            res.push_back({ ic, t0, n, n });
+        }
+    }
+    for (int64_t j = 0; j < l.n_exact; j += XKV_TILE_TOKENS) {
+        const int64_t n = std::min(XKV_TILE_TOKENS, l.n_exact - j);
+        res.push_back({ -1, j, n, xkv_pad16(n) });
+    }
+    return res;
+}
+
 void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, xkv_barrier_t barrier, void * user) {
     const xkv_prefill_buffers b = xkv_lay_out(l, work, ith, nth);
 
-    const int64_t n_span  = std::min(XKV_N_SPAN, l.n_frame);
-    const int64_t n_block = (l.n_tps*l.n_gqa + XKV_EXACT_QUERIES - 1)/XKV_EXACT_QUERIES;
+    const int64_t n_row  = l.n_gqa*l.n_tps;
+    const int64_t n_unit = (n_row + XKV_UNIT_ROWS - 1)/XKV_UNIT_ROWS;
     for (int64_t s = 0; s < l.n_stream; ++s) {
+        const auto tiles = xkv_list_tiles(l, s);
+
         int64_t u0, u1;
-        xkv_share(l.n_head_kv*n_span, ith, nth, &u0, &u1);
-        for (int64_t u = u0; u < u1; ++u) {
-            const int64_t span = u % n_span;
-            xkv_prefill { l, b, s, u/n_span }.run_stored(span, l.n_frame*span/n_span, l.n_frame*(span + 1)/n_span);
-        }
-        xkv_share(l.n_head_kv*n_block, ith, nth, &u0, &u1);
-        for (int64_t u = u0; u < u1; ++u) {
-            const int64_t k = u % n_block;
-            xkv_prefill { l, b, s, u/n_block }.run_exact(n_span, l.n_tps*k/n_block, l.n_tps*(k + 1)/n_block);
-        }
-        barrier(user);
         xkv_share(l.n_query, ith, nth, &u0, &u1);
-        const int64_t dv = xkv_pad16(l.dim[XKV_V]);
         for (int64_t i = u0; i < u1; ++i) {
-            float max = -INFINITY;
-            for (int64_t k = 0; k <= n_span; ++k) {
-                max = std::max(max, b.at(l.n_query, k, i)[dv]);
+            memset(l.out(i, s), 0, l.dim[XKV_V]*sizeof(float));
+            b.state[2*i]     = -INFINITY;
+            b.state[2*i + 1] = 0.0f;
+        }
+        for (size_t first = 0; first < tiles.size(); first += XKV_BATCH_TILES) {
+            const int64_t n_tile = std::min<int64_t>(XKV_BATCH_TILES, tiles.size() - first);
+
+            xkv_share(l.n_head_kv*n_tile, ith, nth, &u0, &u1);
+            int64_t expanded = -1;
+            for (int64_t u = u0; u < u1; ++u) {
+                const xkv_prefill p { l, b, s, u/n_tile };
+                const auto & tile = tiles[first + u % n_tile];
+                if (!l.plain && tile.ic >= 0 && expanded != p.head) {
+                    p.expand_bases();
+                    expanded = p.head;
+                }
+                p.make(tile, u % n_tile);
             }
-            float * o   = l.out(i, s);
-            float   sum = 0.0f;
-            memset(o, 0, l.dim[XKV_V]*sizeof(float));
-            for (int64_t k = 0; k <= n_span; ++k) {
-                const float * x = b.at(l.n_query, k, i);
-                if (x[dv + 1] > 0.0f) {
-                    const float f = expf(x[dv] - max);
-                    sum += f*x[dv + 1];
-                    for (int64_t d = 0; d < l.dim[XKV_V]; ++d) {
-                        o[d] += f*x[d];
-                    }
+            barrier(user);
+            xkv_share(l.n_head_kv*n_unit, ith, nth, &u0, &u1);
+            for (int64_t u = u0; u < u1; ++u) {
+                const xkv_prefill p { l, b, s, u/n_unit };
+                const int64_t j0 = u % n_unit*XKV_UNIT_ROWS;
+                for (int64_t it = 0; it < n_tile; ++it) {
+                    p.attend(tiles[first + it], it, j0, std::min(j0 + XKV_UNIT_ROWS, n_row));
                 }
             }
+            barrier(user);
+        }
+        xkv_share(l.n_query, ith, nth, &u0, &u1);
+        for (int64_t i = u0; i < u1; ++i) {
+            const float sum = b.state[2*i + 1];
+            float *     o   = l.out(i, s);
             for (int64_t d = 0; d < l.dim[XKV_V]; ++d) {
                 o[d] *= sum > 0.0f ? 1.0f/sum : 0.0f;
             }

@@ -154,6 +154,9 @@ int main() {
         c.lead[0]   = c.lead[1] = 64;
         c.tolerance = 0.01f;
         check("quantized, refined where it matters" + at, c, 3e-2);
+        c.lead[0] = c.lead[1] = 128; // inside the blocks of 64 directions
+        c.tolerance = 0.03f;
+        check("quantized, lead ends in a tile" + at, c, 5e-2);
     }
     printf("%d passed, %d failed\n", n_pass, n_fail);
     return n_fail > 0;
