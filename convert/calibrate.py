@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from xkv_gguf.convert.capture import Capture, Sums
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.estimate import F16, KV_BYTES, split_runs
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.text import cut_texts, read_texts
 from xkv_gguf.errors import CalibrationError
 from xkv_gguf.plan.groups import LayerGroups
 from xkv_gguf.plan.segments import KINDS, Kind
+from xkv_gguf.plan.sizes import padded_ctx
 
 FILE_LEN = 2048
 """Tokens per sequence of text from files."""
@@ -42,8 +44,8 @@ class TextInfo:
     last: tuple[tuple[int, ...], ...] = ()
 
 
-def file_sequences(engine: Engine, settings: Settings) -> list[list[int]]:
-    """Token ids of the sequences that `settings.data` gives.
+def file_sequences(engine: Engine, settings: Settings, n_token: int) -> list[list[int]]:
+    """Token ids of the sequences that `settings.data` gives, about `n_token` in all.
 
     Raises
     ------
@@ -52,38 +54,48 @@ def file_sequences(engine: Engine, settings: Settings) -> list[list[int]]:
     """
     n_len = min(FILE_LEN, engine.n_ctx_train)
     texts = read_texts(settings.data)
-    return cut_texts(texts, engine.tokenize, engine.bos(), settings.tokens, n_len, settings.seed)
+    return cut_texts(texts, engine.tokenize, engine.bos(), n_token, n_len, settings.seed)
 
 
-def self_shape(engine: Engine, tokens: int) -> tuple[int, int, int]:
-    """Sequences side by side, tokens per sequence and rounds for text that the model writes."""
+def self_shape(engine: Engine, tokens: int, numbers: int) -> tuple[int, int, int]:
+    """Sequences side by side, tokens per sequence and rounds for text that the model writes.
+
+    `numbers` are those of K and V per token: the more of them, the fewer sequences.
+    """
     longest = min(SELF_LEN, engine.n_ctx_train)
+    room = KV_BYTES // (F16 * numbers * padded_ctx(longest))
     # never one alone: attention of a single query is split over the threads, so its rounding depends on them
-    n_seq = max(2, min(SELF_SEQS, tokens // longest))
+    n_seq = max(2, min(SELF_SEQS, tokens // longest, room))
     n_round = -(-tokens // (n_seq * longest))
     return n_seq, tokens // (n_seq * n_round), n_round
 
 
-def _run_files(engine: Engine, capture: Capture, texts: list[list[int]], progress: Progress) -> None:
-    for text in texts:
-        for start in range(0, len(text), engine.n_batch):
-            part = text[start : start + engine.n_batch]
-            engine.decode(part, [0] * len(part), list(range(start, start + len(part))), outputs=False)
-            progress(len(part))
-        capture.add(0)
+def _read(engine: Engine, text: list[int], seq: int, progress: Progress) -> None:
+    for start in range(0, len(text), engine.n_batch):
+        part = text[start : start + engine.n_batch]
+        engine.decode(part, [seq] * len(part), list(range(start, start + len(part))), outputs=False)
+        progress(len(part))
+
+
+def _run_texts(engine: Engine, capture: Capture, texts: list[list[int]], n_seq: int, progress: Progress) -> None:
+    for first in range(0, len(texts), n_seq):
+        for seq, text in enumerate(texts[first : first + n_seq]):
+            _read(engine, text, seq, progress)
+            capture.add(seq)
         engine.clear()
 
 
-def _run_self(
+def _write_texts(
     engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     n_seq, n_len, n_round = shape
+    texts: list[list[int]] = []
     for i in range(n_round):
-        texts = write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
+        texts += write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
         for seq in range(n_seq):
             capture.add(seq)
         engine.clear()
-        yield from texts
+    return texts
 
 
 def is_finite(sums: Sums) -> bool:
@@ -109,23 +121,28 @@ def collect(
     engine: Engine,
     groups: LayerGroups,
     settings: Settings,
+    n_token: int,
     texts: list[list[int]] | None,
     progress: Progress,
     use: Callable[[int, Kind, Sums], object],
 ) -> TextInfo:
     """Run the calibration text and hand over the sums over it, one kind of one group at a time.
 
+    Where the sums of all groups are too large together, the text is run several times, for some groups each.
+
     Parameters
     ----------
     engine : Engine
     groups : LayerGroups
     settings : Settings
+    n_token : int
+        Tokens that the model writes, about.
     texts : list of list of int, optional
         Sequences from files, see `file_sequences`. None: the model writes its own.
     progress : callable
-        Gets the number of tokens after each batch.
+        Gets the number of tokens after each batch; each run over the text counts.
     use : callable
-        Gets group, kind and sums when all text has been run.
+        Gets group, kind and sums.
 
     Returns
     -------
@@ -136,25 +153,29 @@ def collect(
     CalibrationError
         The model fails on the text, or computes NaN or infinity; the text names the first layer that does.
     """
-    digest = hashlib.sha256()
-    last: list[tuple[int, ...]] = []
-    n_tokens = 0
-    shape = self_shape(engine, settings.tokens)
+    numbers = sum(map(sum, groups.embd.values()))
+    shape = self_shape(engine, n_token, numbers)
     n_seq, n_len = (1, max(map(len, texts))) if texts is not None else shape[:2]
-    engine.open_context(n_seq, n_len)
-    with Capture(engine, groups.first, groups.count, groups.dims, settings.frame, settings.n_sink) as capture:
-        if texts is not None:
-            _run_files(engine, capture, texts, progress)
-        for text in texts if texts is not None else _run_self(engine, capture, shape, settings.seed, progress):
-            digest.update(np.asarray(text, dtype="<i4").tobytes())
-            last.append(tuple(text))
-            del last[:-N_LAST]
-        for g in range(len(groups.first)):
-            for kind in KINDS:
-                sums = capture.read(g, kind)
-                if not is_finite(sums):
-                    raise CalibrationError(_not_finite(groups, g, {other: capture.read(g, other) for other in KINDS}))
-                n_tokens = sums.n_tokens
-                use(g, kind, sums)
-    engine.close_context()
-    return TextInfo(n_tokens, n_len, digest.hexdigest(), tuple(last))
+    n_tokens = 0
+    for run in split_runs(groups):
+        engine.open_context(n_seq, n_len)
+        part = slice(run.start, run.stop)
+        dims: dict[Kind, list[int]] = {kind: groups.dims[kind][part] for kind in KINDS}
+        first, count = groups.first[part], groups.count[part]
+        with Capture(engine, first, count, dims, settings.frame, settings.n_sink) as capture:
+            if texts is None:
+                texts = _write_texts(engine, capture, shape, settings.seed, progress)
+            else:
+                _run_texts(engine, capture, texts, n_seq, progress)
+            engine.close_context()
+            for i, g in enumerate(run):
+                for kind in KINDS:
+                    sums = capture.read(i, kind)
+                    if not is_finite(sums):
+                        raise CalibrationError(_not_finite(groups, g, {k: capture.read(i, k) for k in KINDS}))
+                    capture.drop(i, kind)
+                    n_tokens = sums.n_tokens
+                    use(g, kind, sums)
+    assert texts is not None
+    digest = hashlib.sha256(b"".join(np.asarray(text, dtype="<i4").tobytes() for text in texts))
+    return TextInfo(n_tokens, n_len, digest.hexdigest(), tuple(map(tuple, texts[-N_LAST:])))

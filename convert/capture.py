@@ -1,4 +1,4 @@
-"""Gram sums of chunk-frame K and of V, collected by the native library while a model runs."""
+"""Chunk-frame K and V of a plain cache, by the native library: their Gram sums, and they themselves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from xkv_gguf.convert.engine import Engine
 from xkv_gguf.plan.segments import KINDS, Kind
 from xkv_gguf.runtime import native
 
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 
@@ -95,7 +96,7 @@ class Capture:
         native.check_status(self._api.lib.xkv_capture_add(self._capture, seq))
 
     def read(self, group: int, kind: Kind) -> Sums:
-        """Sums so far of one kind of one group."""
+        """Sums so far of one kind of one group; the context may be gone."""
         dim = self._dims[kind][group]
         gram, total = np.empty((dim, dim)), np.empty(dim)
         n_tokens = self._api.ffi.new("uint64_t *")
@@ -109,3 +110,22 @@ class Capture:
         )
         native.check_status(status)
         return Sums(gram, total, int(n_tokens[0]))
+
+    def drop(self, group: int, kind: Kind) -> None:
+        """Free the sums of one kind of one group."""
+        native.check_status(self._api.lib.xkv_capture_drop(self._capture, group, KINDS.index(kind)))
+
+    def get(self, seq: int, group: int, kind: Kind, pos: int, n: int) -> F32:
+        """What the sums are of, shape (n, D): the numbers of the tokens at `pos` to `pos` + n - 1, sinks excluded."""
+        x = np.empty((n, self._dims[kind][group]), np.float32)
+        pointer = self._api.ffi.cast("float *", x.ctypes.data)
+        where = (seq, group, KINDS.index(kind), pos, n)
+        native.check_status(self._api.lib.xkv_capture_get(self._capture, *where, pointer))
+        return x
+
+    def put(self, seq: int, group: int, kind: Kind, pos: int, x: F32) -> None:
+        """Write other numbers into the cache, see `get`; it rounds them to its type."""
+        x = np.ascontiguousarray(x, np.float32)
+        pointer = self._api.ffi.cast("float *", x.ctypes.data)
+        where = (seq, group, KINDS.index(kind), pos, len(x))
+        native.check_status(self._api.lib.xkv_capture_put(self._capture, *where, pointer))

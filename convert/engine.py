@@ -208,6 +208,11 @@ class Engine:
         """Empty the cache."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), False)
 
+    def cut(self, seq: int, pos: int) -> None:
+        """Take the tokens of a sequence from a position on out of the cache."""
+        if not self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._ctx), seq, pos, -1):
+            raise CalibrationError(f"llama.cpp cannot remove tokens from position {pos} on")
+
     def decode(self, tokens: Sequence[int], seqs: Sequence[int], positions: Sequence[int], outputs: bool) -> None:
         """Run at most `n_batch` tokens; with `outputs`, logits of each are kept for `logits`.
 

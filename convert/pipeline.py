@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from xkv_gguf import __version__
-from xkv_gguf.base.files import check_writable
 from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert.calibrate import collect, file_sequences, self_shape
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.estimate import Work, measure_rate, n_solvers, split_runs
+from xkv_gguf.convert.sensitivity import n_token
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
@@ -25,11 +25,11 @@ from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
 from xkv_gguf.model.shape import find_shape, known_shape
 from xkv_gguf.plan.cache_plan import Wishes
 from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
-from xkv_gguf.plan.groups import GROUP_SIZE, LayerGroups, group_layers
+from xkv_gguf.plan.groups import LayerGroups, group_layers
 from xkv_gguf.plan.segments import Kind
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import loader
-from xkv_gguf.sidecar.find import cached_sidecar, find_sidecar
+from xkv_gguf.sidecar.find import cached_sidecar, check_output, find_sidecar
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside
 from xkv_gguf.sidecar.read import read_sidecar
 from xkv_gguf.sidecar.write import write_sidecar
@@ -46,7 +46,9 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def convert(model: Path, out: Path | None, settings: Settings, show_progress: bool = True) -> Converted:
+def convert(
+    model: Path, out: Path | None, settings: Settings, show_progress: bool = True, *, force: bool = False
+) -> Converted:
     """Calibrate a GGUF model and write its sidecar.
 
     OUT.partial keeps the runs for weights while they are made: interrupted, the same conversion takes them up, after it
@@ -61,6 +63,8 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     settings : Settings
     show_progress : bool
         Draw progress bars on stderr.
+    force : bool
+        Replace another model's sidecar. The model's own is replaced anyway, and what is no sidecar never is.
 
     Returns
     -------
@@ -72,7 +76,9 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         The model cannot be read or used.
     OptionError
         A setting does not fit the model, found out before the long part begins where that can be known; or OUT.partial
-        is something else, or cannot be written.
+        is something else, or cannot be written; or OUT is a file that is not replaced.
+    OutOfMemoryError
+        It does not fit into memory.
     CalibrationError
         There is too little text, or the model fails on it.
     SidecarError
@@ -80,14 +86,14 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
     """
     header = read_model_header(model)
     out = out if out is not None else sidecar_beside(model)
-    check_writable(out)
+    check_output(out, model, force)
     fingerprint = model_fingerprint(model)
     basis = {
         "model": fingerprint,
         "size": model.stat().st_size,
         "version": __version__,
         "build": loader.load().build_id,
-        "settings": settings.record(GROUP_SIZE),
+        "settings": settings.record(),
     }
     partial = Partial(out, "convert", basis)
     with _telling(partial, show_progress), Engine(model, settings.threads) as engine:
@@ -98,19 +104,28 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
         captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
         candidates = [Candidate.of(size, captured, shape) for size in sizes]
         candidates = within_reach(candidates, shape, wishes, settings.frame)
-        texts = file_sequences(engine, settings) if settings.data else None
-        n_run = sum(map(len, texts)) if texts is not None else int(np.prod(self_shape(engine, settings.tokens)))
-        notes = []
         biggest = max(max(dims) for dims in captured.dims.values())
-        if n_run < 4 * biggest:
+        n_wanted = settings.n_token(biggest)
+        texts = file_sequences(engine, settings, n_wanted) if settings.data else None
+        # of one layer in a group, a scale changes nothing
+        by_layer = settings.weigh == "layers" and sizes[-1] > 1
+        work = _work(engine, captured, settings, n_wanted, texts, by_layer)
+        work.check_memory(model)
+        if show_progress:
+            print(work.told(measure_rate(engine, work.n_seq)), file=sys.stderr)
+        notes = []
+        if work.n_token < 4 * biggest:
             notes.append(
-                f"{n_run} calibration tokens are few for groups of {biggest} numbers, {4 * biggest} are advised"
+                f"{work.n_token} calibration tokens are few for groups of {biggest} numbers, {4 * biggest} are advised"
             )
+        n_run = work.n_token * len(list(split_runs(captured)))
         n_basis = sum(2 * len(candidate.groups.first) for candidate in candidates)
         with (
             tqdm(total=n_run, desc="calibrating", unit="tok", disable=not show_progress) as run_bar,
             tqdm(total=n_basis, desc="solving", unit="basis", disable=not show_progress) as solve_bar,
-            Solver[tuple[int, int, Kind]](settings.threads, settings.basis_type, solve_bar.update) as solver,
+            Solver[tuple[int, int, Kind]](
+                n_solvers(biggest, settings.threads), settings.basis_type, solve_bar.update
+            ) as solver,
         ):
 
             def submit(captured_group: int, kind: Kind, sums: Sums) -> None:
@@ -125,8 +140,7 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
             def hold(captured_group: int, kind: Kind, sums: Sums) -> None:
                 held[captured_group, kind] = sums
 
-            by_layer = settings.weigh == "layers"
-            text = collect(engine, captured, settings, texts, run_bar.update, hold if by_layer else submit)
+            text = collect(engine, captured, settings, n_wanted, texts, run_bar.update, hold if by_layer else submit)
             info = SidecarInfo(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
@@ -140,12 +154,14 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
                 calibration=Calibration(
                     "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
                 ),
-                settings=settings.record(len(embd_k)),
+                settings=settings.record(sizes[-1]),
                 target=settings.target,
                 n_ctx=wishes.n_ctx,
             )
             layers = (
-                weigh_layers(engine, info, captured, held, shape, text, partial, show_progress) if by_layer else None
+                weigh_layers(engine, info, captured, held, shape, text, settings.n_score, partial, show_progress)
+                if by_layer
+                else None
             )
             if by_layer and layers is None:
                 notes.append(
@@ -158,16 +174,35 @@ def convert(model: Path, out: Path | None, settings: Settings, show_progress: bo
 
         chosen, tried = _choose(candidates, bases, shape, wishes, settings.frame)
         notes += tried
-        arrays = basis_arrays({(g, kind): basis for (size, g, kind), basis in bases.items() if size == chosen.size})
+        taken = {(g, kind): basis for (size, g, kind), basis in bases.items() if size == chosen.size}
         groups = tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True))
         info = replace(info, group_size=chosen.size, groups=groups)
         if layers:
             info = layers.add_to(info)
         elif settings.weigh != "none":
-            info = weigh_groups(engine, info, arrays, shape, text, partial, show_progress)
-    write_sidecar(out, info, arrays)
+            info = weigh_groups(engine, info, taken, shape, text, settings.n_score, partial, show_progress)
+    write_sidecar(out, info, basis_arrays(taken))
     partial.remove()
     return Converted(out, info, tuple(notes))
+
+
+def _work(
+    engine: Engine,
+    captured: LayerGroups,
+    settings: Settings,
+    n_wanted: int,
+    texts: list[list[int]] | None,
+    by_layer: bool,
+) -> Work:
+    """What a conversion comes to, before it begins."""
+    if texts is not None:
+        n_seq, n_len, n_text = 1, max(map(len, texts)), sum(map(len, texts))
+    else:
+        n_seq, n_len, n_round = self_shape(engine, n_wanted, sum(map(sum, captured.embd.values())))
+        n_text = n_seq * n_len * n_round
+    n_group = sum(captured.count) if by_layer else len(captured.first)
+    n_weigh = 0 if settings.weigh == "none" else n_token(n_group, settings.n_score)
+    return Work(captured, settings.threads, n_seq, n_len, n_text, n_weigh, by_layer)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
-from xkv_gguf.plan.groups import FRAME, FRAMES, GROUP_SIZE, group_layers
+from xkv_gguf.plan.groups import FRAME, FRAMES, MAX_DIM, default_group_size, group_layers
 from xkv_gguf.plan.size_target import DEFAULT_TARGET, SizeTarget
 from xkv_gguf.plan.sizes import PLAN_CTX
 from xkv_gguf.runtime.threads import default_threads
@@ -17,10 +17,20 @@ from xkv_gguf.runtime.threads import default_threads
 AUTO_SIZES = (2, 5, 10)
 """Group sizes that "auto" chooses from."""
 
-AUTO_DIM = 4096
-"""Most numbers per token of a group that "auto" tries."""
+TOKENS = 10240
+"""Calibration tokens by default, where groups are narrow enough for them."""
 
-TOKENS = 24576
+PER_NUMBER = 4
+"""Tokens per number of the widest group, by default."""
+
+THOROUGH_TOKENS = 24576
+"""Calibration tokens of a thorough conversion, and the most by default."""
+
+N_SCORE = 128
+"""Tokens that are scored for a weight by default."""
+
+THOROUGH_SCORE = 256
+MAX_SCORE = 512
 BASIS_TYPES = ("f16", "f32")
 WEIGH = ("groups", "layers", "none")
 
@@ -32,8 +42,8 @@ class Settings:
     Attributes
     ----------
     group_size : int or "auto", optional
-        Most layers that share coefficients. None is `GROUP_SIZE`, or all layers of a smaller model. "auto" takes the
-        smallest of `AUTO_SIZES` that comes close to the best one's predicted distortion.
+        Most layers that share coefficients. None is `default_group_size` of the model. "auto" takes the smallest of
+        `AUTO_SIZES` that comes close to the best one's predicted distortion.
     target : SizeTarget
         What caches are planned for unless their user says otherwise.
     n_ctx : int, optional
@@ -44,14 +54,16 @@ class Settings:
         First tokens of each sequence to leave out; the cache keeps them exact.
     data : tuple of Path
         Plain text files. Empty: the model writes its own text.
-    tokens : int
-        Calibration tokens, about.
+    tokens : int, optional
+        Calibration tokens, about. None is `TOKENS`, or more for wide groups, see `n_token`.
     seed : int
     basis_type : str
         f16, or f32 for tests of exactness.
     weigh : str
         What is weighed by what its loss costs: "groups", "layers" one by one, whose K and V are scaled then, or
         "none": all count the same.
+    n_score : int
+        Tokens of each text that are scored for a weight.
     threads : int
 
     Raises
@@ -66,10 +78,11 @@ class Settings:
     frame: int = FRAME
     n_sink: int = 4
     data: tuple[Path, ...] = ()
-    tokens: int = TOKENS
+    tokens: int | None = None
     seed: int = 0
     basis_type: str = "f16"
     weigh: str = "groups"
+    n_score: int = N_SCORE
     threads: int = field(default_factory=default_threads)
 
     def __post_init__(self) -> None:
@@ -81,7 +94,7 @@ class Settings:
             raise OptionError(f"frame {self.frame}: one of {', '.join(map(str, FRAMES))} expected")
         if not 0 <= self.n_sink <= MIN_TOKENS // 4:
             raise OptionError(f"sinks {self.n_sink}: 0 to {MIN_TOKENS // 4} expected")
-        if not MIN_TOKENS <= self.tokens < 1 << 40:
+        if self.tokens is not None and not MIN_TOKENS <= self.tokens < 1 << 40:
             raise OptionError(f"calibration tokens {self.tokens}: at least {MIN_TOKENS} expected")
         if not 0 <= self.seed < 1 << 63:
             raise OptionError(f"seed {self.seed}: 0 to {(1 << 63) - 1} expected")
@@ -89,30 +102,42 @@ class Settings:
             raise OptionError(f"basis type {self.basis_type!r}: one of {', '.join(BASIS_TYPES)} expected")
         if self.weigh not in WEIGH:
             raise OptionError(f"weigh {self.weigh!r}: one of {', '.join(WEIGH)} expected")
+        if not 1 <= self.n_score <= MAX_SCORE:
+            raise OptionError(f"scored tokens {self.n_score}: 1 to {MAX_SCORE} expected")
         if self.threads < 1:
             raise OptionError(f"threads {self.threads}: at least 1 expected")
 
-    def record(self, n_layer: int) -> dict[str, Any]:
-        """What a sidecar says about its making: everything that decides its content, and no paths."""
+    def record(self, group_size: int | None = None) -> dict[str, Any]:
+        """What a sidecar says about its making: everything that decides its content, and no paths.
+
+        `group_size` is what the default comes to for the model.
+        """
         return {
             "basis_type": self.basis_type,
             "data": [path.name for path in self.data],
             "frame": self.frame,
-            "group_size": self.group_size if self.group_size is not None else min(GROUP_SIZE, n_layer),
+            "group_size": self.group_size if self.group_size is not None else group_size,
+            "n_score": self.n_score,
             "n_sink": self.n_sink,
             "seed": self.seed,
             "tokens": self.tokens,
             "weigh": self.weigh,
         }
 
+    def n_token(self, widest: int) -> int:
+        """Calibration tokens for groups of at most `widest` numbers: enough of them to tell their directions apart."""
+        if self.tokens is not None:
+            return self.tokens
+        return min(max(TOKENS, PER_NUMBER * widest), THOROUGH_TOKENS)
+
     def group_sizes(self, embd_k: Sequence[int], embd_v: Sequence[int]) -> list[int]:
         """Group sizes to try for a model of these K and V numbers per token, ascending; one unless "auto"."""
         n_layer = len(embd_k)
         if self.group_size is None:
-            return [min(GROUP_SIZE, n_layer)]
+            return [default_group_size(embd_k, embd_v)]
         if self.group_size != "auto":
             return [self.group_size]
-        sizes = [n for n in AUTO_SIZES if n <= n_layer and _widest_group(n, embd_k, embd_v) <= AUTO_DIM]
+        sizes = [n for n in AUTO_SIZES if n <= n_layer and _widest_group(n, embd_k, embd_v) <= MAX_DIM]
         return sizes or [1]
 
     def plan_ctx(self, n_ctx_train: int) -> int:

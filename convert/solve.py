@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,12 @@ from xkv_gguf.errors import CalibrationError
 F64 = npt.NDArray[np.float64]
 Key = TypeVar("Key")
 
+HELD = 0.999
+"""Share of the variance that the directions of an f16 basis hold at least."""
+
+HELD_STEP = 128
+"""Whole blocks of every type, so that no plan ends inside one for want of directions."""
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -23,8 +29,9 @@ class Basis:
 
     Attributes
     ----------
-    basis : ndarray, shape (D, D)
-        Row i is the i-th unit eigenvector of the covariance, by descending variance.
+    basis : ndarray, shape (R, D)
+        Row i is the i-th unit eigenvector of the covariance, by descending variance. The last ones, which hold next to
+        none of it, may be missing.
     mean : ndarray of float64, shape (D,)
     spectrum : ndarray of float64, shape (D,)
         Variance along each direction, descending, never negative.
@@ -52,8 +59,10 @@ def covariance(gram: F64, total: F64, n_tokens: int) -> tuple[F64, F64]:
     cov, mean : ndarray of float64, shapes (D, D) and (D,)
     """
     mean = total / n_tokens
-    cov = gram / n_tokens - np.outer(mean, mean)
-    return 0.5 * (cov + cov.T), mean
+    cov = gram / n_tokens
+    for row, value in zip(cov, mean, strict=True):  # without a temporary matrix
+        row -= value * mean
+    return cov, mean
 
 
 def fix_signs(rows: F64) -> F64:
@@ -63,7 +72,14 @@ def fix_signs(rows: F64) -> F64:
     return rows * signs[:, None]
 
 
-def solve_gram(gram: F64, total: F64, n_tokens: int, what: str) -> Basis:
+def n_held(spectrum: F64, share: float = HELD) -> int:
+    """Directions that are kept: those that hold `share` of the variance, up to a whole `HELD_STEP`, at most all."""
+    sums = np.cumsum(spectrum)
+    n = int(np.searchsorted(sums, share * sums[-1])) + 1
+    return min(-(-n // HELD_STEP) * HELD_STEP, len(spectrum))
+
+
+def solve_gram(gram: F64, total: F64, n_tokens: int, what: str, dtype: npt.DTypeLike = np.float64) -> Basis:
     """Centre the Gram sums and find the principal directions.
 
     Parameters
@@ -72,6 +88,8 @@ def solve_gram(gram: F64, total: F64, n_tokens: int, what: str) -> Basis:
         See `covariance`.
     what : str
         Which statistics these are, for error texts: "K of layers 0-4".
+    dtype : dtype
+        Of the basis. In f16, only the directions of `n_held` are kept.
 
     Returns
     -------
@@ -92,14 +110,21 @@ def solve_gram(gram: F64, total: F64, n_tokens: int, what: str) -> Basis:
             f"{what}: the captured sums are not finite (first at number {bad}); the model computes NaN or infinity"
         )
     cov, mean = covariance(gram, total, n_tokens)
+    del gram
     values: Any
     vectors: Any
     try:
         values, vectors = torch.linalg.eigh(torch.from_numpy(cov))
     except RuntimeError as err:  # torch's LinAlgError is one
         raise CalibrationError(f"{what}: the eigenproblem did not converge") from err
+    del cov
     spectrum = np.maximum(values.numpy()[::-1], 0.0)
-    basis = fix_signs(np.ascontiguousarray(vectors.numpy().T[::-1]))
+    rows = vectors.numpy().T[::-1]
+    rank = n_held(spectrum) if np.dtype(dtype) == np.float16 else len(rows)
+    basis = np.empty((rank, len(rows)), dtype)
+    for start in range(0, rank, HELD_STEP):
+        block = slice(start, min(start + HELD_STEP, rank))
+        basis[block] = fix_signs(np.ascontiguousarray(rows[block]))
     return Basis(basis, mean, np.ascontiguousarray(spectrum))
 
 
@@ -173,8 +198,7 @@ class Solver(Generic[Key]):
         import torch
 
         torch.set_num_threads(1)  # of this pool thread
-        basis = solve_gram(gram, total, n_tokens, what)
-        return replace(basis, basis=basis.basis.astype(self._dtype))
+        return solve_gram(gram, total, n_tokens, what, self._dtype)
 
 
 def residual_energy(

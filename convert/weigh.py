@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,15 @@ from xkv_gguf.convert import sensitivity
 from xkv_gguf.convert.calibrate import TextInfo
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
+from xkv_gguf.convert.estimate import n_solvers
 from xkv_gguf.convert.layer_scales import group_weights, layer_scales, scaled
 from xkv_gguf.convert.sensitivity import Sensitivity
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.plan.group_choice import Candidate
 from xkv_gguf.plan.groups import LayerGroups
-from xkv_gguf.plan.segments import KINDS, Kind, Segment
+from xkv_gguf.plan.segments import KINDS, Kind, Segment, Statistics
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.sidecar.info import Group, SidecarInfo, tensor_name
-from xkv_gguf.sidecar.read import read_sidecar
-from xkv_gguf.sidecar.write import write_sidecar
 
 Array = npt.NDArray[Any]
 
@@ -66,14 +63,15 @@ def basis_arrays(bases: Mapping[tuple[int, Kind], Basis]) -> dict[str, Array]:
 def weigh_groups(
     engine: Engine,
     info: SidecarInfo,
-    arrays: dict[str, Array],
+    bases: Mapping[tuple[int, Kind], Basis],
     shape: ModelShape,
     text: TextInfo,
+    n_score: int,
     partial: Partial,
     show_progress: bool,
 ) -> SidecarInfo:
     """Add measured weights; the same information where the text is too short or the model too small for it."""
-    found = _measure(engine, info, arrays, shape, text, partial, show_progress)
+    found = _measure(engine, info, bases, shape, text, n_score, partial, show_progress)
     return _with_weights(info, found) if found else info
 
 
@@ -84,6 +82,7 @@ def weigh_layers(
     sums: Mapping[tuple[int, Kind], Sums],
     shape: ModelShape,
     text: TextInfo,
+    n_score: int,
     partial: Partial,
     show_progress: bool,
 ) -> LayerWeights | None:
@@ -92,14 +91,15 @@ def weigh_layers(
     `info` is that of the conversion, its groups do not matter; `sums` are by captured group and kind.
     """
     single = Candidate.of(1, captured, shape)
-    with Solver[tuple[int, Kind]](engine.n_threads, "f32", lambda: None) as solver:
+    widest = max(*info.embd_k, *info.embd_v)
+    with Solver[tuple[int, Kind]](n_solvers(widest, engine.n_threads), "f16", lambda: None) as solver:
         for layer, inside in enumerate(single.inside):
             for kind in KINDS:
                 part = sums[inside, kind].cut(single.part(layer, kind))
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
     alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))
-    found = _measure(engine, alone, basis_arrays(bases), shape, text, partial, show_progress)
+    found = _measure(engine, alone, bases, shape, text, n_score, partial, show_progress)
     if found is None or not found.kld_scale > 0:
         return None
     variances = {kind: [float(bases[il, kind].spectrum.sum()) for il in range(info.n_layer)] for kind in KINDS}
@@ -109,12 +109,26 @@ def weigh_layers(
 def _measure(
     engine: Engine,
     info: SidecarInfo,
-    arrays: dict[str, Array],
+    bases: Mapping[tuple[int, Kind], Basis],
     shape: ModelShape,
     text: TextInfo,
+    n_score: int,
     partial: Partial,
     show_progress: bool,
 ) -> Sensitivity | None:
+    groups = LayerGroups.of([g.first for g in info.groups], [g.count for g in info.groups], info.embd_k, info.embd_v)
+    weights = (1.0,) * len(info.groups)
+    stats = Statistics(
+        first=tuple(groups.first),
+        count=tuple(groups.count),
+        spectra={kind: tuple(bases[g, kind].spectrum for g in range(len(info.groups))) for kind in KINDS},
+        weights=dict.fromkeys(KINDS, weights),
+        frame=info.frame,
+        held={kind: tuple(len(bases[g, kind].basis) for g in range(len(info.groups))) for kind in KINDS},
+    )
+    if not sensitivity.measurable(text.last, stats):
+        return None
+
     def remembered(segments: Sequence[Segment], compute: Callable[[], list[float]]) -> list[float]:
         # of other text, the same segments have other bases
         what = {"text": text.sha256, "segments": [astuple(segment) for segment in segments]}
@@ -124,15 +138,10 @@ def _measure(
             partial.put(found, **what)
         return found
 
-    with tempfile.TemporaryDirectory(prefix="xkv-") as folder:
-        path = Path(folder) / "bases.xkv.gguf"
-        write_sidecar(path, info, arrays)
-        stats = read_sidecar(path).statistics()
-        if not sensitivity.measurable(text.last, stats):
-            return None
-        n_run = sensitivity.n_run(stats)
-        with tqdm(total=n_run, desc="weighing", unit="cache", disable=not show_progress) as bar:
-            return sensitivity.measure(engine, path, stats, shape.quantizable, text.last, bar.update, remembered)
+    with tqdm(total=sensitivity.n_run(stats), desc="weighing", unit="cache", disable=not show_progress) as bar:
+        return sensitivity.measure(
+            engine, groups, bases, stats, info.n_sink, n_score, shape.quantizable, text.last, bar.update, remembered
+        )
 
 
 def _with_weights(info: SidecarInfo, found: Sensitivity) -> SidecarInfo:

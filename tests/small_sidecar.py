@@ -39,14 +39,17 @@ def small_info(**changes: Any) -> SidecarInfo:
 
 
 def small_arrays(info: SidecarInfo) -> Arrays:
-    """Arrays that need no library function: signed permutations, ramps and powers of two."""
+    """Arrays that need no library function: signed permutations, ramps and powers of two.
+
+    Of K of the first group, two thirds of the directions are held, of the others all.
+    """
     arrays: Arrays = {}
     for g in range(len(info.groups)):
         for kind in KINDS:
             dim = info.dim(g, kind)
             basis = np.eye(dim, dtype=np.float16)[::-1].copy()
             basis[1::2] *= -1
-            arrays[tensor_name(g, kind, "basis")] = basis
+            arrays[tensor_name(g, kind, "basis")] = basis[: dim * 2 // 3] if (g, kind) == (0, "k") else basis
             arrays[tensor_name(g, kind, "mean")] = np.arange(dim, dtype=np.float32) / 8
             arrays[tensor_name(g, kind, "spectrum")] = np.exp2(-np.arange(dim, dtype=np.float32) / 4)
     return arrays

@@ -11,7 +11,7 @@ from .model.file import ModelFile
 from .model.shape import known_shape
 from .options import XkvOptions
 from .plan.cache_plan import CachePlan, Wishes, plan_cache
-from .plan.groups import FRAME, GROUP_SIZE, group_layers
+from .plan.groups import FRAME, default_group_size, group_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
 from .plan.sizes import ModelShape
@@ -161,7 +161,7 @@ def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:
     n_layer = len(shape.embd_k)
     if options.group_size is not None and options.group_size > n_layer:
         raise OptionError(f"xkv option group_size: {options.group_size}, expected 1 to {n_layer} (the model's layers)")
-    first, count = group_layers(n_layer, options.group_size or min(GROUP_SIZE, n_layer))
+    first, count = group_layers(n_layer, options.group_size or default_group_size(shape.embd_k, shape.embd_v))
     groups = list(zip(first, count, strict=True))
     return Statistics(
         first=tuple(first),

@@ -93,13 +93,14 @@ def divergence(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -
 
 def measure_text(engine: Engine, groups: LayerGroups, settings: Settings, name: str, n_passage: int) -> Text:
     """Collect a held-out text's sums and cut its passages."""
-    texts = file_sequences(engine, settings)
+    n_token = settings.n_token(max(max(dims) for dims in groups.dims.values()))
+    texts = file_sequences(engine, settings, n_token)
     sums: AllSums = {}
 
     def keep(g: int, kind: Kind, found: Sums) -> None:
         sums[g, kind] = found
 
-    collect(engine, groups, settings, texts, lambda _n: None, keep)
+    collect(engine, groups, settings, n_token, texts, lambda _n: None, keep)
     whole = [token for text in texts for token in text]
     return Text(name, sums, [whole[i : i + n_passage] for i in range(0, len(whole) - n_passage + 1, n_passage)][:2])
 

@@ -132,7 +132,7 @@ def studies(sidecar: Sidecar, captured: dict[Kind, list[F32]], n_prior: float) -
     for g, (first, count) in enumerate(zip(stats.first, stats.count, strict=True)):
         for kind in KINDS:
             bases = np.array(sidecar.basis(g, kind), np.float32)
-            prior = (bases.T * np.asarray(stats.spectra[kind][g], np.float64)) @ bases * n_prior
+            prior = (bases.T * np.asarray(stats.spectra[kind][g][: len(bases)], np.float64)) @ bases * n_prior
             x = np.concatenate(captured[kind][first : first + count], 1) - np.asarray(sidecar.mean(g, kind))
             result[g, kind] = Study(x, stats.weights[kind][g], bases, prior, rng)
     return result

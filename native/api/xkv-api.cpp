@@ -194,3 +194,26 @@ int xkv_capture_read(const xkv_capture * capture, uint32_t group, int32_t kind, 
         capture->read(group, kind, gram, sum, n_tokens);
     });
 }
+
+int xkv_capture_drop(xkv_capture * capture, uint32_t group, int32_t kind) {
+    return xkv_guard([&] {
+        xkv_require(capture, "capture");
+        capture->drop(group, kind);
+    });
+}
+
+int xkv_capture_get(xkv_capture * capture, int32_t seq_id, uint32_t group, int32_t kind, int32_t pos, uint32_t n, float * x) {
+    return xkv_guard([&] {
+        xkv_require(capture, "capture");
+        xkv_require(x,       "x");
+        capture->get(seq_id, group, kind, pos, n, x);
+    });
+}
+
+int xkv_capture_put(xkv_capture * capture, int32_t seq_id, uint32_t group, int32_t kind, int32_t pos, uint32_t n, const float * x) {
+    return xkv_guard([&] {
+        xkv_require(capture, "capture");
+        xkv_require(x,       "x");
+        capture->put(seq_id, group, kind, pos, n, x);
+    });
+}

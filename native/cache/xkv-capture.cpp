@@ -43,7 +43,7 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<uint32_t> first_, std:
             dim[1] += hparams.n_embd_v_gqa(il);
         }
         for (int kd = 0; kd < 2; ++kd) {
-            groups[kd].push_back({ dim[kd], std::vector<float>((size_t) dim[kd]*dim[kd], 0.0f), std::vector<double>(dim[kd], 0.0) });
+            groups[kd].push_back({ dim[kd], std::vector<float>((size_t) dim[kd]*(dim[kd] + 1)/2, 0.0f), std::vector<double>(dim[kd], 0.0) });
         }
     }
 }
@@ -71,6 +71,7 @@ void xkv_capture::add(llama_seq_id seq_id) {
     if (!cells.empty()) {
         add_block(cache->get_stream(seq_id), cells, origin);
     }
+    graph.release(); // the context may go before the sums are read
 }
 
 static llama_kv_cache::slot_info xkv_stream_info(uint32_t stream) {
@@ -78,6 +79,16 @@ static llama_kv_cache::slot_info xkv_stream_info(uint32_t stream) {
     sinfo.s0 = stream;
     sinfo.s1 = stream;
     return sinfo;
+}
+
+ggml_tensor * xkv_capture::rows(uint32_t il, int kind, uint32_t stream) {
+    ggml_context * gctx  = graph.ctx();
+    const auto     sinfo = xkv_stream_info(stream);
+    ggml_tensor *  t     = kind == 0 ? cache->get_k(gctx, il, cache->get_size(), sinfo) : cache->get_v(gctx, il, cache->get_size(), sinfo);
+    if (t->nb[1] > t->nb[2]) {
+        return nullptr; // stored transposed
+    }
+    return ggml_view_2d(gctx, t, t->ne[0]*t->ne[1], t->ne[2], t->nb[2], 0);
 }
 
 ggml_tensor * xkv_capture::layer_k(uint32_t il, uint32_t stream, ggml_tensor * cells, ggml_tensor * origin) {
@@ -141,11 +152,16 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
 
         std::vector<float> data;
         for (const auto & r : results) {
-            data.resize(r.to->gram.size());
+            const uint32_t dim = r.to->dim;
+            data.resize((size_t) dim*dim);
             ggml_backend_tensor_get(r.gram, data.data(), 0, ggml_nbytes(r.gram));
-            std::transform(data.begin(), data.end(), r.to->gram.begin(), r.to->gram.begin(), std::plus<float>());
+            float * to = r.to->gram.data();
+            for (uint32_t i = 0; i < dim; to += ++i) {
+                const float * row = data.data() + (size_t) i*dim;
+                std::transform(row, row + i + 1, to, to, std::plus<float>());
+            }
 
-            data.resize(r.to->dim);
+            data.resize(dim);
             ggml_backend_tensor_get(r.sum, data.data(), 0, ggml_nbytes(r.sum));
             std::transform(data.begin(), data.end(), r.to->sum.begin(), r.to->sum.begin(), [](float a, double b) { return a + b; });
         }
@@ -153,12 +169,122 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
     n_tokens += cells.size();
 }
 
-void xkv_capture::read(uint32_t group, int kind, double * gram, double * sum, uint64_t * n) const {
+void xkv_capture::check(uint32_t group, int kind) const {
     if (group >= first.size() || kind < 0 || kind > 1) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind, first.size());
     }
+}
+
+void xkv_capture::read(uint32_t group, int kind, double * gram, double * sum, uint64_t * n) const {
+    check(group, kind);
     const auto & from = groups[kind][group];
-    std::copy(from.gram.begin(), from.gram.end(), gram);
-    std::copy(from.sum .begin(), from.sum .end(), sum);
+    const size_t dim  = from.dim;
+    if (from.gram.empty()) {
+        std::fill_n(gram, dim*dim, 0.0);
+        std::fill_n(sum,  dim,     0.0);
+        *n = 0;
+        return;
+    }
+    const float * row = from.gram.data();
+    for (size_t i = 0; i < dim; row += ++i) {
+        for (size_t j = 0; j <= i; ++j) {
+            gram[i*dim + j] = gram[j*dim + i] = row[j];
+        }
+    }
+    std::copy(from.sum.begin(), from.sum.end(), sum);
     *n = n_tokens;
+}
+
+void xkv_capture::drop(uint32_t group, int kind) {
+    check(group, kind);
+    std::vector<float>().swap(groups[kind][group].gram);
+}
+
+std::pair<std::vector<int64_t>, std::vector<int64_t>> xkv_capture::find(llama_seq_id seq_id, llama_pos pos, uint32_t n) const {
+    if (seq_id < 0 || (uint32_t) seq_id >= cache->get_n_seq_max() || pos < (llama_pos) n_sink || n == 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sequence %d and %u tokens from %d, expected a sequence below %u and tokens from %u on",
+                  seq_id, n, pos, cache->get_n_seq_max(), n_sink);
+    }
+    llama_synchronize(ctx);
+
+    std::pair<std::vector<int64_t>, std::vector<int64_t>> res;
+    for (const auto & [p, idx] : cache->get_cells(seq_id).seq_pos_get(seq_id)) {
+        if (p >= pos && p - pos < (llama_pos) n) {
+            res.first .push_back(idx);
+            res.second.push_back(p - (p - (llama_pos) n_sink) % (llama_pos) frame);
+        }
+    }
+    if (res.first.size() != n) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sequence %d holds %zu tokens from %d on, expected %u", seq_id, res.first.size(), pos, n);
+    }
+    return res;
+}
+
+void xkv_capture::get(llama_seq_id seq_id, uint32_t group, int kind, llama_pos pos, uint32_t n, float * x) {
+    check(group, kind);
+    auto [cells, origin] = find(seq_id, pos, n);
+    for (auto & p : origin) {
+        p = -p;
+    }
+    const uint32_t stream = cache->get_stream(seq_id);
+
+    graph.begin(ctx, 64 + 32*count[group]);
+    ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, std::move(cells));
+    ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
+
+    std::vector<ggml_tensor *> layers;
+    for (uint32_t il = first[group]; il < first[group] + count[group]; ++il) {
+        layers.push_back(kind == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells));
+        graph.output(layers.back());
+    }
+    graph.run();
+
+    const size_t dim = groups[kind][group].dim;
+    size_t       at  = 0;
+    for (const auto * t : layers) {
+        const auto data = xkv_graph::read(t);
+        for (uint32_t i = 0; i < n; ++i) {
+            std::copy_n(data.data() + i*t->ne[0], t->ne[0], x + i*dim + at);
+        }
+        at += t->ne[0];
+    }
+    graph.release();
+}
+
+void xkv_capture::put(llama_seq_id seq_id, uint32_t group, int kind, llama_pos pos, uint32_t n, const float * x) {
+    check(group, kind);
+    auto [cells, origin] = find(seq_id, pos, n);
+    const uint32_t stream = cache->get_stream(seq_id);
+    const size_t   dim    = groups[kind][group].dim;
+
+    graph.begin(ctx, 64 + 32*count[group]);
+    ggml_context * gctx       = graph.ctx();
+    ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I64, std::move(cells));
+    ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
+
+    size_t at = 0;
+    for (uint32_t il = first[group]; il < first[group] + count[group]; ++il) {
+        const auto &  hparams     = ctx->get_model().hparams;
+        const size_t  n_embd      = kind == 0 ? hparams.n_embd_k_gqa(il) : hparams.n_embd_v_gqa(il);
+        ggml_tensor * to          = rows(il, kind, stream);
+        if (!to) {
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "V of layer %u is stored transposed, expected a cache with flash attention", il);
+        }
+        std::vector<float> part(n_embd*n);
+        for (uint32_t i = 0; i < n; ++i) {
+            std::copy_n(x + i*dim + at, n_embd, part.data() + i*n_embd);
+        }
+        at += n_embd;
+
+        ggml_tensor * cur = graph.input(n_embd, n, std::move(part));
+        if (kind == 0) {
+            const int64_t n_head_kv = hparams.n_head_kv(il);
+            cur = ggml_reshape_3d(gctx, cur, n_embd/n_head_kv, n_head_kv, n);
+            cur = xkv_rotate(gctx, ctx->get_model(), ctx->get_cparams(), il, cur, inp_origin);
+            cur = ggml_reshape_2d(gctx, cur, n_embd, n);
+        }
+        graph.expand(ggml_set_rows(gctx, to, cur, inp_cells));
+    }
+    graph.run();
+    graph.release();
 }

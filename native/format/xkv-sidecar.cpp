@@ -12,7 +12,7 @@
 #include <cstring>
 #include <memory>
 
-static const uint32_t XKV_FORMAT_VERSION = 3;
+static const uint32_t XKV_FORMAT_VERSION = 4;
 
 static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
     const int64_t id = gguf_find_key(ctx, key);
@@ -135,7 +135,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     groups.resize(first.size());
     fill_groups("sidecar " + path);
 
-    const auto find = [&](size_t g, int kd, const char * what, uint64_t n_num, bool half) {
+    // n_row 0: a basis, of up to dim directions
+    const auto find = [&](size_t g, int kd, const char * what, uint64_t n_row) {
         char name[64];
         snprintf(name, sizeof(name), "group.%zu.%c.%s", g, kd == K ? 'k' : 'v', what);
 
@@ -143,13 +144,20 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         if (id < 0) {
             xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s is missing", path.c_str(), name);
         }
-        const ggml_type type = gguf_get_tensor_type(ctx.get(), id);
-        if ((type != GGML_TYPE_F32 && !(half && type == GGML_TYPE_F16)) || gguf_get_tensor_size(ctx.get(), id) != n_num*ggml_type_size(type)) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s and %zu bytes, expected %llu numbers of f32%s", path.c_str(),
-                      name, ggml_type_name(type), gguf_get_tensor_size(ctx.get(), id), (unsigned long long) n_num, half ? " or f16" : "");
+        const bool      basis = n_row == 0;
+        const uint64_t  dim   = groups[g].dim[kd];
+        const ggml_type type  = gguf_get_tensor_type(ctx.get(), id);
+        if (type != GGML_TYPE_F32 && !(basis && type == GGML_TYPE_F16)) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s, expected f32%s", path.c_str(), name, ggml_type_name(type),
+                      basis ? " or f16" : "");
         }
-        const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id) };
-        if (t.offset + n_num*ggml_type_size(type) > size) {
+        const uint64_t n = gguf_get_tensor_size(ctx.get(), id)/ggml_type_size(type);
+        if (basis ? n == 0 || n % dim != 0 || n/dim > dim : n != n_row) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s holds %llu numbers, expected %llu%s", path.c_str(), name,
+                      (unsigned long long) n, (unsigned long long) dim, basis ? " for each of at most as many directions" : "");
+        }
+        const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id), n };
+        if (t.offset + n*ggml_type_size(type) > size) {
             xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated",
                       path.c_str(), name, (unsigned long long) size);
         }
@@ -158,9 +166,9 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     for (size_t g = 0; g < groups.size(); ++g) {
         for (int kd = K; kd <= V; ++kd) {
             const uint64_t dim = groups[g].dim[kd];
-            bases  [kd].push_back(find(g, kd, "basis",    dim*dim, true));
-            means  [kd].push_back(find(g, kd, "mean",     dim,     false));
-            spectra[kd].push_back(find(g, kd, "spectrum", dim,     false));
+            bases  [kd].push_back(find(g, kd, "basis",    0));
+            means  [kd].push_back(find(g, kd, "mean",     dim));
+            spectra[kd].push_back(find(g, kd, "spectrum", dim));
         }
     }
 }
@@ -187,8 +195,9 @@ xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const
 xkv_floats xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first) const {
     const uint64_t     dim = groups[g].dim[kd];
     xkv_floats res;
-    if (calibrated() && first < dim) {
-        res = read(bases[kd][g], std::min<uint64_t>(n_row, dim - first)*dim, first*dim);
+    const uint64_t held = calibrated() ? bases[kd][g].n/dim : 0;
+    if (first < held) {
+        res = read(bases[kd][g], std::min<uint64_t>(n_row, held - first)*dim, first*dim);
     }
     res.resize(n_row*dim, 0.0f);
     return res;

@@ -33,7 +33,7 @@ public:
 
     bool calibrated() const { return file != nullptr; }
 
-    // n_row directions from first on, each dim numbers, [n_row*dim]; zeros beyond dim; throws xkv_error
+    // n_row directions from first on, each dim numbers, [n_row*dim]; zeros beyond those that the file holds; throws xkv_error
     xkv_floats basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first = 0) const;
 
     // [dim]; throws xkv_error
@@ -59,6 +59,7 @@ private:
     struct tensor {
         int      type;
         uint64_t offset; // from the start of the file
+        uint64_t n;      // numbers
     };
 
     std::vector<tensor> bases[2]; // per group

@@ -143,10 +143,18 @@ void xkv_capture_free(struct xkv_capture * capture);
 // adds the tokens that sequence seq_id holds in the cache now
 int xkv_capture_add(struct xkv_capture * capture, int32_t seq_id);
 
-// reads the sums so far. kind 0 = K, 1 = V; D = sum of n_embd over the group's layers.
+// reads the sums so far, also when the context is gone. kind 0 = K, 1 = V; D = sum of n_embd over the group's layers.
 // gram [D*D] row-major sum of x x^T, sum [D] sum of x, n_tokens: tokens added
 int xkv_capture_read(const struct xkv_capture * capture, uint32_t group, int32_t kind,
                      double * gram, double * sum, uint64_t * n_tokens);
+
+// frees the sums of one kind of one group; they read as zeros of no tokens from now on
+int xkv_capture_drop(struct xkv_capture * capture, uint32_t group, int32_t kind);
+
+// The numbers that the sums are of: x [n*D], those of the tokens of sequence seq_id at positions pos .. pos + n - 1, from
+// n_sink on. get takes them from the cache, put writes others in their place, as f16 where the cache is.
+int xkv_capture_get(struct xkv_capture * capture, int32_t seq_id, uint32_t group, int32_t kind, int32_t pos, uint32_t n, float * x);
+int xkv_capture_put(struct xkv_capture * capture, int32_t seq_id, uint32_t group, int32_t kind, int32_t pos, uint32_t n, const float * x);
 
 // CFFI-END
 

@@ -17,6 +17,8 @@ from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import CONTEXTS
 from xkv_gguf.sidecar.read import read_sidecar
 
+from ..tiny import weights, write_tiny
+
 Cli = Callable[..., str]
 
 
@@ -90,6 +92,32 @@ def test_errors_of_convert(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert "invalid int value" in cli("convert", model, "--tokens", "many", fails=True)
     (tmp_path / "text.gguf").write_text("no model")
     assert "GGUF magic" in cli("convert", tmp_path / "text.gguf", fails=True)
+
+
+def test_convert_replaces_no_other_file(cli: Cli, model: Path, tmp_path: Path) -> None:
+    """Neither the model, by whatever name, nor a file that is no sidecar; of sidecars, another model's with --force."""
+    notes, other, link = tmp_path / "notes.txt", tmp_path / "other.gguf", tmp_path / "link.xkv.gguf"
+    notes.write_text("my notes")
+    write_tiny(other, weights(1))
+    link.symlink_to(model)
+    kept = {path: path.read_bytes() for path in (model, notes, other)}
+    for force in ((), ("--force",)):
+        for out in (model, link):
+            assert "is the model itself" in cli("convert", model, "-o", out, *SMALL, *force, fails=True)
+        for out in (notes, other):
+            assert "is no xkv sidecar" in cli("convert", model, "-o", out, *SMALL, *force, fails=True)
+    assert kept == {path: path.read_bytes() for path in kept}
+
+    sidecar = Path(cli("convert", model, *SMALL).strip())
+    before = sidecar.read_bytes()
+    assert "of another model" in cli("convert", other, "-o", sidecar, *SMALL, fails=True)
+    assert sidecar.read_bytes() == before
+    cli("convert", other, "-o", sidecar, *SMALL, "--force")
+    read_sidecar(sidecar).check_model(other)
+    cli("convert", other, "-o", sidecar, *SMALL)
+    sidecar.write_bytes(sidecar.read_bytes()[:-9])
+    cli("convert", other, "-o", sidecar, *SMALL)
+    read_sidecar(sidecar).check_model(other)
 
 
 def test_inspect_sidecar(cli: Cli, model: Path) -> None:

@@ -126,7 +126,7 @@ def test_layers_are_scaled_by_what_they_cost(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Means and variances are those of scaled numbers, and groups weigh what their layers do."""
-    monkeypatch.setattr(sensitivity, "COEF_RATIO", 4.0)  # the model is too small for less
+    monkeypatch.setattr(sensitivity, "COEF_RATIOS", (4.0,))  # the model is too small for less
     found = {}
     for weigh in ("groups", "layers"):
         run(tiny_model, tmp_path / weigh, data=(text_file,), tokens=3000, basis_type="f32", weigh=weigh)
@@ -313,6 +313,29 @@ def test_one_beside_the_model_goes_first(own_model: Path) -> None:
     beside.write_bytes(made.read_bytes())
     assert pipeline.ensure_sidecar(own_model) == beside
     assert pipeline.ensure_sidecar(own_model, made) == made
+
+
+def test_one_beside_what_a_link_names(own_model: Path, tmp_path: Path) -> None:
+    made = pipeline.ensure_sidecar(own_model, show_progress=False)
+    beside = made.rename(own_model.with_name("tiny.xkv.gguf"))
+    link = tmp_path / "link.gguf"
+    link.symlink_to(own_model)
+    assert pipeline.ensure_sidecar(link) == beside
+
+
+def test_without_a_home_folder(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder is missed only where it is needed."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    made = pipeline.ensure_sidecar(own_model, show_progress=False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(SidecarError, match="the user has no home folder; set XDG_CACHE_HOME, or make a sidecar"):
+        pipeline.ensure_sidecar(own_model)
+    beside = made.rename(own_model.with_name("tiny.xkv.gguf"))
+    assert pipeline.ensure_sidecar(own_model) == beside
 
 
 def test_damaged_one_is_refused_not_replaced(own_model: Path) -> None:

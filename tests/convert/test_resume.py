@@ -20,19 +20,18 @@ N_GROUP = -(-N_LAYER // 2)
 
 
 class Counter:
-    """Counts the caches that are measured, and can interrupt before one. Text of the model's own is made up."""
+    """Counts the losses that are measured, and can interrupt before one. Text of the model's own is made up."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.n_cache = 0
+        self.n_loss = 0
         self.last: int | None = None
-        open_context = Engine.open_context
+        divergences = sensitivity._Bench.divergences
 
-        def counted_context(engine: Engine, n_seq: int, n_len: int, xkv: Any = None, n_ubatch: Any = None) -> None:
-            if xkv is not None:
-                if self.n_cache == self.last:
-                    raise KeyboardInterrupt
-                self.n_cache += 1
-            open_context(engine, n_seq, n_len, xkv, n_ubatch)
+        def counted(bench: Any, sources: Any, coded: Any) -> list[float]:
+            if self.n_loss == self.last:
+                raise KeyboardInterrupt
+            self.n_loss += 1
+            return divergences(bench, sources, coded)
 
         def made_up(engine: Engine, n_seq: int, n_len: int, rng: np.random.Generator, progress: Any) -> Any:
             texts = rng.integers(3, 259, (n_seq, n_len)).tolist()
@@ -42,13 +41,13 @@ class Counter:
                     engine.decode(part, [seq] * len(part), list(range(start, start + len(part))), outputs=False)
             return texts
 
-        monkeypatch.setattr(sensitivity, "COEF_RATIO", 4.0)  # the tiny model is too small for less
-        monkeypatch.setattr(Engine, "open_context", counted_context)
+        monkeypatch.setattr(sensitivity, "COEF_RATIOS", (4.0,))  # the tiny model is too small for less
+        monkeypatch.setattr(sensitivity._Bench, "divergences", counted)
         monkeypatch.setattr(calibrate, "write_text", made_up)
 
     def begin(self, last: int | None = None) -> None:
         """Count from 0, and interrupt before this cache."""
-        self.n_cache, self.last = 0, last
+        self.n_loss, self.last = 0, last
 
 
 @pytest.fixture
@@ -61,13 +60,13 @@ def settings(**changes: Any) -> Settings:
 
 
 @pytest.mark.parametrize(("weigh", "n_group"), [("groups", N_GROUP), ("layers", N_LAYER)])
-def test_no_cache_is_measured_twice(
+def test_no_loss_is_measured_twice(
     weigh: str, n_group: int, counter: Counter, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, whole, wanted = tmp_path / "s", tmp_path / "whole", settings(weigh=weigh)
     convert(tiny_model, whole, wanted, show_progress=False)
     n_all = 2 + 2 * n_group
-    assert counter.n_cache == n_all
+    assert counter.n_loss == n_all
     assert not whole.with_name("whole.partial").exists()
 
     counter.begin(last=3)
@@ -78,7 +77,7 @@ def test_no_cache_is_measured_twice(
 
     counter.begin()
     convert(tiny_model, out, wanted, show_progress=False)
-    assert counter.n_cache == n_all - 3
+    assert counter.n_loss == n_all - 3
     assert not out.with_name("s.partial").exists()
     assert out.read_bytes() == whole.read_bytes()
 
@@ -104,7 +103,7 @@ def test_what_depends_on_something_else_is_measured_anew(
         text_file.write_text(text_file.read_text()[::-1])
     counter.begin()
     convert(tiny_model, tmp_path / "s", wanted, show_progress=False)
-    assert counter.n_cache == 2 + 2 * N_GROUP
+    assert counter.n_loss == 2 + 2 * N_GROUP
 
 
 def test_nothing_is_promised_before_anything_is_kept(

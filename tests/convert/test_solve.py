@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xkv_gguf.convert.solve import F64, Basis, fix_signs, residual_energy, solve_gram
+from xkv_gguf.convert.solve import F64, HELD_STEP, Basis, fix_signs, n_held, residual_energy, solve_gram
 from xkv_gguf.errors import CalibrationError
 
 
@@ -47,6 +47,24 @@ def test_signs_do_not_depend_on_the_input_sign() -> None:
 
 def test_first_of_equal_peaks_decides_the_sign() -> None:
     np.testing.assert_array_equal(fix_signs(np.array([[-0.5, 0.5], [0.5, -0.5]])), [[0.5, -0.5], [0.5, -0.5]])
+
+
+def test_directions_without_variance_are_left_out() -> None:
+    """Of f16 bases only, in whole blocks, and the spectrum has all."""
+    x = sample(400, 300) * 0.01
+    x[:, :100] += sample(400, 100)
+    sums = (x.T @ x, x.sum(0), len(x), "K of layers 0-1")
+    whole, half = solve_gram(*sums, np.float32), solve_gram(*sums, np.float16)
+    assert whole.basis.shape == (300, 300) and half.basis.shape == (HELD_STEP, 300)
+    np.testing.assert_allclose(half.basis, whole.basis[:HELD_STEP], atol=1e-3)
+    np.testing.assert_array_equal(half.spectrum, whole.spectrum)
+    assert half.spectrum[:HELD_STEP].sum() >= 0.999 * half.spectrum.sum()
+
+
+def test_number_of_held_directions() -> None:
+    assert n_held(np.ones(1000)) == 1000
+    assert n_held(np.concatenate([np.ones(130), np.full(870, 1e-6)])) == 256
+    assert n_held(np.zeros(200)) == HELD_STEP
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

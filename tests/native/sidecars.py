@@ -67,11 +67,18 @@ class Bases:
 
 
 def write_random(
-    path: Path, n_layer: int, n_embd: tuple[int, int], group_size: int, frame: int, seed: int = 0, widest: float = 1.25
+    path: Path,
+    n_layer: int,
+    n_embd: tuple[int, int],
+    group_size: int,
+    frame: int,
+    seed: int = 0,
+    widest: float = 1.25,
+    held: int | None = None,
 ) -> Bases:
     """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer.
 
-    Scales of layers are between 1 / `widest` and `widest`.
+    Scales of layers are between 1 / `widest` and `widest`. The file holds the first `held` directions, or all.
     """
     rng = np.random.default_rng(seed)
     first = tuple(range(0, n_layer, group_size))
@@ -84,7 +91,7 @@ def write_random(
             dim = c * embd
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
             mean[kind].append(rng.normal(0, 0.5, dim).astype(np.float32))
-            arrays[tensor_name(g, kind, "basis")] = basis[kind][g]
+            arrays[tensor_name(g, kind, "basis")] = basis[kind][g][:held]
             arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
             arrays[tensor_name(g, kind, "spectrum")] = np.linspace(2.0, 1.0, dim, dtype=np.float32)
     scale = {kind: tuple((widest ** rng.uniform(-1, 1, n_layer)).astype(np.float32).tolist()) for kind in KINDS}

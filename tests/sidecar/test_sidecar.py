@@ -19,7 +19,7 @@ from xkv_gguf.sidecar.write import write_sidecar
 
 from ..small_sidecar import small_arrays, small_info
 
-GOLDEN = Path(__file__).parent / "data" / "golden-v3.sidecar"
+GOLDEN = Path(__file__).parent / "data" / "golden-v4.sidecar"
 
 Reseal = Callable[[Path, bytes], None]
 
@@ -68,7 +68,7 @@ def test_reference_reader_agrees() -> None:
     reader = GGUFReader(GOLDEN)
     names = [t.name for t in reader.tensors]
     assert names[:3] == ["group.0.k.basis", "group.0.k.mean", "group.0.k.spectrum"]
-    assert list(reader.tensors[0].data.shape) == [48, 48]
+    assert list(reader.tensors[0].data.shape) == [32, 48]
     weights = reader.fields["xkv.group.weight_v"]
     assert [float(weights.parts[i][0]) for i in weights.data] == [0.25, 2.0]
     assert reader.fields["xkv.group.weight_v"].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
@@ -90,7 +90,11 @@ def test_statistics() -> None:
     stats = found.statistics()
     assert (stats.first, stats.count, stats.frame, stats.kld_scale) == ((0, 2), (2, 1), 32, 0.125)
     assert stats.weights == {"k": (1.5, 1.0), "v": (0.25, 2.0)}
-    assert [stats.dim(g, kind) for g in range(2) for kind in KINDS] == [48, 32, 24, 16]
+    sources = [(g, kind) for g in range(2) for kind in KINDS]
+    assert [stats.dim(*source) for source in sources] == [48, 32, 24, 16]
+    assert (
+        [stats.most(*source) for source in sources] == [found.held(*source) for source in sources] == [32, 32, 24, 16]
+    )
     np.testing.assert_array_equal(stats.spectra["k"][1], found.spectrum(1, "k"))
 
 
@@ -155,15 +159,15 @@ def test_appended_bytes(sidecar_file: Path) -> None:
 
 def test_newer_version(sidecar_file: Path, reseal: Reseal) -> None:
     data = sidecar_file.read_bytes()
-    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 4))
-    refused(sidecar_file, "format version 4, this xkv-gguf reads 3; update xkv-gguf", SidecarVersionError)
+    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 5))
+    refused(sidecar_file, "format version 5, this xkv-gguf reads 4; update xkv-gguf", SidecarVersionError)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
 def test_older_version(sidecar_file: Path, reseal: Reseal, version: int) -> None:
     data = sidecar_file.read_bytes()
     reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), version))
-    match = f"format version {version}, which is older than 3, .*make it again with `xkv-gguf convert MODEL`"
+    match = f"format version {version}, which is older than 4, .*make it again with `xkv-gguf convert MODEL`"
     refused(sidecar_file, match, SidecarVersionError)
 
 
@@ -286,7 +290,17 @@ def test_tensor_of_another_type(sidecar_file: Path, reseal: Reseal) -> None:
     at = data.index(b"group.0.k.basis") + len("group.0.k.basis") + 4 + 16
     assert data[at : at + 4] == struct.pack("<I", 1)
     reseal(sidecar_file, put(data, at, 30))  # bf16 has the same size
-    refused(sidecar_file, r"tensor group.0.k.basis is BF16 \[48, 48\], F16 or F32 \[48, 48\] expected")
+    refused(sidecar_file, r"tensor group.0.k.basis is BF16 \[48, 32\], F16 or F32 \[48, 32\] expected")
+
+
+@pytest.mark.parametrize(("rows", "found"), [(0, 0), (49, 49), (2**40, 2**40)])
+def test_impossible_number_of_directions(sidecar_file: Path, reseal: Reseal, rows: int, found: int) -> None:
+    """None, more than there are numbers, or more than the file has room for."""
+    data = sidecar_file.read_bytes()
+    at = data.index(b"group.0.k.basis") + len("group.0.k.basis") + 4 + 8
+    assert data[at : at + 8] == struct.pack("<Q", 32)
+    reseal(sidecar_file, put(data, at, rows, "<Q"))
+    refused(sidecar_file, rf"tensor group\.0\.k\.basis is F16 \[48, {found}\]|tensor|dimension")
 
 
 @pytest.mark.parametrize(("value", "match"), [(float("nan"), "not finite"), (-1.0, "does not descend")])

@@ -9,8 +9,17 @@ from typing import Literal
 
 from ..base.text import format_bytes
 from ..convert.hf import OUTTYPES
-from ..convert.settings import AUTO_SIZES, BASIS_TYPES, TOKENS, WEIGH, Settings
-from ..plan.groups import FRAME, FRAMES, GROUP_SIZE
+from ..convert.settings import (
+    AUTO_SIZES,
+    BASIS_TYPES,
+    N_SCORE,
+    THOROUGH_SCORE,
+    THOROUGH_TOKENS,
+    TOKENS,
+    WEIGH,
+    Settings,
+)
+from ..plan.groups import FRAME, FRAMES, GROUP_SIZE, MAX_DIM
 from ..plan.size_target import DEFAULT_TARGET, one_target
 from ..plan.sizes import PLAN_CTX
 from ._args import add_size, model_path, size_values
@@ -22,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="GGUF file or Hugging Face folder (default: the demo model)"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="sidecar to write (default: MODEL.xkv.gguf)")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the sidecar of another model, too; what is no sidecar never is"
+    )
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--group-size",
         type=_group_size,
         metavar="N",
         help=f"most layers that share coefficients, or auto for the best of {', '.join(map(str, AUTO_SIZES))} "
-        f"(default: {GROUP_SIZE})",
+        f"(default: {GROUP_SIZE}, fewer where a group would have more than {MAX_DIM} numbers per token)",
     )
     plan.add_argument(
         "--n-ctx",
@@ -52,9 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--weigh",
         choices=WEIGH,
-        default=WEIGH[0],
         help="what is weighed by what its loss costs: groups of layers, layers one by one, which takes longer and "
-        "loses less, or none, which is quicker and loses more (default: %(default)s)",
+        f"loses less, or none, which is quicker and loses more (default: {WEIGH[0]})",
+    )
+    plan.add_argument(
+        "--thorough",
+        action="store_true",
+        help=f"{THOROUGH_TOKENS} calibration tokens, layers weighed one by one, and twice as much text scored for it: "
+        "takes several times as long and loses less",
     )
     add_size(parser, f"it is recorded, and can be chosen anew in use (default: {DEFAULT_TARGET})")
     text = parser.add_argument_group("calibration text")
@@ -66,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plain text files (default: text by the model itself)",
     )
     text.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help="calibration tokens, about (default: %(default)s)"
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"calibration tokens, about (default: {TOKENS}, more for wide groups)",
     )
     text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (default: %(default)s)")
     parser.add_argument(
@@ -98,10 +118,11 @@ def run(args: argparse.Namespace) -> int:
         n_ctx=args.n_ctx,
         frame=args.frame,
         data=tuple(map(Path, args.data)),
-        tokens=args.tokens,
+        tokens=args.tokens if args.tokens is not None else THOROUGH_TOKENS if args.thorough else None,
         seed=args.seed,
         basis_type=args.basis_type,
-        weigh=args.weigh,
+        weigh=args.weigh if args.weigh is not None else "layers" if args.thorough else WEIGH[0],
+        n_score=THOROUGH_SCORE if args.thorough else N_SCORE,
         **({} if args.threads is None else {"threads": args.threads}),
     )
     model = Path(model_path(args))
@@ -115,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         convert_folder(folder, model, args.outtype or "f16")
     elif args.outtype is not None:
         raise OptionError(f"--outtype is for Hugging Face folders, {model} is not a folder")
-    done = convert(model, out, settings, show_progress=not args.quiet)
+    done = convert(model, out, settings, show_progress=not args.quiet, force=args.force)
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     if not args.quiet:

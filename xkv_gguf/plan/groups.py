@@ -9,9 +9,18 @@ from ..errors import OptionError
 from .segments import Kind
 
 GROUP_SIZE = 5
+MAX_DIM = 4096
+"""Most numbers per token of a group by default: the work of a basis grows with their cube, its bytes by the square."""
+
 FRAME = 64
 FRAMES = (32, 64, 128, 256)
 """Chunk lengths that a cache can have, in tokens."""
+
+
+def default_group_size(embd_k: Sequence[int], embd_v: Sequence[int]) -> int:
+    """Most layers in a group for layers of these K and V numbers per token: `GROUP_SIZE`, fewer where they are wide."""
+    widest = max(*embd_k, *embd_v)
+    return max(1, min(GROUP_SIZE, len(embd_k), MAX_DIM // widest))
 
 
 def group_layers(n_layer: int, group_size: int) -> tuple[list[int], list[int]]:

@@ -55,6 +55,8 @@ class Statistics:
         Tokens per chunk.
     kld_scale : float
         Mean divergence of the next-token distribution, in nats, per unit of distortion; 0 when unknown.
+    held : dict of str to tuple of int
+        By kind and group: the directions that are known, of which a plan takes the first ones. Empty: all D.
     """
 
     first: tuple[int, ...]
@@ -63,6 +65,11 @@ class Statistics:
     weights: dict[Kind, tuple[float, ...]]
     frame: int
     kld_scale: float = 0.0
+    held: dict[Kind, tuple[int, ...]] = field(default_factory=dict)
+
+    def most(self, group: int, kind: Kind) -> int:
+        """Most directions that a plan can take, D or less."""
+        return self.held[kind][group] if self.held else self.dim(group, kind)
 
     def dim(self, group: int, kind: Kind) -> int:
         """Numbers per token of one kind of a group: D."""
@@ -156,7 +163,7 @@ def plan_segments(
         return None
     segments = []
     for row, (g, kind) in zip(counts, _sources(stats), strict=True):
-        left = stats.dim(g, kind)
+        left = stats.most(g, kind)
         for name, n in zip(names, row, strict=True):
             if n > 0:
                 segments.append(Segment(g, kind, min(int(n) * STEP, left), name, prices.bases[name]))
@@ -170,7 +177,7 @@ def least_cost(stats: Statistics, types: Sequence[str], max_segments: int, price
 
 
 def same_rank(stats: Statistics, rank: int | None, type_name: str, type_basis: str) -> tuple[Segment, ...]:
-    """One segment for every kind of every group, of the same rank (at most D) or of full rank (None).
+    """One segment for every kind of every group, of the same rank (at most all known directions) or of all (None).
 
     Raises
     ------
@@ -179,7 +186,7 @@ def same_rank(stats: Statistics, rank: int | None, type_name: str, type_basis: s
     """
     segments = []
     for g, kind in _sources(stats):
-        step, dim = granule(type_name, kind, stats.frame), stats.dim(g, kind)
+        step, dim = granule(type_name, kind, stats.frame), stats.most(g, kind)
         if step == 0:
             raise OptionError(
                 f"type {type_name} for V: its blocks of {TYPES[type_name].block} tokens do not fit into chunks of "
@@ -225,11 +232,12 @@ def _problem(
     dims = np.array([stats.dim(*source) for source in sources])
     # a segment may end inside a block where the directions end, so the last block counts as whole
     longest = max(step for step in steps.values()) // STEP
-    n_step = int(-(-dims.max() // STEP)) + longest - 1
+    most = np.array([stats.most(*source) for source in sources])
+    n_step = int(-(-most.max() // STEP)) + longest - 1
     gains = np.zeros((len(sources), n_step))
     for i, source in enumerate(sources):
         padded = np.zeros(n_step * STEP)
-        padded[: dims[i]] = stats.variances(*source)
+        padded[: most[i]] = stats.variances(*source)[: most[i]]
         gains[i] = padded.reshape(n_step, STEP).sum(axis=1)
     costs = np.empty((len(sources), len(types), n_step))
     for j, t in enumerate(types):
@@ -237,5 +245,5 @@ def _problem(
         costs[:, j] = STEP * (TYPES[t].bytes * prices.slots + basis_bytes * dims[:, None])
     keep = np.array([1 - TYPES[t].noise - TYPES[prices.bases[t]].noise for t in types])
     granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
-    ends = -(-dims // STEP)
+    ends = -(-most // STEP)
     return Problem(gains, costs, keep, granules, ends, min(max_segments, len(types))), tuple(types)

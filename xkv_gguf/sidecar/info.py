@@ -14,7 +14,7 @@ from ..plan.segments import Kind
 from ..plan.size_target import DEFAULT_TARGET, SizeTarget
 from ..plan.sizes import PLAN_CTX
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ARCHITECTURE = "xkv"
 FILE_TYPE = "xkv-sidecar"
 SUFFIX = ".xkv.gguf"

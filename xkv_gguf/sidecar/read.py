@@ -53,8 +53,12 @@ class Sidecar:
         return _map_tensor(self.path, tensor)
 
     def basis(self, group: int, kind: Kind) -> Array:
-        """All directions of a group, f16 or f32, shape (D, D): row i is the i-th direction."""
+        """First R directions of a group, f16 or f32, shape (R, D): row i is the i-th direction."""
         return self._array(group, kind, "basis")
+
+    def held(self, group: int, kind: Kind) -> int:
+        """Directions that the file holds, R."""
+        return self._header.tensors[tensor_name(group, kind, "basis")].shape[1]
 
     def mean(self, group: int, kind: Kind) -> Array:
         """Mean that is subtracted, f32, shape (D,)."""
@@ -77,6 +81,7 @@ class Sidecar:
             weights={"k": tuple(g.weight_k for g in info.groups), "v": tuple(g.weight_v for g in info.groups)},
             frame=info.frame,
             kld_scale=info.kld_scale,
+            held={kind: tuple(self.held(g, kind) for g in range(len(info.groups))) for kind in KINDS},
         )
 
     def check_model(self, model: str | Path) -> None:
@@ -95,6 +100,18 @@ class Sidecar:
                 f"sidecar {self.path}: made for a model with fingerprint {self.info.fingerprint[:12]} "
                 f"({self.info.architecture} {self.info.name!r}), but {model} has {found[:12]}; {REMAKE}"
             )
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file begins as a sidecar of any version does; what follows is not read."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(_ARCH_AT + len(_ARCH_FIELD))
+    except OSError:
+        return False
+    return head[:4] == b"GGUF" and head[_ARCH_AT:] == _ARCH_FIELD
 
 
 def file_digest(path: Path) -> str:
@@ -234,7 +251,9 @@ def _check_tensors(path: Path, header: GgufHeader, info: SidecarInfo) -> None:
     expected: dict[str, tuple[tuple[int, ...], tuple[GGMLQuantizationType, ...]]] = {}
     for g in range(len(info.groups)):
         for kind, dim in (("k", info.dim(g, "k")), ("v", info.dim(g, "v"))):
-            expected[tensor_name(g, kind, "basis")] = ((dim, dim), floats)
+            basis = header.tensors.get(tensor_name(g, kind, "basis"))
+            rank = basis.shape[1] if basis is not None and len(basis.shape) == 2 else dim
+            expected[tensor_name(g, kind, "basis")] = ((dim, min(max(rank, 1), dim)), floats)
             expected[tensor_name(g, kind, "mean")] = ((dim,), floats[1:])
             expected[tensor_name(g, kind, "spectrum")] = ((dim,), floats[1:])
     unknown = sorted(set(header.tensors) - set(expected))

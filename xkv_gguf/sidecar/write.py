@@ -73,7 +73,7 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
     path : str or Path
     info : SidecarInfo
     arrays : mapping of str to ndarray
-        All arrays by `tensor_name`: bases f16 or f32 (D, D), means and spectra f32 (D,).
+        All arrays by `tensor_name`: bases f16 or f32 (R, D), means and spectra f32 (D,).
 
     Raises
     ------

@@ -1,0 +1,88 @@
+"""What a conversion takes: bounded for wide models, told beforehand, refused where it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xkv_gguf.convert import estimate, pipeline
+from xkv_gguf.convert.capture import Capture
+from xkv_gguf.convert.estimate import Work, format_time, split_runs
+from xkv_gguf.convert.pipeline import convert
+from xkv_gguf.convert.settings import Settings
+from xkv_gguf.errors import OutOfMemoryError
+from xkv_gguf.plan.groups import LayerGroups, default_group_size, group_layers
+
+
+def work(embd: int, n_layer: int, n_seq: int = 2) -> Work:
+    size = default_group_size([embd], [embd]) if embd > 4096 else min(5, max(1, 4096 // embd), n_layer)
+    groups = LayerGroups.of(*group_layers(n_layer, size), [embd] * n_layer, [embd] * n_layer)
+    return Work(groups, 2, n_seq, 512, 16384, 18432, False)
+
+
+def test_wide_layers_are_grouped_less() -> None:
+    assert default_group_size([192] * 30, [192] * 30) == 5
+    assert default_group_size([1024] * 32, [1024] * 32) == 4
+    assert default_group_size([4096] * 32, [4096] * 32) == 1
+    assert default_group_size([8192] * 32, [8192] * 32) == 1
+    assert default_group_size([64] * 3, [32] * 3) == 3
+
+
+def test_a_wide_model_is_converted_in_four_gigabytes() -> None:
+    """32 layers of 32 KV heads of 128."""
+    assert work(4096, 32).memory() < 4 << 30
+    assert work(1024, 32).memory() < 4 << 30
+
+
+def test_runs_take_all_groups_in_order() -> None:
+    groups = work(4096, 80).groups
+    runs = list(split_runs(groups))
+    assert len(runs) == 3
+    assert [g for run in runs for g in run] == list(range(80))
+    assert len(list(split_runs(work(192, 30).groups))) == 1
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(41.4, "41 s"), (125, "2 minutes"), (9000, "2.5 hours")])
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
+
+
+def test_told_before_it_begins(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(tiny_model, tmp_path / "s", Settings(tokens=512, threads=1))
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("calibration takes ") and " tokens a second, and at most " in first
+
+
+def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "free_memory", lambda: 100 << 20)
+    with pytest.raises(OutOfMemoryError, match=r"calibration takes 51\d\.\d MiB beside the model, 100\.0 MiB are free"):
+        convert(tiny_model, tmp_path / "s", Settings(tokens=512, threads=1), show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["self", "files"])
+def test_several_runs_find_what_one_does(
+    source: str, tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is written once and read again; rounding differs a little."""
+    settings = Settings(
+        group_size=1, tokens=600, threads=1, basis_type="f32", data=(text_file,) if source == "files" else ()
+    )
+    captured: list[int] = []
+    new = Capture.__init__
+
+    def counted(self: Capture, engine: object, first: list[int], *rest: object) -> None:
+        captured.append(len(first))
+        new(self, engine, first, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Capture, "__init__", counted)
+    whole = convert(tiny_model, tmp_path / "whole", settings, show_progress=False)
+    monkeypatch.setattr(estimate, "SUM_BYTES", 40000)
+    parts = convert(tiny_model, tmp_path / "parts", settings, show_progress=False)
+    assert captured == [3, 2, 1]
+    assert parts.info == whole.info
+    for g in range(3):
+        for kind in ("k", "v"):
+            one, other = (pipeline.read_sidecar(tmp_path / name) for name in ("whole", "parts"))
+            assert one.spectrum(g, kind) == pytest.approx(other.spectrum(g, kind), rel=2e-2, abs=1e-3)
