@@ -19,7 +19,7 @@ from .report import KvPart, KvReport
 from .runtime import arguments, loader, log, native
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
-from .runtime.threads import default_threads
+from .runtime.threads import default_decode_threads, default_threads
 from .sidecar.read import Sidecar
 
 PARENT_ARGUMENTS = tuple(
@@ -126,9 +126,8 @@ class Llama(llama_cpp.Llama):
         settings = {"flash_attn": True, "verbose": True, **kwargs}
         settings["n_ctx"] = n_ctx
         # the parent counts processors that this process may not use
-        n_cpu = default_threads()
-        settings["n_threads"] = kwargs.get("n_threads") or max(n_cpu // 2, 1)
-        settings["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpu
+        settings["n_threads"] = kwargs.get("n_threads") or default_decode_threads()
+        settings["n_threads_batch"] = kwargs.get("n_threads_batch") or default_threads()
         # the parent allocates logits for n_batch as it is given
         settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
         if self.kv_mode != "xkv":

@@ -29,7 +29,9 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
     ]
     for row in result["rows"]:
         assert row["prefill_tps"] > 0 and row["decode_tps"] > 0
+        assert (row["prompt_tps"] or 0) > 0 if row["depth"] else row["prompt_tps"] is None
         assert row["cache_bytes"] == sum(row["cache_parts"].values())
+        assert row["scratch_bytes"] == sum(row["scratch_parts"].values()) > 0
         # the model alone takes 90 MiB, its process with all imports some hundred
         assert 90 * 2**20 < row["peak_rss_bytes"] < 2 * 2**30
     f16, xkv = result["rows"][:2]
@@ -37,7 +39,9 @@ def test_figures_of_two_caches(demo_model: Path, sidecar: Path, tmp_path: Path, 
     assert set(xkv["cache_parts"]) != set(f16["cache_parts"])
     assert result["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
-    assert "xkv:3" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "every cache: 2 threads, n_ctx 1024; one run in turns"
+    assert printed[3].startswith("xkv:3")
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..base.files import check_writable, write_atomic
+from ..base.partial import Partial
+from ..base.pictures import check_picture
 from ..errors import OptionError
-from ..lab.bench import machine, measure
-from ..lab.bench_plan import N_DECODE, N_PREFILL, parse_depths, table
+from ..lab.bench import Plan, machine, measure
+from ..lab.bench_plan import N_DECODE, N_PREFILL, conditions, parse_depths, table
 from ..lab.cache_spec import CacheSpec, parse_caches
 from ..model.file import open_model
+from ..model.fingerprint import model_fingerprint
 from ..options import XkvOptions
 from ..plan.size_target import TARGETS
 from ..plan.sizes import padded_ctx
+from ..runtime.threads import default_decode_threads, default_threads
 from ._args import (
     add_adaptation,
     add_caches,
@@ -46,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="tokens in the context before each measurement (default: %(default)s)",
     )
-    parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
+    parser.add_argument(
+        "--json", metavar="OUT", help="write the figures to this file; an interrupted run goes on from OUT.partial"
+    )
+    parser.add_argument("--plot", metavar="PICTURE", help="draw speeds against depth into a .png, .svg or .pdf")
     parser.add_argument("--reps", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
     add_threads(parser)
     parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context in tokens (default: %(default)s)")
@@ -56,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, and write the JSON file."""
+    """Measure, write the JSON file and the plot, and print the table."""
     common = xkv_values(args)
     XkvOptions.of(common)
     specs = [with_common(spec, common) for spec in parse_caches(args.caches)]
@@ -65,28 +73,47 @@ def run(args: argparse.Namespace) -> int:
     n_ctx = padded_ctx(args.n_ctx)
     depths = parse_depths(args.depths, n_ctx)
     check_counts(args, "reps", "threads")
-    out = Path(args.json) if args.json is not None else None
+    out, picture = (Path(name) if name is not None else None for name in (args.json, args.plot))
     if out is not None:
         check_writable(out)
+    if picture is not None:
+        check_picture(picture)
     model = open_model(model_path(args)).path
     # made here when there is none, so that no worker's memory counts it
     sidecar = shared_sidecar(model, specs, args)
     specs = [with_sidecar(spec, sidecar) for spec in specs]
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "settings": {
-            "model": model.name,
-            "n_ctx": n_ctx,
-            "threads": args.threads,
-            "reps": args.reps,
-            "n_prefill": N_PREFILL,
-            "n_decode": N_DECODE,
-        },
-        "rows": measure(model, specs, depths, args.reps, {"n_ctx": n_ctx, "threads": args.threads}),
+    every = {
+        "n_ctx": n_ctx,
+        "threads": args.threads or default_threads(),
+        "threads_decode": args.threads or default_decode_threads(),
     }
+    settings = {
+        "model": model.name,
+        **every,
+        "reps": args.reps,
+        "n_prefill": N_PREFILL,
+        "n_decode": N_DECODE,
+    }
+    where = machine()
+    partial = Partial(out, "bench", {"machine": where, "model": model_fingerprint(model), **every})
+    plan = Plan(model, specs, depths, args.reps, every)
+    try:
+        rows = measure(plan, partial)
+    except KeyboardInterrupt:
+        n_done = partial.n_taken + partial.n_put
+        note = f"; the same command goes on from {partial.path}" if n_done and out is not None else ""
+        print(f"\n{n_done} of {len(plan.order)} measurements are done{note}", file=sys.stderr, end="")
+        raise
+    result: dict[str, Any] = {"machine": where, "settings": settings, "rows": rows}
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1) + "\n")
-    print(table(result["rows"]))
+    partial.remove()
+    if picture is not None:
+        from ..lab.bench_plot import plot_rows
+
+        plot_rows(rows, picture, f"{model.name}, {conditions(settings)}")
+    print(conditions(settings))
+    print(table(rows))
     return 0
 
 

@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__, errors
+from ..base.partial import Partial, file_identity
 from ..errors import XkvError
 from ..runtime import loader
 from ..runtime.threads import default_threads
-from .bench_plan import Timing, schedule, summarize
+from .bench_plan import Timing, n_tokens, schedule, summarize
 from .cache_spec import CacheSpec
 
 # with this process's search path: -m would put the current folder in front
@@ -48,8 +50,15 @@ class Worker:
         self.process.stdout.close()
         self.process.wait()
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, on_done: Callable[[int], object] | None = None, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer.
+
+        Parameters
+        ----------
+        on_done : callable, optional
+            Gets the tokens that are done, now and then.
+        **request
+            See `bench_worker`.
 
         Raises
         ------
@@ -57,53 +66,100 @@ class Worker:
             Of the class that the worker raised, or when the process has ended.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        line = ""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        if not line:
-            raise XkvError(f"cache {self.spec.name}: its process ended with status {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            kind: type[XkvError] = getattr(errors, answer["kind"], XkvError)
-            raise kind(f"cache {self.spec.name}: {answer['error']}")
-        return answer
+        for line in self.process.stdout:
+            answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                kind: type[XkvError] = getattr(errors, answer["kind"], XkvError)
+                raise kind(f"cache {self.spec.name}: {answer['error']}")
+            if "done" not in answer:
+                return answer
+            if on_done is not None:
+                on_done(answer["done"])
+        raise XkvError(f"cache {self.spec.name}: its process ended with status {self.process.wait()}")
 
 
-def measure(
-    model: Path, specs: list[CacheSpec], depths: list[int], reps: int, settings: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Run all measurements in turns.
+@dataclass(frozen=True)
+class Plan:
+    """What one run is to find out.
 
-    Parameters
+    Attributes
     ----------
     model : Path
-    specs : list of CacheSpec
-    depths : list of int
+    specs : sequence of CacheSpec
+    depths : sequence of int
         Tokens, ascending.
     reps : int
     settings : mapping
-        n_ctx and threads.
+        Of every cache: n_ctx, threads, threads_decode.
+    """
+
+    model: Path
+    specs: Sequence[CacheSpec]
+    depths: Sequence[int]
+    reps: int
+    settings: Mapping[str, Any]
+
+    @property
+    def order(self) -> list[tuple[str, int, int]]:
+        """See `bench_plan.schedule`."""
+        return schedule([spec.name for spec in self.specs], self.depths, self.reps)
+
+    def key(self, name: str, depth: int, rep: int) -> dict[str, Any]:
+        """What a measurement depends on, besides model, machine and `settings`."""
+        spec = next(spec for spec in self.specs if spec.name == name)
+        sidecar = spec.options.get("sidecar")
+        identity = file_identity(Path(sidecar)) if sidecar is not None else None
+        return {"cache": name, **spec.arguments, "sidecar": identity, "depth": depth, "rep": rep}
+
+
+def measure(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
+    """Run all measurements in turns; what `partial` has is taken from there.
+
+    Parameters
+    ----------
+    plan : Plan
+    partial : Partial
+        Takes each measurement as soon as it is there.
 
     Returns
     -------
     list of dict
         See `bench_plan.summarize`.
+
+    Raises
+    ------
+    XkvError
+        A cache cannot be had, or its process ended.
     """
-    plan = schedule([spec.name for spec in specs], depths, reps)
-    timings = []
+    keys = {turn: plan.key(*turn) for turn in plan.order}
+    found = {turn: timing for turn, key in keys.items() if (timing := partial.get(**key)) is not None}
+    missing = [turn for turn in plan.order if turn not in found]
+    if found:
+        print(f"{len(found)} of {len(keys)} measurements are taken from {partial.path}", file=sys.stderr)
+    names = {name for name, _, _ in missing}
     with contextlib.ExitStack() as stack:
-        workers = {spec.name: stack.enter_context(Worker(spec)) for spec in specs}
-        reports = {}
+        total = sum(n_tokens(depth) for _, depth, _ in missing)
+        bar = stack.enter_context(tqdm(total=total, unit="tok", disable=None))
+        workers = {spec.name: stack.enter_context(Worker(spec)) for spec in plan.specs if spec.name in names}
         for name, worker in workers.items():
-            answer = worker.ask(op="open", model=str(model), **worker.spec.arguments, **settings)
-            reports[name] = answer["report"]
-        for name, depth in tqdm(plan, desc="measuring", unit="run", disable=None):
-            answer = workers[name].ask(op="measure", depth=depth)
-            timings.append(Timing(name, depth, answer["prefill_tps"], answer["decode_tps"]))
-        peaks = {name: worker.ask(op="peak")["peak_rss_bytes"] for name, worker in workers.items()}
-    return summarize(timings, reports, peaks)
+            bar.set_description(f"opening {name}")
+            worker.ask(op="open", model=str(plan.model), **worker.spec.arguments, **plan.settings)
+        for name, depth, rep in missing:
+            bar.set_description(f"{name} at {depth}, run {rep + 1} of {plan.reps}")
+            found[name, depth, rep] = timing = _one(workers[name], depth, bar)
+            partial.put(timing, **keys[name, depth, rep])
+    timings = [Timing(name, depth, **found[name, depth, rep]) for name, depth, rep in plan.order]
+    return summarize(timings, [spec.name for spec in plan.specs])
+
+
+def _one(worker: Worker, depth: int, bar: Any) -> dict[str, Any]:
+    start = bar.n
+    answer = worker.ask(lambda done: bar.update(start + done - bar.n), op="measure", depth=depth)
+    bar.update(start + n_tokens(depth) - bar.n)
+    return answer
 
 
 def machine() -> dict[str, Any]:

@@ -17,12 +17,30 @@ BASELINE = "f16"
 
 @dataclass(frozen=True)
 class Timing:
-    """One measurement of one cache: tokens per second."""
+    """One measurement of one cache: speeds in tokens per second, and what its process had taken by then.
+
+    Attributes
+    ----------
+    cache : str
+    depth : int
+        Tokens in the context before prefill and decoding.
+    prefill_tps, decode_tps : float
+        `N_PREFILL` tokens in one batch, and `N_DECODE` one by one, after `depth` tokens.
+    prompt_tps : float or None
+        The `depth` tokens themselves, from an empty cache; None where there are none.
+    report : mapping
+        `KvReport.to_dict`.
+    peak_rss_bytes : int
+        Peak resident bytes of the process, which runs this cache alone.
+    """
 
     cache: str
     depth: int
     prefill_tps: float
     decode_tps: float
+    prompt_tps: float | None
+    report: Mapping[str, Any]
+    peak_rss_bytes: int
 
 
 def parse_depths(text: str, n_ctx: int) -> list[int]:
@@ -47,94 +65,108 @@ def parse_depths(text: str, n_ctx: int) -> list[int]:
     return sorted(set(depths))
 
 
-def schedule(caches: Sequence[str], depths: Sequence[int], reps: int) -> list[tuple[str, int]]:
+def schedule(caches: Sequence[str], depths: Sequence[int], reps: int) -> list[tuple[str, int, int]]:
     """Order of measurements: caches take turns at each depth, and another one begins each time.
 
     Parameters
     ----------
     caches : sequence of str
     depths : sequence of int
-        Ascending, so that each cache fills up once per repetition.
     reps : int
 
     Returns
     -------
-    list of (cache, depth)
+    list of (cache, depth, repetition)
     """
     plan = []
     turn = 0
-    for _ in range(reps):
+    for rep in range(reps):
         for depth in depths:
             start = turn % len(caches)
-            plan += [(cache, depth) for cache in (*caches[start:], *caches[:start])]
+            plan += [(cache, depth, rep) for cache in (*caches[start:], *caches[:start])]
             turn += 1
     return plan
 
 
-def summarize(
-    timings: Sequence[Timing], reports: Mapping[str, Mapping[str, Any]], peaks: Mapping[str, int]
-) -> list[dict[str, Any]]:
+def n_tokens(depth: int) -> int:
+    """Tokens that a measurement evaluates."""
+    return depth + N_DECODE + N_PREFILL
+
+
+def summarize(timings: Sequence[Timing], caches: Sequence[str]) -> list[dict[str, Any]]:
     """One row per cache and depth, with medians over the repetitions.
 
     Parameters
     ----------
     timings : sequence of Timing
-    reports : mapping of str to mapping
-        `KvReport.to_dict` by cache.
-    peaks : mapping of str to int
-        Peak resident bytes of each cache's process.
+    caches : sequence of str
+        The order of rows of the same depth.
 
     Returns
     -------
     list of dict
-        Keys cache, depth, prefill_tps, decode_tps, cache_bytes, cache_parts, peak_rss_bytes, prefill_runs,
-        decode_runs; in the order of first appearance of (depth, cache).
+        Keys cache, depth, prefill_tps, prompt_tps, decode_tps, cache_bytes, cache_parts, scratch_bytes, scratch_parts,
+        peak_rss_bytes, prefill_runs, prompt_runs, decode_runs. Scratch and peak are the most that the cache took in
+        the whole run, at any depth.
     """
     rows = []
-    depths = sorted({timing.depth for timing in timings})
-    for depth in depths:
-        for cache in reports:
-            runs = [timing for timing in timings if (timing.cache, timing.depth) == (cache, depth)]
+    for depth in sorted({timing.depth for timing in timings}):
+        for cache in caches:
+            of_cache = [timing for timing in timings if timing.cache == cache]
+            runs = [timing for timing in of_cache if timing.depth == depth]
             if not runs:
                 continue
+            largest = max((timing.report for timing in of_cache), key=lambda report: report["scratch_bytes"])
+            prompt_runs = [run.prompt_tps for run in runs if run.prompt_tps is not None]
             rows.append(
                 {
                     "cache": cache,
                     "depth": depth,
                     "prefill_tps": statistics.median(run.prefill_tps for run in runs),
+                    "prompt_tps": statistics.median(prompt_runs) if prompt_runs else None,
                     "decode_tps": statistics.median(run.decode_tps for run in runs),
-                    "cache_bytes": reports[cache]["total_bytes"],
-                    "cache_parts": dict(reports[cache]["parts"]),
-                    "peak_rss_bytes": peaks[cache],
+                    "cache_bytes": largest["total_bytes"],
+                    "cache_parts": dict(largest["parts"]),
+                    "scratch_bytes": largest["scratch_bytes"],
+                    "scratch_parts": dict(largest["scratch"]),
+                    "peak_rss_bytes": max(timing.peak_rss_bytes for timing in of_cache),
                     "prefill_runs": [run.prefill_tps for run in runs],
+                    "prompt_runs": prompt_runs,
                     "decode_runs": [run.decode_tps for run in runs],
                 }
             )
     return rows
 
 
+def conditions(settings: Mapping[str, Any]) -> str:
+    """A line that says under which conditions, the same for every cache, the figures were found."""
+    threads, decode = settings["threads"], settings["threads_decode"]
+    some = f"{threads} thread{'s' * (threads != 1)}"
+    also = "" if decode == threads else f" ({decode} to decode)"
+    reps = settings["reps"]
+    medians = f"medians of {reps} runs in turns" if reps > 1 else "one run in turns"
+    return f"every cache: {some}{also}, n_ctx {settings['n_ctx']}; {medians}"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for people, each figure with its ratio to f16 in the same run where f16 was measured."""
+    """The rows for people, each figure with its ratio to f16 in the same run where f16 was measured.
+
+    "prefill" is a batch of `N_PREFILL` tokens at the depth, "prompt" all tokens from 0 to the depth.
+    """
     base = {row["depth"]: row for row in rows if row["cache"] == BASELINE}
-    lines = [["cache", "depth", "prefill t/s", "", "decode t/s", "", "cache", "", "peak RSS", ""]]
+    head = ["cache", "depth", "prefill t/s", "", "prompt t/s", "", "decode t/s", ""]
+    lines = [[*head, "cache", "", "scratch", "peak RSS", ""]]
     for row in rows:
         other = base.get(row["depth"])
-        lines.append(
-            [
-                row["cache"],
-                str(row["depth"]),
-                f"{row['prefill_tps']:.1f}",
-                _ratio(row, other, "prefill_tps"),
-                f"{row['decode_tps']:.1f}",
-                _ratio(row, other, "decode_tps"),
-                format_bytes(row["cache_bytes"]),
-                _ratio(row, other, "cache_bytes"),
-                format_bytes(row["peak_rss_bytes"]),
-                _ratio(row, other, "peak_rss_bytes"),
-            ]
-        )
-    return "\n".join(format_table(lines, "<>>>>>>>>>"))
+        cells = [row["cache"], str(row["depth"])]
+        for key in ("prefill_tps", "prompt_tps", "decode_tps"):
+            cells += ["-" if row[key] is None else f"{row[key]:.1f}", _ratio(row, other, key)]
+        cells += [format_bytes(row["cache_bytes"]), _ratio(row, other, "cache_bytes")]
+        cells += [format_bytes(row["scratch_bytes"])]
+        cells += [format_bytes(row["peak_rss_bytes"]), _ratio(row, other, "peak_rss_bytes")]
+        lines.append(cells)
+    return "\n".join(format_table(lines, "<" + ">" * (len(lines[0]) - 1)))
 
 
 def _ratio(row: Mapping[str, Any], base: Mapping[str, Any] | None, key: str) -> str:
-    return f"x{row[key] / base[key]:.2f}" if base is not None and base[key] else ""
+    return f"x{row[key] / base[key]:.2f}" if base is not None and base[key] and row[key] is not None else ""

@@ -6,10 +6,12 @@ standard input and answers on the descriptor that standard output had at the sta
 ======================================================  ==============================================
 request                                                 answer
 ======================================================  ==============================================
-``{"op": "open", "model", "kv_mode", "xkv", "n_ctx",    ``{"report": KvReport.to_dict()}``
-"threads"}``
-``{"op": "measure", "depth"}``                          ``{"prefill_tps", "decode_tps"}``
-``{"op": "peak"}``                                      ``{"peak_rss_bytes"}``
+``{"op": "open", "model", "kv_mode", "xkv", "n_ctx",    ``{}``
+"threads", "threads_decode"}``
+``{"op": "measure", "depth"}``                          ``{"prefill_tps", "decode_tps", "prompt_tps",
+                                                        "report": KvReport.to_dict(),
+                                                        "peak_rss_bytes"}``, after any number of
+                                                        ``{"done": tokens}``
 ======================================================  ==============================================
 
 An error that a user can repair is answered with ``{"error": text, "kind": class name}``.
@@ -19,10 +21,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import XkvError
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 SEED = 1
+NO_TOKENIZER = ("none", "no_vocab")
 
 
 class Bench:
@@ -42,36 +46,40 @@ class Bench:
         from ..runtime.api import llama_cpp
 
         self._api = llama_cpp
-        threads = (
-            {} if request["threads"] is None else dict.fromkeys(("n_threads", "n_threads_batch"), request["threads"])
-        )
         self.llm: Llama = Llama(
             request["model"],
             kv_mode=request["kv_mode"],
             xkv=request["xkv"],
             n_ctx=request["n_ctx"],
             n_batch=N_PREFILL,
+            n_threads=request["threads_decode"],
+            n_threads_batch=request["threads"],
             verbose=False,
-            **threads,
         )
         self._tokens = filler_tokens(self.llm, request["n_ctx"])
         # the first evaluation allocates and touches what later ones reuse
-        self._fill(N_PREFILL)
+        self._timed(self._tokens[:N_PREFILL])
         self._decode(4)
-        self._cut(0)
 
-    def measure(self, depth: int) -> dict[str, float]:
-        """Time N_DECODE tokens one by one and one batch of N_PREFILL, each after `depth` tokens."""
-        if self.llm.n_tokens > depth:
-            self._cut(0)
-        self._fill(depth)
+    def measure(self, depth: int, on_done: Callable[[int], object]) -> dict[str, Any]:
+        """Time `depth` tokens from an empty cache, then N_DECODE one by one and N_PREFILL at once, each after these.
+
+        From empty each time: a cache that has held more tokens may have coded those that are left another way.
+        """
+        self._cut(0)
+        self.llm.on_eval = lambda done, _: on_done(done)
+        prompt = self._timed(self._tokens[:depth])
+        self.llm.on_eval = None
         decode = self._decode(N_DECODE)
         self._cut(depth)
         prefill = self._timed(self._tokens[depth : depth + N_PREFILL])
-        return {"prefill_tps": N_PREFILL / prefill, "decode_tps": N_DECODE / decode}
-
-    def _fill(self, depth: int) -> None:
-        self.llm.eval(self._tokens[self.llm.n_tokens : depth])
+        return {
+            "prefill_tps": N_PREFILL / prefill,
+            "decode_tps": N_DECODE / decode,
+            "prompt_tps": depth / prompt if depth else None,
+            "report": self.llm.kv_report().to_dict(),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
 
     def _decode(self, count: int) -> float:
         start = self.llm.n_tokens
@@ -89,7 +97,13 @@ class Bench:
 
 
 def filler_tokens(llm: Llama, count: int) -> list[int]:
-    """Tokens of ordinary text, as many as asked for; the same in every process."""
+    """Tokens of ordinary text, as many as asked for; the same in every process.
+
+    A model without a tokenizer gets random ones.
+    """
+    if llm.metadata.get("tokenizer.ggml.model") in NO_TOKENIZER:
+        rng = random.Random(SEED)
+        return [rng.randrange(llm.n_vocab()) for _ in range(count)]
     from .haystack import paragraphs
 
     tokens: list[int] = []
@@ -113,19 +127,19 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints does not disturb the protocol
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends this process
+
+    def send(answer: Mapping[str, Any]) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
     bench: Bench | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        answer: dict[str, Any]
         try:
             if request["op"] == "open":
                 bench = Bench(request)
-                answer = {"report": bench.llm.kv_report().to_dict()}
-            elif request["op"] == "measure":
-                assert bench is not None
-                answer = dict(bench.measure(request["depth"]))
+                send({})
             else:
-                answer = {"peak_rss_bytes": peak_rss_bytes()}
+                assert bench is not None
+                send(bench.measure(request["depth"], lambda done: send({"done": done})))
         except XkvError as error:
-            answer = {"error": str(error), "kind": type(error).__name__}
-        print(json.dumps(answer), file=answers, flush=True)
+            send({"error": str(error), "kind": type(error).__name__})

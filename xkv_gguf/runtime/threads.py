@@ -10,3 +10,8 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_decode_threads() -> int:
+    """Threads for one token at a time, which are bound by memory: half of the processors."""
+    return max(default_threads() // 2, 1)
