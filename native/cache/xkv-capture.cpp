@@ -270,7 +270,7 @@ void xkv_capture::put(llama_seq_id seq_id, uint32_t group, int kind, llama_pos p
         if (!to) {
             xkv_throw(XKV_STATUS_UNSUPPORTED, "V of layer %u is stored transposed, expected a cache with flash attention", il);
         }
-        std::vector<float> part(n_embd*n);
+        xkv_floats part(n_embd*n);
         for (uint32_t i = 0; i < n; ++i) {
             std::copy_n(x + i*dim + at, n_embd, part.data() + i*n_embd);
         }
