@@ -30,8 +30,8 @@ def test_a_model_loads_and_decodes(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.xkv.gguf"]
     for mode in ("f16", "xkv"):
         llm = Llama(out, kv_mode=mode, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
-        tokens = llm.tokenize(b"Ten words.")
-        assert len(tokens) == 11
+        tokens = llm.tokenize(b"Words.")
+        assert len(tokens) == 7
         llm.eval(tokens)
         llm.eval([7])
         logits = np.array(llm._ctx.get_logits_ith(-1)[: llm.n_vocab()])
