@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks import shape
 from xkv_gguf import Llama
+from xkv_gguf.cli import main as xkv_main
 from xkv_gguf.model.file import open_model
 from xkv_gguf.sidecar.read import read_sidecar
 
@@ -30,8 +32,8 @@ def test_a_model_loads_and_decodes(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.xkv.gguf"]
     for mode in ("f16", "xkv"):
         llm = Llama(out, kv_mode=mode, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
-        tokens = llm.tokenize(b"Ten words.")
-        assert len(tokens) == 11
+        tokens = llm.tokenize(b"Words.")
+        assert len(tokens) == 7
         llm.eval(tokens)
         llm.eval([7])
         logits = np.array(llm._ctx.get_logits_ith(-1)[: llm.n_vocab()])
@@ -112,3 +114,19 @@ def test_metadata_tells_the_shape(tmp_path: Path) -> None:
     assert shape.main(["llama-8b", "--layers", "2", "-o", str(out)]) == 0
     found = open_model(out).shape
     assert found is not None and found.embd_k == found.embd_v == (128, 128)
+
+
+def test_bench_runs_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = tmp_path / "model.gguf", tmp_path / "out.json"
+    assert shape.main(["llama-8b", "--layers", "2", "--vocab", "300", "-o", str(model), "--sidecar"]) == 0
+    words = ["--caches", "f16,xkv:4", "--depths", "0,700", "--n-ctx", "2048", "--reps", "1", "--threads", "2"]
+    assert xkv_main(["bench", str(model), *words, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["cache"], row["depth"]) for row in rows] == [("f16", 0), ("xkv:4", 0), ("f16", 700), ("xkv:4", 700)]
+    for row in rows:
+        assert row["prefill_tps"] > 0 and row["decode_tps"] > 0
+        assert (row["prompt_tps"] is None) == (row["depth"] == 0)
+        assert row["scratch_bytes"] == sum(row["scratch_parts"].values()) > 0
+    assert rows[0]["cache_bytes"] == 2 * 2048 * 2 * 2 * 128
+    assert rows[3]["cache_bytes"] < 0.26 * rows[2]["cache_bytes"]
+    assert capsys.readouterr().out.count("xkv:4") == 2
