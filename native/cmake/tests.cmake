@@ -1,10 +1,29 @@
-# Tests of parts that need no model: `cmake --build build/<tag> --target xkv-tests`, run by tests/native/test_select.py.
+# Tests of parts that need no model: `cmake --build build/<tag> --target xkv-tests`, run by tests/native/test_programs.py.
 
-add_executable(xkv-tests EXCLUDE_FROM_ALL
+add_custom_target(xkv-tests)
+
+function(xkv_add_test name)
+    add_executable(${name} EXCLUDE_FROM_ALL ${ARGN})
+    target_compile_features(${name} PRIVATE cxx_std_17)
+    target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/native" "${XKV_UPSTREAM_DIR}/include"
+        "${XKV_UPSTREAM_DIR}/src" "${XKV_UPSTREAM_DIR}/ggml/include")
+    set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/tests")
+    add_dependencies(xkv-tests ${name})
+endfunction()
+
+xkv_add_test(xkv-test-select
     "${PROJECT_SOURCE_DIR}/tests/native/select.cpp"
     "${PROJECT_SOURCE_DIR}/native/flow/xkv-select.cpp"
     "${PROJECT_SOURCE_DIR}/native/window/xkv-chunks.cpp")
-target_compile_features(xkv-tests PRIVATE cxx_std_17)
-target_include_directories(xkv-tests PRIVATE "${PROJECT_SOURCE_DIR}/native" "${XKV_UPSTREAM_DIR}/include"
-    "${XKV_UPSTREAM_DIR}/src" "${XKV_UPSTREAM_DIR}/ggml/include")
-set_target_properties(xkv-tests PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/tests")
+
+# the op of the CPU backend against a plain reference, and its time beside flash attention
+set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
+xkv_add_test(xkv-test-attn "${xkv_op}/test/test.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+target_link_libraries(xkv-test-attn PRIVATE ggml)
+
+file(GLOB xkv_op_cpu "${xkv_op}/cpu/xkv-attn-*code.cpp" "${xkv_op}/cpu/xkv-attn-prefill.cpp")
+xkv_add_test(xkv-bench-attn "${xkv_op}/test/bench.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp" ${xkv_op_cpu})
+target_link_libraries(xkv-bench-attn PRIVATE ggml)
+if (GGML_NATIVE AND NOT MSVC)
+    target_compile_options(xkv-bench-attn PRIVATE -march=native)
+endif()

@@ -75,7 +75,7 @@ def test_progress_bar_with_time_left(model: Path, capsys: pytest.CaptureFixture[
     assert "calibrating" in err
     assert "512/512" in err
     assert "solving" in err
-    assert re.search(r"^quality medium at n_ctx 2048: 0\.4 MiB, 3\.\d\dx smaller than f16$", err, re.MULTILINE)
+    assert re.search(r"^quality medium at n_ctx 2048: 0\.2 MiB, 6\.\d\dx smaller than f16$", err, re.MULTILINE)
 
 
 def test_errors_of_convert(cli: Cli, model: Path, tmp_path: Path) -> None:

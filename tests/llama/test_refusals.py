@@ -167,7 +167,7 @@ def test_a_size_out_of_reach_before_anything_is_calibrated(
 ) -> None:
     monkeypatch.setattr(opening, "find_sidecar", lambda model: None)
     monkeypatch.setattr(opening, "ensure_sidecar", None)
-    why = "ratio 100: out of reach at n_ctx 8192; the smallest cache takes 4133376 bytes"
+    why = "ratio 100: out of reach at n_ctx 8192; the smallest cache takes 3350016 bytes"
     refused(OptionError, why, lambda: Llama(demo_model, n_ctx=8192, xkv={"ratio": 100}, verbose=False))
 
 
@@ -241,7 +241,7 @@ def test_an_older_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> No
         data[data.index(key) + len(key) + 4] = 1
 
     options = damaged(sidecar, tmp_path / "o.xkv.gguf", renumber, sign=True)
-    refused(SidecarVersionError, "is older than 3", lambda: Llama(demo_model, xkv=options))
+    refused(SidecarVersionError, "is older than 4", lambda: Llama(demo_model, xkv=options))
 
 
 def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:

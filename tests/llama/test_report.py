@@ -26,6 +26,8 @@ def test_json_holds_everything() -> None:
         "n_ctx": 1024,
         "total_bytes": 3 * 2**20 + 512,
         "parts": {"coefficients": 3 * 2**20, "means": 512},
+        "scratch_bytes": 0,
+        "scratch": {},
         "n_exact": 260,
         "n_stored": 64,
         "n_update": 2,
@@ -40,6 +42,12 @@ def test_text_has_a_line_per_part_and_the_total() -> None:
         "  means         0.5 KiB",
         "  total         3.0 MiB",
     ]
+
+
+def test_scratch_stands_beside_the_total() -> None:
+    report = KvReport("f16", 512, (KvPart("K and V", 2**20),), scratch=(KvPart("compute buffers", 2**21),))
+    assert (report.total_bytes, report.scratch_bytes) == (2**20, 2**21)
+    assert str(report).splitlines()[-1].split() == ["scratch:", "compute", "buffers", "2.0", "MiB"]
 
 
 def test_plain_caches_have_no_bases() -> None:

@@ -80,8 +80,8 @@ def test_large_groups(calibrated: bool, tiny: Callable[[str], Tiny], tokens: lis
             if "xkv" in kind:
                 assert native.online_info(ctx.ptr, 0).n_update == (kind["xkv"].online)
     plain, random, adapted = found
-    # the random directions of a sidecar leave room for few others
-    assert error(adapted, plain) <= (0.85 if calibrated else 0.6) * error(random, plain)
+    # a space of 640 directions of the sidecar, which are random here, leaves room for 64 others
+    assert error(adapted, plain) <= (0.95 if calibrated else 0.6) * error(random, plain)
 
 
 def test_fewer_tokens_are_more_exact(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:

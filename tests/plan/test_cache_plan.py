@@ -20,6 +20,7 @@ from xkv_gguf.plan.sizes import (
     coef_bytes_per_token,
     plain_bytes_per_token,
     predict_parts,
+    transit_bytes,
     window_bytes,
 )
 
@@ -101,13 +102,14 @@ def test_sizes_by_hand() -> None:
     segments = (Segment(0, "k", 32, "q8_0", "f16"), Segment(0, "k", 32, "q4_0"), Segment(0, "v", 32, "q5_0", "f16"))
     assert plain_bytes_per_token([32, 32], [16, 16], "f16") == 192
     assert coef_bytes_per_token(segments) == 34 + 18 + 22
-    assert (layout.n_cell, layout.n_slot, layout.n_exact) == (224, 1024, 96)
+    assert (layout.n_cell, layout.n_transit, layout.n_slot, layout.n_exact) == (160, 64, 1024, 96)
     assert predict_parts(tiny, [0], [2], segments, layout) == {
         "K coefficients": (34 + 18) * 1024,
         "V coefficients": 22 * 1024,
         "bases and means": 2 * (64 * 32 + 32 * 32) + 64 * 34 + 4 * (96 + 96),
-        "sinks and window": 96 * 34 // 32 * 224,
+        "sinks and window": 96 * 34 // 32 * 160,
     }
+    assert transit_bytes(tiny, layout) == 96 * 34 // 32 * 64
 
 
 def test_slots_hold_all_chunks_and_a_cut_one() -> None:
@@ -164,12 +166,12 @@ def test_a_quality_is_never_out_of_reach() -> None:
         plan_cache(stats, tiny, Wishes(1024, SizeTarget("coef_ratio", "12")))
 
 
-def test_window_and_micro_batch_follow_the_budget() -> None:
+def test_window_follows_the_budget_and_the_micro_batch_does_not() -> None:
     plans = [plan("budget", n) for n in (3 * MIB, 6 * MIB, 8 * MIB, 12 * MIB, 30 * MIB)]
     layouts = [p.layout for p in plans]
-    assert layouts[0].n_ubatch < layouts[-1].n_ubatch == 512
-    assert [layout.n_ubatch for layout in layouts] == sorted(layout.n_ubatch for layout in layouts)
-    assert [layout.type_window for layout in layouts] == ["q8_0"] * 4 + ["f16"]
+    assert {layout.n_ubatch for layout in layouts} == {512}
+    types = [layout.type_window for layout in layouts]
+    assert types == sorted(types, reverse=True) and set(types) == {"q8_0", "f16"}
     assert all(32 <= layout.n_window <= 64 for layout in layouts)
     for p in plans[1:]:
         assert window_bytes(shape(), p.layout) <= WINDOW_SHARE * p.total_bytes * 1.02
@@ -202,8 +204,9 @@ def test_what_is_given_wins() -> None:
     assert (layout.n_sink, layout.n_text_sink, layout.n_window, layout.n_ubatch) == (9, 50, 200, 100)
     assert layout.type_window == "f32"
     assert {(s.type, s.type_basis) for s in found.segments} == {("q5_0", "f16")}
-    assert plan("quality", "high", n_window=200, n_ubatch=100).layout.n_cell == 480
-    assert plan("ratio", 4, n_batch=96).layout.n_ubatch in (96, 64)
+    layout = plan("quality", "high", n_window=200, n_ubatch=100).layout
+    assert (layout.n_cell, layout.n_transit) == (384, 96)
+    assert plan("ratio", 4, n_batch=96).layout.n_ubatch == 96
     assert plan("quality", "low", n_batch=96).layout.n_ubatch == 96
 
 
@@ -215,7 +218,7 @@ def test_at_most_as_many_segments_as_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "value", "wishes"),
-    [("ratio", 100, {}), ("budget", MIB, {}), ("ratio", 9, {"n_ubatch": 2000, "n_batch": 4096}), ("budget", 1, {})],
+    [("ratio", 100, {}), ("budget", MIB, {}), ("ratio", 9, {"n_window": 2000}), ("budget", 1, {})],
 )
 def test_out_of_reach_says_what_is_the_smallest(kind: str, value: float, wishes: Any) -> None:
     with pytest.raises(OptionError) as caught:
@@ -225,7 +228,7 @@ def test_out_of_reach_says_what_is_the_smallest(kind: str, value: float, wishes:
     assert f"{SizeTarget.of(kind, value)}: out of reach at n_ctx 8192" in text
     assert ("a larger n_ctx" in text) == (kind == "ratio" and value < 50)
     assert ("no n_ctx gets beyond 75.85 with coefficients of q8_0" in text) == (value == 100)
-    assert ("a smaller n_ubatch than 2000" in text) == bool(wishes)
+    assert ("a smaller n_window than 2000" in text) == bool(wishes)
     found = re.search(r"takes (\d+) bytes .*ratio ([\d.]+)\)", text)
     assert found is not None
     smallest = plan("budget", int(found[1]), **wishes)

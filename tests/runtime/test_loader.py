@@ -159,7 +159,7 @@ def test_a_checkout_takes_the_installed_library(run: Run, checkout: Path) -> Non
     assert lines == [f"{checkout / 'xkv_gguf' / 'runtime' / 'loader.py'} {loader.LIB_DIR}"]
 
 
-@pytest.mark.parametrize("name", ["native/include/xkv.h", "native/src/new.cpp", "upstream.json"])
+@pytest.mark.parametrize("name", ["native/include/xkv.h", "native/base/new.cpp", "upstream.json"])
 def test_a_checkout_with_other_native_sources(run: Run, checkout: Path, name: str) -> None:
     with (checkout / name).open("a") as file:
         file.write("\n")
