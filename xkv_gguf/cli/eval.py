@@ -57,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score-batch",
         type=int,
-        default=64,
+        default=8,
         metavar="N",
-        help="scored tokens in a batch; 1 is as slow as decoding, and as exact a picture of it (default: %(default)s)",
+        help="scored tokens in a batch; up to 8 an xkv cache computes as when it decodes (default: %(default)s)",
     )
     add_n_ubatch(parser)
     add_threads(parser)
