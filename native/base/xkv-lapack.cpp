@@ -48,9 +48,9 @@ bool xkv_orthonormalize(xkv_floats & rows, int n, int dim) {
 bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & vectors) {
     xkv_one_thread();
 
-    // the last m, by ascending value
-    const int   il     = n - m + 1;
+    // all of them: for some, ssyevr takes inverse iteration, which is slower
     const float zero   = 0.0f;
+    const int   none   = 0;
     int         found  = 0;
     int         info   = 0;
     int         lwork  = -1;
@@ -59,27 +59,28 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
     int         isize  = 0;
 
     std::vector<int> support(2*(size_t) n);
+    xkv_floats       all((size_t) n*n);
     values.resize(n);
-    vectors.resize((size_t) m*n);
     const auto run = [&](float * work, int * iwork) {
-        XKV_LAPACK(ssyevr)("V", "I", "U", &n, a.data(), &n, &zero, &zero, &il, &n, &zero, &found, values.data(), vectors.data(), &n, support.data(),
+        XKV_LAPACK(ssyevr)("V", "A", "U", &n, a.data(), &n, &zero, &zero, &none, &none, &zero, &found, values.data(), all.data(), &n, support.data(),
                            work, &lwork, iwork, &liwork, &info);
     };
     run(&size, &isize);
     lwork  = (int) size;
     liwork = isize;
-    xkv_floats work(lwork);
+    std::vector<float> work(lwork);
     std::vector<int>   iwork(liwork);
     run(work.data(), iwork.data());
-    if (info != 0 || found != m) {
+    if (info != 0 || found != n) {
         return false;
     }
-    values.resize(m);
-    std::reverse(values.begin(), values.end());
-    // one eigenvector per LAPACK column, which is a row here
-    for (int i = 0; i < m/2; ++i) {
-        std::swap_ranges(vectors.begin() + (size_t) i*n, vectors.begin() + (size_t) (i + 1)*n, vectors.begin() + (size_t) (m - 1 - i)*n);
+    // values ascend; an eigenvector is a LAPACK column, which is a row here
+    vectors.resize((size_t) m*n);
+    for (int i = 0; i < m; ++i) {
+        std::copy_n(all.begin() + (size_t) (n - 1 - i)*n, n, vectors.begin() + (size_t) i*n);
     }
+    std::reverse(values.begin(), values.end());
+    values.resize(m);
     return true;
 }
 
