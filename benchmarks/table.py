@@ -1,6 +1,6 @@
-"""The README's table, from the JSON files of one `xkv-gguf bench` and of `xkv-gguf eval`.
+"""The README's table: `python benchmarks/table.py BENCH.json EVAL.json [EVAL.json ...]`.
 
-    python benchmarks/table.py BENCH.json EVAL.json [EVAL.json ...]
+BENCH.json is of `xkv-gguf bench --json`, EVAL.json of `xkv-gguf eval --json`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def table(bench: dict[str, Any], evals: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Print the README's table.")
     parser.add_argument("bench", type=Path)
     parser.add_argument("evals", type=Path, nargs="+")
     args = parser.parse_args()

@@ -190,7 +190,8 @@ def measure(
         return coarse_copy(x, bases[source], codes[source], _noise(source))
 
     def nearly(source: Source, x: F32) -> F32:
-        return x + np.float32(TINY) * x.std(axis=0) * _noise(source).standard_normal(x.shape, np.float32)
+        noise: F32 = _noise(source).standard_normal(x.shape, np.float32)
+        return np.asarray(x + np.float32(TINY) * x.std(axis=0) * noise, np.float32)
 
     engine.open_context(len(texts), N_TOKEN)
     with Capture(engine, groups.first, groups.count, groups.dims, stats.frame, n_sink) as capture:

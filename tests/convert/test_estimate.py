@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from xkv_gguf.convert import estimate, pipeline
+from xkv_gguf.convert import estimate
 from xkv_gguf.convert.capture import Capture
 from xkv_gguf.convert.estimate import Work, format_time, split_runs
 from xkv_gguf.convert.pipeline import convert
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.errors import OutOfMemoryError
 from xkv_gguf.plan.groups import LayerGroups, default_group_size, group_layers
+from xkv_gguf.sidecar.read import read_sidecar
 
 
 def work(embd: int, n_layer: int, n_seq: int = 2) -> Work:
@@ -84,5 +85,5 @@ def test_several_runs_find_what_one_does(
     assert parts.info == whole.info
     for g in range(3):
         for kind in ("k", "v"):
-            one, other = (pipeline.read_sidecar(tmp_path / name) for name in ("whole", "parts"))
+            one, other = (read_sidecar(tmp_path / name) for name in ("whole", "parts"))
             assert one.spectrum(g, kind) == pytest.approx(other.spectrum(g, kind), rel=2e-2, abs=1e-3)
