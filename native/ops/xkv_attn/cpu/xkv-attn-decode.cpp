@@ -193,10 +193,11 @@ static void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & 
                 float &       max  = b.exact.max(span, i);
                 float &       sum  = b.exact.sum(span, i);
 
-                f32r score = xkv_load(bias);
-                for (int64_t k = 0; k < n; ++k) {
-                    score[k] += l.par.scale*xkv_dot_f32(dk, q, b.row_k + k*dk);
+                float list[XKV_EXACT_BLOCK];
+                for (int64_t k = 0; k < XKV_EXACT_BLOCK; ++k) {
+                    list[k] = bias[k] + (k < n ? l.par.scale*xkv_dot_f32(dk, q, b.row_k + k*dk) : 0.0f);
                 }
+                const f32r score = xkv_load(list);
                 const float m = std::max(max, xkv_max(score));
                 if (m > max) {
                     const float f = max == -INFINITY ? 0.0f : expf(max - m);
@@ -206,8 +207,9 @@ static void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & 
                 }
                 const f32r p = xkv_exp(score - max);
                 sum += xkv_sum(p);
+                xkv_store(list, p);
                 for (int64_t k = 0; k < n; ++k) {
-                    xkv_add_f32(dv, p[k], b.row_v + k*dv, sums);
+                    xkv_add_f32(dv, list[k], b.row_v + k*dv, sums);
                 }
             }
         }

@@ -14,31 +14,119 @@
 
 #include "ggml.h"
 
-typedef float   f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint8_t u8x64  __attribute__((vector_size(64), aligned(1), may_alias));
-typedef uint16_t u16x32 __attribute__((vector_size(64), aligned(1), may_alias));
-
-// values in registers, as opposed to unaligned memory above
-typedef float   f32r __attribute__((vector_size(64)));
-typedef int32_t i32r __attribute__((vector_size(64)));
-
 #define XKV_INLINE static inline __attribute__((always_inline))
 
+#if defined(__AVX512F__)
+#    define XKV_LANE_BYTES 64
+#elif defined(__AVX__)
+#    define XKV_LANE_BYTES 32
+#else
+#    define XKV_LANE_BYTES 16
+#endif
+
+// 64 bytes in registers as wide as the instruction set has: compilers keep wider vectors of theirs in memory
+template <typename T> struct xkv_wide {
+    typedef T reg __attribute__((vector_size(XKV_LANE_BYTES)));
+
+    static constexpr int n = 64/XKV_LANE_BYTES;
+
+    reg v[n];
+
+    inline __attribute__((always_inline)) T operator[](int i) const {
+        constexpr int each = XKV_LANE_BYTES/(int) sizeof(T);
+        return v[i/each][i % each];
+    }
+};
+
+typedef xkv_wide<float>    f32r;
+typedef xkv_wide<int32_t>  i32r;
+typedef xkv_wide<uint8_t>  u8r;
+typedef xkv_wide<uint16_t> u16r;
+
+#define XKV_WIDE_OP(op)                                                                                             \
+    template <typename T> XKV_INLINE xkv_wide<T> operator op(const xkv_wide<T> & a, const xkv_wide<T> & b) {        \
+        xkv_wide<T> res;                                                                                            \
+        for (int i = 0; i < xkv_wide<T>::n; ++i) {                                                                  \
+            res.v[i] = a.v[i] op b.v[i];                                                                            \
+        }                                                                                                           \
+        return res;                                                                                                 \
+    }                                                                                                               \
+    template <typename T> XKV_INLINE xkv_wide<T> operator op(const xkv_wide<T> & a, T b) {                          \
+        xkv_wide<T> res;                                                                                            \
+        for (int i = 0; i < xkv_wide<T>::n; ++i) {                                                                  \
+            res.v[i] = a.v[i] op b;                                                                                 \
+        }                                                                                                           \
+        return res;                                                                                                 \
+    }
+XKV_WIDE_OP(+)
+XKV_WIDE_OP(-)
+XKV_WIDE_OP(*)
+XKV_WIDE_OP(&)
+XKV_WIDE_OP(|)
+#undef XKV_WIDE_OP
+
+template <typename T> XKV_INLINE xkv_wide<T> & operator+=(xkv_wide<T> & a, const xkv_wide<T> & b) {
+    return a = a + b;
+}
+
+template <typename T> XKV_INLINE xkv_wide<T> operator<<(const xkv_wide<T> & a, int n) {
+    xkv_wide<T> res;
+    for (int i = 0; i < xkv_wide<T>::n; ++i) {
+        res.v[i] = a.v[i] << n;
+    }
+    return res;
+}
+
+template <typename T> XKV_INLINE xkv_wide<T> operator>>(const xkv_wide<T> & a, int n) {
+    xkv_wide<T> res;
+    for (int i = 0; i < xkv_wide<T>::n; ++i) {
+        res.v[i] = a.v[i] >> n;
+    }
+    return res;
+}
+
+template <typename T> XKV_INLINE xkv_wide<T> xkv_same(T x) {
+    return xkv_wide<T>() + x;
+}
+
+// the same bytes as other numbers
+template <typename To, typename T> XKV_INLINE xkv_wide<To> xkv_as(const xkv_wide<T> & x) {
+    xkv_wide<To> res;
+    for (int i = 0; i < xkv_wide<T>::n; ++i) {
+        res.v[i] = (typename xkv_wide<To>::reg) x.v[i];
+    }
+    return res;
+}
+
+// unaligned memory
+template <typename T> XKV_INLINE xkv_wide<T> xkv_get(const void * p) {
+    xkv_wide<T> res;
+    for (int i = 0; i < xkv_wide<T>::n; ++i) {
+        memcpy(&res.v[i], (const char *) p + i*XKV_LANE_BYTES, XKV_LANE_BYTES);
+    }
+    return res;
+}
+
 XKV_INLINE f32r xkv_set1(float x) {
-    return f32r{} + x;
+    return xkv_same(x);
 }
 
 XKV_INLINE f32r xkv_load(const float * p) {
-    return (f32r) *(const f32x16 *) p;
+    return xkv_get<float>(p);
 }
 
-XKV_INLINE void xkv_store(float * p, f32r x) {
-    *(f32x16 *) p = (f32x16) x;
+XKV_INLINE void xkv_store(float * p, const f32r & x) {
+    for (int i = 0; i < f32r::n; ++i) {
+        memcpy(p + i*XKV_LANE_BYTES/4, &x.v[i], XKV_LANE_BYTES);
+    }
 }
 
-XKV_INLINE f32r xkv_to_float(i32r x) {
-    return __builtin_convertvector(x, f32r);
+XKV_INLINE f32r xkv_to_float(const i32r & x) {
+    f32r res;
+    for (int i = 0; i < f32r::n; ++i) {
+        res.v[i] = __builtin_convertvector(x.v[i], f32r::reg);
+    }
+    return res;
 }
 
 XKV_INLINE float xkv_f16(const void * p) {
@@ -53,81 +141,91 @@ XKV_INLINE float xkv_f16(const void * p) {
 
 // 16 signed bytes
 XKV_INLINE f32r xkv_load_i8(const void * p) {
-    typedef int8_t i8x16 __attribute__((vector_size(16)));
-    i8x16 x;
-    memcpy(&x, p, 16);
-    return __builtin_convertvector(x, f32r);
+    f32r res;
+    for (int i = 0; i < f32r::n; ++i) {
+        typedef int8_t part __attribute__((vector_size(XKV_LANE_BYTES/4)));
+        part x;
+        memcpy(&x, (const char *) p + i*sizeof(x), sizeof(x));
+        res.v[i] = __builtin_convertvector(x, f32r::reg);
+    }
+    return res;
 }
 
-XKV_INLINE f32r xkv_max(f32r a, f32r b) {
+XKV_INLINE f32r xkv_max(const f32r & a, const f32r & b) {
+    f32r res;
+    for (int i = 0; i < f32r::n; ++i) {
 #if defined(__AVX512F__)
-    return (f32r) _mm512_max_ps((__m512) a, (__m512) b);
+        res.v[i] = (f32r::reg) _mm512_max_ps((__m512) a.v[i], (__m512) b.v[i]);
 #else
-    return a > b ? a : b;
+        res.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+#endif
+    }
+    return res;
+}
+
+XKV_INLINE float xkv_sum(const f32r & x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512) x.v[0]);
+#else
+    f32r::reg s = x.v[0];
+    for (int i = 1; i < f32r::n; ++i) {
+        s += x.v[i];
+    }
+    float res = 0.0f;
+    for (int i = 0; i < XKV_LANE_BYTES/4; ++i) {
+        res += s[i];
+    }
+    return res;
 #endif
 }
 
-XKV_INLINE float xkv_sum(f32r x) {
+XKV_INLINE float xkv_max(const f32r & x) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512) x);
+    return _mm512_reduce_max_ps((__m512) x.v[0]);
 #else
-    float s = 0.0f;
-    for (int i = 0; i < 16; ++i) {
-        s += x[i];
+    f32r::reg m = x.v[0];
+    for (int i = 1; i < f32r::n; ++i) {
+        m = m > x.v[i] ? m : x.v[i];
     }
-    return s;
-#endif
-}
-
-XKV_INLINE float xkv_max(f32r x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512) x);
-#else
-    float m = x[0];
-    for (int i = 1; i < 16; ++i) {
-        m = x[i] > m ? x[i] : m;
+    float res = m[0];
+    for (int i = 1; i < XKV_LANE_BYTES/4; ++i) {
+        res = m[i] > res ? m[i] : res;
     }
-    return m;
+    return res;
 #endif
 }
 
 // 16 halves
 XKV_INLINE f32r xkv_load_f16(const void * p) {
+    f32r res;
 #if defined(__AVX512F__)
-    return (f32r) _mm512_maskz_cvtph_ps((__mmask16) -1, _mm256_loadu_si256((const __m256i *) p));
+    res.v[0] = (f32r::reg) _mm512_maskz_cvtph_ps((__mmask16) -1, _mm256_loadu_si256((const __m256i *) p));
 #elif defined(__F16C__)
-    f32r res;
-    const __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
-    const __m256 hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p + 1));
-    memcpy(&res, &lo, 32);
-    memcpy((char *) &res + 32, &hi, 32);
-    return res;
+    for (int i = 0; i < 2; ++i) {
+        res.v[i] = (f32r::reg) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p + i));
+    }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-    f32r res;
     for (int i = 0; i < 4; ++i) {
-        const float32x4_t x = vcvt_f32_f16(vld1_f16((const __fp16 *) p + 4*i));
-        memcpy((char *) &res + 16*i, &x, 16);
+        res.v[i] = (f32r::reg) vcvt_f32_f16(vld1_f16((const __fp16 *) p + 4*i));
     }
-    return res;
 #else
-    f32r res;
-    ggml_fp16_t h[16];
-    memcpy(h, p, sizeof(h));
+    float x[16];
     for (int i = 0; i < 16; ++i) {
-        res[i] = ggml_fp16_to_fp32(h[i]);
+        x[i] = xkv_f16((const char *) p + 2*i);
     }
-    return res;
+    res = xkv_load(x);
 #endif
+    return res;
 }
 
 // e^x to about 2 units in the last place; 0 below -87
-XKV_INLINE f32r xkv_exp(f32r x) {
+XKV_INLINE f32r xkv_exp(const f32r & x) {
     const f32r t = xkv_max(x, xkv_set1(-87.0f))*1.44269504f;
 #if defined(__AVX512F__)
-    const f32r n = (f32r) _mm512_roundscale_ps((__m512) t, _MM_FROUND_TO_NEAREST_INT);
+    f32r n;
+    n.v[0] = (f32r::reg) _mm512_roundscale_ps((__m512) t.v[0], _MM_FROUND_TO_NEAREST_INT);
 #else
-    const f32r magic = xkv_set1(12582912.0f); // 1.5*2^23: rounds to an integer
-    const f32r n     = (t + magic) - magic;
+    const f32r n = (t + 12582912.0f) - 12582912.0f; // 1.5*2^23: rounds to an integer
 #endif
     const f32r r = t - n;
     f32r p = xkv_set1(1.535336188319500e-4f);
@@ -137,13 +235,17 @@ XKV_INLINE f32r xkv_exp(f32r x) {
     p = p*r + 2.402264791363012e-1f;
     p = p*r + 6.931472028550421e-1f;
     p = p*r + 1.0f;
+    f32r res;
+    for (int i = 0; i < f32r::n; ++i) {
 #if defined(__AVX512F__)
-    return (f32r) _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512) x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ), (__m512) p, (__m512) n);
+        const __mmask16 in = _mm512_cmp_ps_mask((__m512) x.v[i], _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+        res.v[i] = (f32r::reg) _mm512_maskz_scalef_ps(in, (__m512) p.v[i], (__m512) n.v[i]);
 #else
-    const i32r e = (__builtin_convertvector(n, i32r) + 127) << 23;
-    const f32r s = p*(f32r) e;
-    return x >= -87.0f ? s : f32r{};
+        const i32r::reg e = (__builtin_convertvector(n.v[i], i32r::reg) + 127) << 23;
+        res.v[i] = x.v[i] >= -87.0f ? p.v[i]*(f32r::reg) e : f32r::reg{};
 #endif
+    }
+    return res;
 }
 
 //
@@ -153,60 +255,46 @@ XKV_INLINE f32r xkv_exp(f32r x) {
 // codes of 8 bits are met as unsigned where the instruction set allows, else with 128 taken off first
 #if defined(__AVX512VNNI__)
 #    define XKV_Q8_OFFSET 128
-#elif defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#elif (defined(__AVX2__) && !defined(__AVX512F__)) || defined(__ARM_FEATURE_DOTPROD)
 #    define XKV_Q8_OFFSET 0
 #else
 #    define XKV_Q8_OFFSET 128
 #endif
 
 // acc += sum over 4 of x (unsigned, below 32, or any byte when WIDE) times y
-template <bool WIDE> XKV_INLINE i32r xkv_dot4(i32r acc, u8x64 x, const int8_t * y) {
+template <bool WIDE> XKV_INLINE void xkv_dot4(i32r & acc, const u8r & x, const int8_t * y) {
     int32_t w;
     memcpy(&w, y, 4);
 #if defined(__AVX512VNNI__)
-    return (i32r) _mm512_dpbusd_epi32((__m512i) acc, (__m512i) x, _mm512_set1_epi32(w));
-#elif defined(__AVX2__)
-    const __m256i yv   = _mm256_set1_epi32(w);
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i a[2];
-    __m256i v[2];
-    memcpy(a, &acc, 64);
-    memcpy(v, &x, 64);
+    acc.v[0] = (i32r::reg) _mm512_dpbusd_epi32((__m512i) acc.v[0], (__m512i) x.v[0], _mm512_set1_epi32(w));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i yv = _mm256_set1_epi32(w);
     for (int i = 0; i < 2; ++i) {
-        __m256i u = v[i];
+        __m256i u = (__m256i) x.v[i];
         __m256i s = yv;
         if (WIDE) {
             u = _mm256_xor_si256(u, _mm256_set1_epi8((char) 0x80));
             s = _mm256_sign_epi8(yv, u);
             u = _mm256_abs_epi8(u);
         }
-        GGML_UNUSED(ones);
 #    if defined(__AVXVNNI__)
-        a[i] = _mm256_dpbusd_avx_epi32(a[i], u, s);
+        acc.v[i] = (i32r::reg) _mm256_dpbusd_avx_epi32((__m256i) acc.v[i], u, s);
 #    else
-        a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones));
+        acc.v[i] = (i32r::reg) _mm256_add_epi32((__m256i) acc.v[i], _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #    endif
     }
-    memcpy(&acc, a, 64);
-    return acc;
 #elif defined(__ARM_FEATURE_DOTPROD)
     const int8x16_t yv = vreinterpretq_s8_s32(vdupq_n_s32(w));
-    int32x4_t a[4];
-    int8x16_t v[4];
-    memcpy(a, &acc, 64);
-    memcpy(v, &x, 64);
     for (int i = 0; i < 4; ++i) {
-        a[i] = vdotq_s32(a[i], WIDE ? veorq_s8(v[i], vdupq_n_s8((int8_t) 0x80)) : v[i], yv);
+        const int8x16_t u = (int8x16_t) x.v[i];
+        acc.v[i] = (i32r::reg) vdotq_s32((int32x4_t) acc.v[i], WIDE ? veorq_s8(u, vdupq_n_s8((int8_t) 0x80)) : u, yv);
     }
-    memcpy(&acc, a, 64);
-    return acc;
 #else
-    for (int i = 0; i < 16; ++i) {
-        for (int j = 0; j < 4; ++j) {
-            acc[i] += (int32_t) x[4*i + j]*y[j];
-        }
+    const u8r mask = xkv_same((uint8_t) 255);
+    const i32r xv  = xkv_as<int32_t>(x & mask);
+    for (int j = 0; j < 4; ++j) {
+        acc += ((xv >> 8*j) & 255)*(int32_t) y[j];
     }
     GGML_UNUSED(w);
-    return acc;
 #endif
 }

@@ -25,8 +25,8 @@ static inline void xkv_round(const float * x, int64_t n, int8_t * codes, float *
         const float id  = max > 0.0f ? 127.0f/max : 0.0f;
         scales[b] = max/127.0f;
 #if defined(__AVX512F__)
-        const __m512i c0 = _mm512_cvtps_epi32((__m512) (x0*id));
-        const __m512i c1 = _mm512_cvtps_epi32((__m512) (x1*id));
+        const __m512i c0 = _mm512_cvtps_epi32((__m512) (x0*id).v[0]);
+        const __m512i c1 = _mm512_cvtps_epi32((__m512) (x1*id).v[0]);
         _mm_storeu_si128((__m128i *) (codes + 32*b),      _mm512_cvtepi32_epi8(c0));
         _mm_storeu_si128((__m128i *) (codes + 32*b + 16), _mm512_cvtepi32_epi8(c1));
         sums[b] = _mm512_reduce_add_epi32(_mm512_add_epi32(c0, c1));
@@ -46,51 +46,51 @@ template <ggml_type T> struct xkv_tile;
 template <> struct xkv_tile<GGML_TYPE_Q8_0> {
     static constexpr int  cols = 32, offset = XKV_Q8_OFFSET, bytes = 32 + 512;
     static constexpr bool wide = true;
-    template <int K> XKV_INLINE u8x64 group(const uint8_t * codes) { return ((const u8x64 *) codes)[K]; }
+    template <int K> XKV_INLINE u8r group(const uint8_t * codes) { return xkv_get<uint8_t>(codes + 64*K); }
 };
 
-XKV_INLINE u8x64 xkv_bits(const u8x64 * p, int shift, uint8_t mask) {
-    return (u8x64) ((*(const u16x32 *) p) >> shift) & (u8x64{} + mask);
+XKV_INLINE u8r xkv_bits(const uint8_t * p, int shift, uint8_t mask) {
+    return xkv_as<uint8_t>(xkv_get<uint16_t>(p) >> shift) & xkv_same(mask);
 }
 
 template <> struct xkv_tile<GGML_TYPE_Q4_0> {
     static constexpr int  cols = 32, offset = 8, bytes = 32 + 256;
     static constexpr bool wide = false;
-    template <int K> XKV_INLINE u8x64 group(const uint8_t * codes) { return xkv_bits((const u8x64 *) codes + K/2, 4*(K % 2), 15); }
+    template <int K> XKV_INLINE u8r group(const uint8_t * codes) { return xkv_bits(codes + 64*(K/2), 4*(K % 2), 15); }
 };
 
 template <> struct xkv_tile<GGML_TYPE_Q5_0> {
     static constexpr int  cols = 32, offset = 16, bytes = 32 + 320;
     static constexpr bool wide = false;
-    template <int K> XKV_INLINE u8x64 group(const uint8_t * codes) {
-        const u16x32 hi = *(const u16x32 *) (codes + 256);
-        const u8x64  h  = (u8x64) (K < 4 ? hi << (4 - K) : hi >> (K - 4)) & (u8x64{} + (uint8_t) 16);
-        return xkv_bits((const u8x64 *) codes + K/2, 4*(K % 2), 15) | h;
+    template <int K> XKV_INLINE u8r group(const uint8_t * codes) {
+        const u16r hi = xkv_get<uint16_t>(codes + 256);
+        const u8r  h  = xkv_as<uint8_t>(K < 4 ? hi << (4 - K) : hi >> (K - 4)) & xkv_same((uint8_t) 16);
+        return xkv_bits(codes + 64*(K/2), 4*(K % 2), 15) | h;
     }
 };
 
 template <> struct xkv_tile<GGML_TYPE_Q2_0> {
     static constexpr int  cols = 64, offset = 1, bytes = 32 + 256;
     static constexpr bool wide = false;
-    template <int K> XKV_INLINE u8x64 group(const uint8_t * codes) { return xkv_bits((const u8x64 *) codes + K/4, 2*(K % 4), 3); }
+    template <int K> XKV_INLINE u8r group(const uint8_t * codes) { return xkv_bits(codes + 64*(K/4), 2*(K % 4), 3); }
 };
 
 // +-d is d times a code of 0 or 2 less 1
 template <> struct xkv_tile<GGML_TYPE_Q1_0> {
     static constexpr int  cols = 128, offset = 1, bytes = 32 + 256;
     static constexpr bool wide = false;
-    template <int K> XKV_INLINE u8x64 group(const uint8_t * codes) {
-        const u16x32 v = *(const u16x32 *) ((const u8x64 *) codes + K/8);
-        return (u8x64) (K % 8 == 0 ? v << 1 : v >> (K % 8 > 0 ? K % 8 - 1 : 0)) & (u8x64{} + (uint8_t) 2);
+    template <int K> XKV_INLINE u8r group(const uint8_t * codes) {
+        const u16r v = xkv_get<uint16_t>(codes + 64*(K/8));
+        return xkv_as<uint8_t>(K % 8 == 0 ? v << 1 : v >> (K % 8 > 0 ? K % 8 - 1 : 0)) & xkv_same((uint8_t) 2);
     }
 };
 
 // groups K0 .. K1 - 1 of a tile, of M numbers each
 template <ggml_type T, int K0, int K1, int M> XKV_INLINE void xkv_dot_groups(const uint8_t * codes, const int8_t * const * y, i32r * acc) {
     if constexpr (K0 < K1) {
-        const u8x64 x = xkv_tile<T>::template group<K0>(codes);
+        const u8r x = xkv_tile<T>::template group<K0>(codes);
         for (int m = 0; m < M; ++m) {
-            acc[m] = xkv_dot4<xkv_tile<T>::wide>(acc[m], x, y[m] + 4*K0);
+            xkv_dot4<xkv_tile<T>::wide>(acc[m], x, y[m] + 4*K0);
         }
         xkv_dot_groups<T, K0 + 1, K1, M>(codes, y, acc);
     }
@@ -98,10 +98,10 @@ template <ggml_type T, int K0, int K1, int M> XKV_INLINE void xkv_dot_groups(con
 
 // 32 columns of one tile, the B-th of it
 template <ggml_type T, int B, int M>
-XKV_INLINE void xkv_dot_32(const uint8_t * codes, f32r scale, const int8_t * const * y, const float * ys, const int32_t * sums, f32r * res) {
+XKV_INLINE void xkv_dot_32(const uint8_t * codes, const f32r & scale, const int8_t * const * y, const float * ys, const int32_t * sums, f32r * res) {
     i32r acc[M];
     for (int m = 0; m < M; ++m) {
-        acc[m] = i32r{} - xkv_tile<T>::offset*sums[m];
+        acc[m] = xkv_same((int32_t) -xkv_tile<T>::offset*sums[m]);
     }
     xkv_dot_groups<T, 8*B, 8*B + 8, M>(codes, y, acc);
     for (int m = 0; m < M; ++m) {
@@ -190,12 +190,11 @@ static inline void xkv_dot_tiles(int m, ggml_type type, const uint8_t * tiles, i
 // tiles as f32: column c of 16 rows at dst + c*stride
 //
 
-template <ggml_type T, int K> XKV_INLINE void xkv_expand_groups(const uint8_t * codes, f32r scale, float * dst, int64_t stride) {
+template <ggml_type T, int K> XKV_INLINE void xkv_expand_groups(const uint8_t * codes, const f32r & scale, float * dst, int64_t stride) {
     if constexpr (K < xkv_tile<T>::cols/4) {
-        u8x64 x = xkv_tile<T>::template group<K>(codes);
-        const i32r w = (i32r) x;
+        const i32r w = xkv_as<int32_t>(xkv_tile<T>::template group<K>(codes));
         for (int j = 0; j < 4; ++j) {
-            const i32r c = ((w >> (8*j)) & 255) - (T == GGML_TYPE_Q8_0 ? 128 : xkv_tile<T>::offset);
+            const i32r c = ((w >> (8*j)) & 255) - (int32_t) (T == GGML_TYPE_Q8_0 ? 128 : xkv_tile<T>::offset);
             xkv_store(dst + (4*K + j)*stride, xkv_to_float(c)*scale);
         }
         xkv_expand_groups<T, K + 1>(codes, scale, dst, stride);
