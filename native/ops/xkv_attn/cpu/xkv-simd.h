@@ -86,7 +86,11 @@ template <typename T> XKV_INLINE xkv_wide<T> operator>>(const xkv_wide<T> & a, i
 }
 
 template <typename T> XKV_INLINE xkv_wide<T> xkv_same(T x) {
-    return xkv_wide<T>() + x;
+    xkv_wide<T> res;
+    for (int i = 0; i < xkv_wide<T>::n; ++i) {
+        res.v[i] = x - typename xkv_wide<T>::reg{}; // dropped by compilers, unlike zero plus a float
+    }
+    return res;
 }
 
 // the same bytes as other numbers
@@ -156,6 +160,8 @@ XKV_INLINE f32r xkv_max(const f32r & a, const f32r & b) {
     for (int i = 0; i < f32r::n; ++i) {
 #if defined(__AVX512F__)
         res.v[i] = (f32r::reg) _mm512_max_ps((__m512) a.v[i], (__m512) b.v[i]);
+#elif defined(__AVX__)
+        res.v[i] = (f32r::reg) _mm256_max_ps((__m256) a.v[i], (__m256) b.v[i]);
 #else
         res.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
 #endif
@@ -166,6 +172,11 @@ XKV_INLINE f32r xkv_max(const f32r & a, const f32r & b) {
 XKV_INLINE float xkv_sum(const f32r & x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512) x.v[0]);
+#elif defined(__AVX__)
+    const __m256 s = (__m256) (x.v[0] + x.v[1]);
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 #else
     f32r::reg s = x.v[0];
     for (int i = 1; i < f32r::n; ++i) {
@@ -182,6 +193,11 @@ XKV_INLINE float xkv_sum(const f32r & x) {
 XKV_INLINE float xkv_max(const f32r & x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512) x.v[0]);
+#elif defined(__AVX__)
+    const __m256 m = _mm256_max_ps((__m256) x.v[0], (__m256) x.v[1]);
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 #else
     f32r::reg m = x.v[0];
     for (int i = 1; i < f32r::n; ++i) {
@@ -259,6 +275,30 @@ XKV_INLINE f32r xkv_exp(const f32r & x) {
 #    define XKV_Q8_OFFSET 0
 #else
 #    define XKV_Q8_OFFSET 128
+#endif
+
+// products that are first summed in 16 bits
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+#    define XKV_SUM_16 1
+typedef xkv_wide<int16_t> i16r;
+
+// acc += sums over 2 of x (unsigned) times y
+XKV_INLINE void xkv_dot2(i16r & acc, const u8r & x, const int8_t * y) {
+    int32_t w;
+    memcpy(&w, y, 4);
+    const __m256i yv = _mm256_set1_epi32(w);
+    for (int i = 0; i < 2; ++i) {
+        acc.v[i] += (i16r::reg) _mm256_maddubs_epi16((__m256i) x.v[i], yv);
+    }
+}
+
+XKV_INLINE void xkv_add_16(i32r & acc, const i16r & x) {
+    for (int i = 0; i < 2; ++i) {
+        acc.v[i] += (i32r::reg) _mm256_madd_epi16((__m256i) x.v[i], _mm256_set1_epi16(1));
+    }
+}
+#else
+#    define XKV_SUM_16 0
 #endif
 
 // acc += sum over 4 of x (unsigned, below 32, or any byte when WIDE) times y

@@ -30,6 +30,17 @@ static inline void xkv_round(const float * x, int64_t n, int8_t * codes, float *
         _mm_storeu_si128((__m128i *) (codes + 32*b),      _mm512_cvtepi32_epi8(c0));
         _mm_storeu_si128((__m128i *) (codes + 32*b + 16), _mm512_cvtepi32_epi8(c1));
         sums[b] = _mm512_reduce_add_epi32(_mm512_add_epi32(c0, c1));
+#elif defined(__AVX2__)
+        const f32r y0 = x0*id;
+        const f32r y1 = x1*id;
+        const __m256i c0 = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256) y0.v[0]), _mm256_cvtps_epi32((__m256) y0.v[1]));
+        const __m256i c1 = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256) y1.v[0]), _mm256_cvtps_epi32((__m256) y1.v[1]));
+        const __m256i c  = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(c0, c1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((__m256i *) (codes + 32*b), c);
+        const __m256i s4 = _mm256_madd_epi16(_mm256_add_epi16(c0, c1), _mm256_set1_epi16(1));
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(s4), _mm256_extracti128_si256(s4, 1));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        sums[b] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 #else
         int32_t sum = 0;
         for (int i = 0; i < 32; ++i) {
@@ -96,6 +107,27 @@ template <ggml_type T, int K0, int K1, int M> XKV_INLINE void xkv_dot_groups(con
     }
 }
 
+#if XKV_SUM_16
+template <ggml_type T, int K0, int K1, int M> XKV_INLINE void xkv_dot_groups_16(const uint8_t * codes, const int8_t * const * y, i16r * acc) {
+    if constexpr (K0 < K1) {
+        const u8r x = xkv_tile<T>::template group<K0>(codes);
+        for (int m = 0; m < M; ++m) {
+            xkv_dot2(acc[m], x, y[m] + 4*K0);
+        }
+        xkv_dot_groups_16<T, K0 + 1, K1, M>(codes, y, acc);
+    }
+}
+
+// N groups, as many as 16 bits hold sums of: 2*127*N times the largest code
+template <ggml_type T, int K0, int N, int M> XKV_INLINE void xkv_dot_groups_16_to_32(const uint8_t * codes, const int8_t * const * y, i32r * acc) {
+    i16r part[M] = {};
+    xkv_dot_groups_16<T, K0, K0 + N, M>(codes, y, part);
+    for (int m = 0; m < M; ++m) {
+        xkv_add_16(acc[m], part[m]);
+    }
+}
+#endif
+
 // 32 columns of one tile, the B-th of it
 template <ggml_type T, int B, int M>
 XKV_INLINE void xkv_dot_32(const uint8_t * codes, const f32r & scale, const int8_t * const * y, const float * ys, const int32_t * sums, f32r * res) {
@@ -103,6 +135,14 @@ XKV_INLINE void xkv_dot_32(const uint8_t * codes, const f32r & scale, const int8
     for (int m = 0; m < M; ++m) {
         acc[m] = xkv_same((int32_t) -xkv_tile<T>::offset*sums[m]);
     }
+#if XKV_SUM_16
+    if constexpr (T == GGML_TYPE_Q5_0) {
+        xkv_dot_groups_16_to_32<T, 8*B,     4, M>(codes, y, acc);
+        xkv_dot_groups_16_to_32<T, 8*B + 4, 4, M>(codes, y, acc);
+    } else if constexpr (!xkv_tile<T>::wide) {
+        xkv_dot_groups_16_to_32<T, 8*B, 8, M>(codes, y, acc);
+    } else
+#endif
     xkv_dot_groups<T, 8*B, 8*B + 8, M>(codes, y, acc);
     for (int m = 0; m < M; ++m) {
         res[m] += xkv_to_float(acc[m])*(scale*ys[m]);
