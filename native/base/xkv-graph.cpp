@@ -1,6 +1,7 @@
 #include "base/xkv-graph.h"
 
 #include "base/xkv-error.h"
+#include "base/xkv-memory.h"
 
 #include "llama-context.h"
 
@@ -103,4 +104,5 @@ void xkv_graph::release() {
     inputs_f32.clear();
     context.reset();
     sched.reset();
+    xkv_trim();
 }

@@ -59,10 +59,10 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
     int         isize  = 0;
 
     std::vector<int> support(2*(size_t) n);
-    xkv_floats       all((size_t) n*n);
     values.resize(n);
+    vectors.resize((size_t) n*n);
     const auto run = [&](float * work, int * iwork) {
-        XKV_LAPACK(ssyevr)("V", "A", "U", &n, a.data(), &n, &zero, &zero, &none, &none, &zero, &found, values.data(), all.data(), &n, support.data(),
+        XKV_LAPACK(ssyevr)("V", "A", "U", &n, a.data(), &n, &zero, &zero, &none, &none, &zero, &found, values.data(), vectors.data(), &n, support.data(),
                            work, &lwork, iwork, &liwork, &info);
     };
     run(&size, &isize);
@@ -75,10 +75,10 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
         return false;
     }
     // values ascend; an eigenvector is a LAPACK column, which is a row here
-    vectors.resize((size_t) m*n);
-    for (int i = 0; i < m; ++i) {
-        std::copy_n(all.begin() + (size_t) (n - 1 - i)*n, n, vectors.begin() + (size_t) i*n);
+    for (int i = 0; i < n/2; ++i) {
+        std::swap_ranges(vectors.begin() + (size_t) i*n, vectors.begin() + (size_t) (i + 1)*n, vectors.begin() + (size_t) (n - 1 - i)*n);
     }
+    vectors.resize((size_t) m*n);
     std::reverse(values.begin(), values.end());
     values.resize(m);
     return true;

@@ -8,10 +8,11 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
 // tokens that are compressed in one graph: bounds its scratch
-static const uint32_t XKV_FLUSH_BLOCK = 128;
+static const uint32_t XKV_FLUSH_BLOCK = 256;
 
 static size_t xkv_n_node(const xkv_store::group & gr) {
     return 64 + gr.layers.size()*(32 + 16);
@@ -92,38 +93,46 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
     }
 
     for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
-        const auto & gr = store.groups()[ig];
-
-        graph.begin(lctx, xkv_n_node(gr));
-
-        ggml_context * ctx        = graph.ctx();
-        ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I32, cells);
-        ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, origin);
-
-        ggml_tensor * coef[2] = { nullptr, nullptr }; // [rank, n]
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-            if (store.plain()) {
-                coef[kd] = build_group(graph, kd, ig, stream, inp_cells, inp_origin);
-                graph.output(coef[kd]);
-                continue;
-            }
-            for (uint32_t il : gr.layers) {
-                ggml_tensor * x     = build_layer(ctx, kd, il, stream, inp_cells, inp_origin);
-                ggml_tensor * basis = graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream));
-                ggml_tensor * x_all = ggml_mul_mat(ctx, basis, x);
-                coef[kd] = coef[kd] ? ggml_add(ctx, coef[kd], x_all) : x_all;
-            }
-            graph.output(coef[kd]);
+            const auto data = store.plain() ? read_group(lctx, kd, ig, stream, cells, origin) : project_group(lctx, kd, ig, stream, cells, origin);
+            xkv_parallel(n_job, lctx->get_cparams().n_threads_batch, [&](size_t j) {
+                store.set_coef(kd, ig, stream, jobs[j].ic, data.data() + j*n_chunk*store.groups()[ig].rank[kd]);
+            });
         }
+    }
+}
+
+xkv_floats xkv_flush::read_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
+                                 const std::vector<int64_t> & origin) {
+    graph.begin(lctx, xkv_n_node(store.groups()[ig]));
+    ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, cells);
+    ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, origin);
+    ggml_tensor * x          = build_group(graph, kd, ig, stream, inp_cells, inp_origin);
+    graph.output(x);
+    graph.run();
+    return graph.read(x);
+}
+
+xkv_floats xkv_flush::project_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
+                                    const std::vector<int64_t> & origin) {
+    const auto & gr = store.groups()[ig];
+
+    // a layer at a time, whose basis is the largest thing here
+    xkv_floats res(cells.size()*gr.rank[kd], 0.0f);
+    for (uint32_t il : gr.layers) {
+        graph.begin(lctx, xkv_n_node(gr));
+        ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, cells);
+        ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, origin);
+        ggml_tensor * x          = build_layer(graph.ctx(), kd, il, stream, inp_cells, inp_origin);
+        ggml_tensor * basis      = graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream));
+        ggml_tensor * part       = ggml_mul_mat(graph.ctx(), basis, x);
+        graph.output(part);
         graph.run();
 
-        const xkv_floats data[2] = { graph.read(coef[0]), graph.read(coef[1]) };
-        xkv_parallel(2*n_job, lctx->get_cparams().n_threads_batch, [&](size_t i) {
-            const auto   kd = i % 2 == 0 ? xkv_store::kind::K : xkv_store::kind::V;
-            const size_t j  = i/2;
-            store.set_coef(kd, ig, stream, jobs[j].ic, data[kd].data() + j*n_chunk*gr.rank[kd]);
-        });
+        const auto add = graph.read(part);
+        std::transform(add.begin(), add.end(), res.begin(), res.begin(), std::plus<float>());
     }
+    return res;
 }
 
 void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,

@@ -46,6 +46,12 @@ private:
 
     void compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job);
 
+    // coefficients of a group's tokens [cells.size(), rank]: as they are in a plain store, else projected onto the bases
+    xkv_floats read_group   (llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
+                             const std::vector<int64_t> & origin);
+    xkv_floats project_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
+                             const std::vector<int64_t> & origin);
+
     // numbers of one layer [n_embd, n]
     ggml_tensor * build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
                               ggml_tensor * origin) const;

@@ -254,28 +254,34 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
     return true;
 }
 
-void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next) {
+void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next) {
     const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
     const uint32_t rank_old = store.groups()[pr.ig].rank[pr.kd];
     const uint32_t rank     = rank_of(pr, next);
 
-    auto rows = sp.combos; // the new basis [rank, dim]
-    if (!sp.unit) {
+    xkv_floats rows; // the new basis [rank, dim]
+    if (sp.unit) {
+        rows = std::move(sp.combos);
+    } else {
         rows.assign((size_t) rank*dim, 0.0f);
         xkv_add_mul(sp.combos, sp.rows, rank, sp.n, dim, 1.0f, rows);
+        sp.rows = {};
     }
     xkv_floats turn; // old coefficients to new ones [rank, rank_old]
-    if (store.plain()) {
-        turn = rows;
-    } else if (sp.n_old > 0) {
+    if (!store.plain() && sp.n_old > 0) {
         xkv_floats part((size_t) rank*sp.n_old, 0.0f);
         xkv_add_mul(sp.combos, sp.meet, rank, sp.n, sp.n_old, 1.0f, part);
+        sp.meet   = {};
+        sp.combos = {};
         turn.assign((size_t) rank*rank_old, 0.0f);
         for (uint32_t r = 0; r < rank; ++r) {
             std::copy_n(part.begin() + (size_t) r*sp.n_old, sp.n_old, turn.begin() + (size_t) r*rank_old);
         }
     }
     store.set_basis(pr.kd, pr.ig, stream, rows, next);
+    if (store.plain()) {
+        turn = std::move(rows);
+    }
     if (!turn.empty()) {
         xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next, lctx->get_cparams().n_threads_batch);
     }

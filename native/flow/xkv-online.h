@@ -147,7 +147,7 @@ private:
     void carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next);
 
     // writes bases and coefficients to the next stage, or to the present one
-    void apply(llama_context * lctx, uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout * next);
+    void apply(llama_context * lctx, uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next);
 
     // the directions in use; of a plain store the calibrated ones
     xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
