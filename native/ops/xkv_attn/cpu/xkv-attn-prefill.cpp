@@ -36,7 +36,7 @@ struct xkv_prefill_buffers {
     float * coef_k; // [rank][tokens]
     float * coef_v; // [tokens][rank]
     float * s;      // [rows][tokens]
-    float * q;      // [rows][d_k]
+    float * q;      // [rows of a unit][d_k] times the scale
 
     size_t bytes;
 };
@@ -61,7 +61,7 @@ static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, in
         b.coef_k = a.take<float>((rk + 128)*XKV_TILE_TOKENS);
         b.coef_v = a.take<float>(rv*(XKV_TILE_TOKENS + 128));
         b.s      = a.take<float>(XKV_MUL_ROWS*XKV_TILE_TOKENS);
-        b.q      = a.take<float>(XKV_MUL_ROWS*dk);
+        b.q      = a.take<float>(XKV_UNIT_ROWS*dk);
         return a.at;
     };
     const size_t size = own({ nullptr }) - (char *) nullptr;
@@ -313,7 +313,17 @@ struct xkv_prefill {
         return any;
     }
 
-    // queries [j0, j1) of the head meet a tile
+    // queries [j0, j1) of the head, a unit
+    void load_queries(int64_t j0, int64_t j1) const {
+        for (int64_t j = j0; j < j1; ++j) {
+            const float * q = l.query(query(j), s);
+            for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
+                b.q[(j - j0)*dk + d] = q[d]*l.par.scale;
+            }
+        }
+    }
+
+    // they meet a tile
     void attend(const xkv_tile_of & tile, int64_t it, int64_t j0, int64_t j1) const {
         const int64_t n = tile.n_pad;
 
@@ -341,15 +351,10 @@ struct xkv_prefill {
                 if (!seen) {
                     continue;
                 }
-                const float * q  = l.query(query(k), s);
-                float *       qs = b.q + m*dk;
-                for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
-                    qs[d] = q[d]*l.par.scale;
-                }
                 adds [m] = add;
                 state[m] = b.state + 2*query(k);
                 o    [m] = l.out(query(k), s);
-                a    [m] = qs;
+                a    [m] = b.q + (k - j0)*dk;
                 c    [m] = b.s + m*XKV_TILE_TOKENS;
                 m++;
             }
@@ -444,8 +449,10 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
             for (int64_t u = u0; u < u1; ++u) {
                 const xkv_prefill p { l, b, s, u/n_unit };
                 const int64_t j0 = u % n_unit*XKV_UNIT_ROWS;
+                const int64_t j1 = std::min(j0 + XKV_UNIT_ROWS, n_row);
+                p.load_queries(j0, j1);
                 for (int64_t it = 0; it < n_tile; ++it) {
-                    p.attend(tiles[first + it], it, j0, std::min(j0 + XKV_UNIT_ROWS, n_row));
+                    p.attend(tiles[first + it], it, j0, j1);
                 }
             }
             barrier(user);
