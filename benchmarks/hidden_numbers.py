@@ -65,7 +65,7 @@ def main() -> None:
     for spec in parse_caches(args.caches):
         llm = Llama(str(args.model), n_ctx=args.n_ctx, n_threads=args.threads, verbose=False, **spec.arguments)
         rng = random.Random(0)
-        answers = []
+        answers: list[dict[str, Any]] = []
         for i in tqdm(range(args.numbers), desc=spec.name, unit="document"):
             key, number = KEYS[i % len(KEYS)], str(rng.randrange(10**6, 10**7))
             said = ask(llm, document(llm, words, args.length, (i + 0.5) / args.numbers, key, number), key)
