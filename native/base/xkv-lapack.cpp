@@ -1,5 +1,7 @@
 #include "base/xkv-lapack.h"
 
+#include "base/xkv-parallel.h"
+
 #include <algorithm>
 
 #ifdef XKV_LAPACK_SCIPY
@@ -16,8 +18,6 @@ void XKV_LAPACK(sorgqr)(const int * m, const int * n, const int * k, float * a, 
 void XKV_LAPACK(ssyevr)(const char * jobz, const char * range, const char * uplo, const int * n, float * a, const int * lda, const float * vl,
                         const float * vu, const int * il, const int * iu, const float * abstol, int * m, float * w, float * z, const int * ldz,
                         int * isuppz, float * work, const int * lwork, int * iwork, const int * liwork, int * info);
-void XKV_LAPACK(ssyrk)(const char * uplo, const char * trans, const int * n, const int * k, const float * alpha, const float * a, const int * lda,
-                       const float * beta, float * c, const int * ldc);
 void XKV_LAPACK(sgemm)(const char * transa, const char * transb, const int * m, const int * n, const int * k, const float * alpha, const float * a,
                        const int * lda, const float * b, const int * ldb, const float * beta, float * c, const int * ldc);
 }
@@ -84,11 +84,25 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
     return true;
 }
 
-void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int stride) {
+// products are dealt in pieces of this many rows or columns, whatever the number of threads is, so that results are the same
+static const int XKV_LAPACK_BLOCK = 256;
+
+// f(first, n) for pieces of 0 .. size - 1
+template <typename F> static void xkv_each_piece(int size, int n_thread, F && f) {
     xkv_one_thread();
+    xkv_parallel((size + XKV_LAPACK_BLOCK - 1)/XKV_LAPACK_BLOCK, n_thread, [&](size_t i) {
+        const int first = i*XKV_LAPACK_BLOCK;
+        f(first, std::min(XKV_LAPACK_BLOCK, size - first));
+    });
+}
+
+void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_thread, int stride) {
     const float one = 1.0f;
     const int   ld  = stride > 0 ? stride : dim;
-    XKV_LAPACK(ssyrk)("U", "N", &dim, &n, &one, x.data(), &ld, &one, sum.data(), &dim);
+    xkv_each_piece(dim, n_thread, [&](int first, int m) {
+        const int n_col = first + m;
+        XKV_LAPACK(sgemm)("N", "T", &n_col, &m, &n, &one, x.data(), &ld, x.data() + first, &ld, &one, sum.data() + (size_t) first*dim, &dim);
+    });
 }
 
 void xkv_mirror(xkv_floats & sum, int dim) {
@@ -99,25 +113,32 @@ void xkv_mirror(xkv_floats & sum, int dim) {
     }
 }
 
-xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim) {
-    xkv_one_thread();
+xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, int n_thread) {
     xkv_floats res((size_t) n*m);
     const float one  = 1.0f;
     const float zero = 0.0f;
+    const auto  mul  = [&](int i, int ni, int j, int nj) {
+        XKV_LAPACK(sgemm)("T", "N", &nj, &ni, &dim, &one, b.data() + (size_t) j*dim, &dim, a.data() + (size_t) i*dim, &dim, &zero,
+                          res.data() + (size_t) i*m + j, &m);
+    };
     if (n > 0 && m > 0 && dim > 0) {
-        XKV_LAPACK(sgemm)("T", "N", &m, &n, &dim, &one, b.data(), &dim, a.data(), &dim, &zero, res.data(), &m);
+        xkv_each_piece(std::max(n, m), n_thread, [&](int first, int k) { n > m ? mul(first, k, 0, m) : mul(0, n, first, k); });
     }
     return res;
 }
 
-void xkv_add_mul(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, float factor, xkv_floats & sum) {
-    xkv_one_thread();
+void xkv_add_mul(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, float factor, xkv_floats & sum, int n_thread) {
     const float one = 1.0f;
-    XKV_LAPACK(sgemm)("N", "N", &dim, &n, &m, &factor, b.data(), &dim, a.data(), &m, &one, sum.data(), &dim);
+    if (n > 0 && m > 0) {
+        xkv_each_piece(dim, n_thread, [&](int first, int k) {
+            XKV_LAPACK(sgemm)("N", "N", &k, &n, &m, &factor, b.data() + first, &dim, a.data(), &m, &one, sum.data() + first, &dim);
+        });
+    }
 }
 
-void xkv_add_cross(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum) {
-    xkv_one_thread();
+void xkv_add_cross(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum, int n_thread) {
     const float one = 1.0f;
-    XKV_LAPACK(sgemm)("N", "T", &dim, &m, &n, &one, b.data(), &dim, a.data(), &m, &one, sum.data(), &dim);
+    xkv_each_piece(dim, n_thread, [&](int first, int k) {
+        XKV_LAPACK(sgemm)("N", "T", &k, &m, &n, &one, b.data() + first, &dim, a.data(), &m, &one, sum.data() + first, &dim);
+    });
 }

@@ -4,7 +4,8 @@
 
 #include <vector>
 
-// The dense problems that online bases need, by BLAS and LAPACK, on the calling thread. Matrices are row-major.
+// The dense problems that online bases need, by BLAS and LAPACK: products on several threads, the rest on the calling one. Matrices
+// are row-major.
 
 // rows [n, dim], n <= dim: an orthonormal basis of the space that they span, in place; false when LAPACK fails
 bool xkv_orthonormalize(xkv_floats & rows, int n, int dim);
@@ -13,16 +14,16 @@ bool xkv_orthonormalize(xkv_floats & rows, int n, int dim);
 bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & vectors);
 
 // sum [dim, dim] += x^T x of x [n, dim], whose rows are stride numbers apart (0: dim); in the lower triangle only
-void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int stride = 0);
+void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_thread, int stride = 0);
 
 // the lower triangle in the upper one too
 void xkv_mirror(xkv_floats & sum, int dim);
 
 // sum [n, dim] += factor times a b of a [n, m] and b [m, dim]
-void xkv_add_mul(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, float factor, xkv_floats & sum);
+void xkv_add_mul(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, float factor, xkv_floats & sum, int n_thread);
 
 // sum [m, dim] += a^T b of a [n, m] and b [n, dim]
-void xkv_add_cross(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum);
+void xkv_add_cross(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum, int n_thread);
 
 // a b^T [n, m] of a [n, dim] and b [m, dim]
-xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim);
+xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, int n_thread);

@@ -88,7 +88,8 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
             }
             for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
                 if (!online) {
-                    const auto turn = store.plain() ? setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]) : xkv_floats();
+                    const uint32_t rank = next.groups[ig].rank[kd];
+                    const auto     turn = store.plain() ? xkv_turn_all(setup.sidecar.basis(ig, kd, rank), rank, store.groups()[ig].dim[kd]) : xkv_turn();
                     xkv_carry_over(store, kd, ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
                 }
             }

@@ -21,22 +21,27 @@ static const float XKV_ONLINE_PRIOR = 0.98f;
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 64;
 
-// Eigenproblems up to this size cost little; a larger one leaves out what the next basis will hardly have room for.
+// Eigenproblems up to SMALL cost little; a larger one leaves out what the next basis will hardly have room for, and one beyond LARGE
+// what it has room for: its time grows with the third power, and what the main directions share with the others by then is little.
 static const uint32_t XKV_ONLINE_SMALL = 512;
+static const uint32_t XKV_ONLINE_LARGE = 1024;
 
 // x [n, dim] in a space of rows [n_row, dim]; in one of all numbers as it is
-static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool unit, int n, int n_row, int dim) {
-    return unit ? x : xkv_mul_rows(x, rows, n, n_row, dim);
+static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool unit, int n, int n_row, int dim, int n_thread) {
+    return unit ? x : xkv_mul_rows(x, rows, n, n_row, dim, n_thread);
 }
 
-// directions of the old basis that a basis of a rank is looked for in
-static uint32_t xkv_n_kept(uint32_t rank) {
-    return std::max(XKV_ONLINE_SMALL, rank + rank/4);
+// directions that a basis of a rank is looked for in, beside new ones
+static uint32_t xkv_n_kept(uint32_t rank, uint32_t dim) {
+    return std::min(dim, std::max(XKV_ONLINE_SMALL, rank + rank/4));
 }
 
-size_t xkv_online_bases::space_bytes(uint32_t rank) {
-    const size_t n = xkv_n_kept(rank) + XKV_ONLINE_NEW;
-    return 4*n*n*sizeof(float); // rows, covariance, what is added to it, eigenvectors
+size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const {
+    const size_t dim   = store.groups()[pr.ig].dim [pr.kd];
+    const size_t n_dir = std::min(dim, store.plain() ? (size_t) xkv_n_kept(rank, dim) : store.groups()[pr.ig].rank[pr.kd]);
+    const size_t n     = std::min(xkv_n_kept(rank, dim), XKV_ONLINE_LARGE) + XKV_ONLINE_NEW;
+    // the basis as it was and will be, rows, those they are turned into; covariance, what is added to it, eigenvectors
+    return ((std::max<size_t>(n_dir, rank) + 2*n + n_token)*dim + 4*n*n)*sizeof(float);
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
@@ -52,56 +57,75 @@ xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32
 }
 
 void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
-    const uint32_t dim   = store.groups()[pr.ig].dim[pr.kd];
-    const bool     cold  = !setup.sidecar.calibrated();
+    const uint32_t dim    = store.groups()[pr.ig].dim[pr.kd];
+    const bool     cold   = !setup.sidecar.calibrated();
+    const uint32_t n_kept = xkv_n_kept(rank, dim);
+    const bool     wide   = n_kept > XKV_ONLINE_LARGE;
 
     // the old basis: of a plain store, all numbers, or as many calibrated directions as are worth it
-    sp.n_old = std::min(states[stream].n_dir[pr.kd][pr.ig], xkv_n_kept(rank));
-    if (store.plain()) {
-        sp.n_old = dim <= xkv_n_kept(rank) ? dim : cold ? 0 : xkv_n_kept(rank);
-    }
-    sp.n    = sp.n_old;
-    sp.unit = store.plain() && sp.n == dim;
-    if (sp.unit) {
-        return;
-    }
-    sp.rows.reserve((size_t) (sp.n_old + XKV_ONLINE_NEW)*dim);
-    {
-        const auto rows = rows_of(stream, pr, sp.n_old);
-        sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
-    }
+    sp.unit   = store.plain() && n_kept == dim && !wide;
+    sp.n_dir  = std::min(store.plain() ? (cold && !sp.unit ? 0 : dim) : states[stream].n_dir[pr.kd][pr.ig], wide ? rank : n_kept);
+    sp.n_main = sp.i_last = sp.n_old = sp.n = sp.n_dir;
+    if (!sp.unit) {
+        uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
+        for (const auto & job : jobs) {
+            n_token += job.cells.size();
+        }
+        const uint32_t n_most = XKV_ONLINE_LARGE + XKV_ONLINE_NEW;
+        const uint32_t n_cold = wide ? std::max(XKV_ONLINE_LARGE/2, n_most - std::min(n_most, sp.n_dir)) : rank;
+        const uint32_t n_new  = std::min({ dim - sp.n_dir, n_token, cold ? n_cold : XKV_ONLINE_NEW });
+        if (wide) {
+            const uint32_t n_last = n_new - std::min(n_new, rank - sp.n_dir);
+            sp.n_main = std::min(sp.n_dir - n_last, n_most - n_new - n_last);
+            sp.i_last = sp.n_dir - n_last;
+            sp.n_old  = sp.n_main + n_last;
+        }
+        sp.n     = sp.n_old + n_new;
+        sp.basis = rows_of(stream, pr, sp.n_dir);
+        sp.rows  = old_rows(sp, dim);
 
-    // the main directions of what it misses in the tokens
-    uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
-    for (const auto & job : jobs) {
-        n_token += job.cells.size();
+        // the main directions of what it misses in the tokens
+        if (n_new > 0) {
+            const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
+            sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
+        }
     }
-    const uint32_t n_new = std::min({ dim - std::min(dim, sp.n_old), n_token, cold ? rank : XKV_ONLINE_NEW });
-    if (n_new > 0) {
-        const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
-        sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
-        sp.n += n_new;
+    sp.n_best = std::min(sp.n, sp.n_main + rank - sp.i_last);
+}
+
+xkv_floats xkv_online_bases::old_rows(const space & sp, uint32_t dim) {
+    xkv_floats res;
+    res.reserve((size_t) sp.n*dim);
+    for (uint32_t i = 0; i < sp.n_old; ++i) {
+        const auto row = sp.basis.begin() + (size_t) sp.place(i)*dim;
+        res.insert(res.end(), row, row + dim);
     }
+    return res;
 }
 
 xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                            uint32_t n_new, const space & sp) {
+                                    uint32_t n_new, const space & sp) {
     const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
 
     std::mt19937                    rng(pr.ig);
     std::normal_distribution<float> normal;
-    xkv_floats              omega((size_t) dim*n_new);
+    xkv_floats                      omega((size_t) dim*n_new);
     std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
 
-    // the second moments of tokens z [n, dim] outside the old rows, times random directions [n_new, dim]
-    xkv_floats res(omega.size(), 0.0f);
-    each_exact(lctx, stream, jobs, pr, [&](const xkv_floats & z, uint32_t n) {
-        xkv_floats rest = z;
-        if (sp.n_old > 0) {
-            xkv_add_mul(xkv_mul_rows(z, sp.rows, n, sp.n_old, dim), sp.rows, n, sp.n_old, dim, -1.0f, rest);
+    // twice, since a stored basis is not quite orthonormal
+    const auto leave_out_old = [&](xkv_floats & x) {
+        for (int i = 0; i < 2 && sp.n_dir > 0; ++i) {
+            xkv_add_mul(xkv_mul_rows(x, sp.basis, n_new, sp.n_dir, dim, sp.n_thread), sp.basis, n_new, sp.n_dir, dim, -1.0f, x, sp.n_thread);
         }
-        xkv_add_cross(xkv_mul_rows(rest, omega, n, n_new, dim), rest, n, n_new, dim, res);
+    };
+    // The second moments of tokens outside the old basis, times random directions [n_new, dim]. What is outside is taken of the
+    // few directions instead of the many tokens.
+    leave_out_old(omega);
+    xkv_floats res(omega.size(), 0.0f);
+    each_exact(lctx, stream, jobs, pr, SIZE_MAX, [&](const xkv_floats & z, uint32_t n) {
+        xkv_add_cross(xkv_mul_rows(z, omega, n, n_new, dim, sp.n_thread), z, n, n_new, dim, res, sp.n_thread);
     });
+    leave_out_old(res);
     return res;
 }
 
@@ -121,7 +145,7 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
 
     sp.cov.assign((size_t) sp.n*sp.n, 0.0f);
 
-    auto x = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim); // [n_token, n]
+    auto x = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim, sp.n_thread); // [n_token, n]
     sp.tokens = {};
     // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
     // at hand stand for them.
@@ -134,7 +158,7 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
             }
         }
     }
-    xkv_add_gram(x, n_token, sp.n, sp.cov);
+    xkv_add_gram(x, n_token, sp.n, sp.cov, sp.n_thread);
     add_prior(pr, sp);
     add_stored(stream, pr, sp);
     xkv_mirror(sp.cov, sp.n);
@@ -159,7 +183,7 @@ void xkv_online_bases::add_prior(const problem & pr, space & sp) const {
             const float f = sqrtf(variance[first + i]*setup.config.n_prior);
             std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
         }
-        xkv_add_gram(xkv_into(rows, sp.rows, sp.unit, n, sp.n, dim), n, sp.n, sp.cov);
+        xkv_add_gram(xkv_into(rows, sp.rows, sp.unit, n, sp.n, dim, sp.n_thread), n, sp.n, sp.cov, sp.n_thread);
     }
 }
 
@@ -170,7 +194,7 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
     const auto     chunks = tables[stream].used();
     if (!store.plain() && sp.n_old > 0) {
         // the space's rows times the directions of stored coefficients [n, n_old]
-        sp.meet = xkv_mul_rows(sp.rows, rows_of(stream, pr, sp.n_old), sp.n, sp.n_old, dim);
+        sp.meet = xkv_mul_rows(sp.rows, old_rows(sp, dim), sp.n, sp.n_old, dim, sp.n_thread);
     }
     if (chunks.empty() || (!store.plain() && sp.n_old == 0)) {
         return;
@@ -183,14 +207,22 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
         }
     };
     if (store.plain()) {
-        each([&](const xkv_floats & coef, int n) { xkv_add_gram(xkv_into(coef, sp.rows, sp.unit, n, sp.n, dim), n, sp.n, sp.cov); });
+        each([&](const xkv_floats & coef, int n) {
+            xkv_add_gram(xkv_into(coef, sp.rows, sp.unit, n, sp.n, dim, sp.n_thread), n, sp.n, sp.cov, sp.n_thread);
+        });
         return;
     }
     xkv_floats sum((size_t) sp.n_old*sp.n_old, 0.0f);
-    each([&](const xkv_floats & coef, int n) { xkv_add_gram(coef, n, sp.n_old, sum, rank); });
+    each([&](const xkv_floats & coef, int n) {
+        xkv_floats part((size_t) n*sp.n_old);
+        for (size_t i = 0; i < part.size(); ++i) {
+            part[i] = coef[i/sp.n_old*rank + sp.place(i % sp.n_old)];
+        }
+        xkv_add_gram(part, n, sp.n_old, sum, sp.n_thread);
+    });
     xkv_mirror(sum, sp.n_old);
-    const auto t = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old);
-    sum = xkv_mul_rows(t, sp.meet, sp.n, sp.n, sp.n_old);
+    const auto t = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old, sp.n_thread);
+    sum = xkv_mul_rows(t, sp.meet, sp.n, sp.n, sp.n_old, sp.n_thread);
     std::transform(sum.begin(), sum.end(), sp.cov.begin(), sp.cov.begin(), std::plus<float>());
 }
 
@@ -203,24 +235,30 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
 
     double gain = 0.0;
     double lost = 0.0;
-    for (uint32_t i = 0; i < kept_new.size(); ++i) {
-        gain += i < sp.values.size() ? sp.values[i]*kept_new[i] : 0.0;
-        gain -= i < sp.n_old ? sp.variance[i]*kept_new[i] : 0.0;
+    // directions that stay as they are add to neither
+    for (uint32_t i = 0; i < std::max(sp.n_best, sp.n_old); ++i) {
+        const uint32_t r = sp.place(i);
+        if (r >= kept_new.size()) {
+            continue;
+        }
+        gain += i < sp.n_best ? sp.values[i]*kept_new[r] : 0.0;
+        gain -= i < sp.n_old ? sp.variance[i]*kept_new[r] : 0.0;
         // what keeps its place and type is not rounded again
-        lost += i < sp.n_old && kept_now[i] == kept_new[i] ? sp.variance[i]*(1.0f - kept_now[i]) : 0.0;
+        lost += i < sp.n_old && kept_now[r] == kept_new[r] ? sp.variance[i]*(1.0f - kept_now[r]) : 0.0;
     }
     return gain*store.stage_slots()[next.stage] > lost*tables[stream].n_token();
 }
 
 void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
     const uint32_t rank = rank_of(pr, &next);
-    xkv_floats turn;
+    xkv_turn       turn;
     if (store.plain()) {
         if (!setup.sidecar.calibrated()) {
             xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
                       pr.kd == kind::K ? 'K' : 'V', pr.ig);
         }
-        turn = setup.sidecar.basis(pr.ig, pr.kd, rank); // which the next stage begins with
+        // which the next stage begins with
+        turn = xkv_turn_all(setup.sidecar.basis(pr.ig, pr.kd, rank), rank, store.groups()[pr.ig].dim[pr.kd]);
     } else {
         store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
     }
@@ -234,7 +272,7 @@ bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
     return sp.unit || xkv_orthonormalize(sp.rows, sp.n, store.groups()[pr.ig].dim[pr.kd]);
 }
 
-bool xkv_online_bases::solve(uint32_t rank, space & sp) {
+bool xkv_online_bases::solve(space & sp) {
     auto & x = sp.cov;
     if (sp.n == 0) {
         return false;
@@ -242,48 +280,48 @@ bool xkv_online_bases::solve(uint32_t rank, space & sp) {
     for (uint32_t i = 0; i < sp.n; ++i) {
         sp.variance.push_back(x[(size_t) i*sp.n + i]);
     }
-    const uint32_t n_new = std::min(rank, sp.n);
-    if (!xkv_eigen(x, sp.n, n_new, sp.values, sp.combos)) {
+    if (!xkv_eigen(x, sp.n, sp.n_best, sp.values, sp.combos)) {
         return false;
     }
     x = {};
-    if (std::any_of(sp.combos.begin(), sp.combos.end(), [](float v) { return !std::isfinite(v); })) {
-        return false;
-    }
-    sp.combos.resize((size_t) rank*sp.n, 0.0f);
-    return true;
+    return std::all_of(sp.combos.begin(), sp.combos.end(), [](float v) { return std::isfinite(v); });
 }
 
 void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next) {
-    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
-    const uint32_t rank_old = store.groups()[pr.ig].rank[pr.kd];
-    const uint32_t rank     = rank_of(pr, next);
+    const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t rank = rank_of(pr, next);
 
-    xkv_floats rows; // the new basis [rank, dim]
-    if (sp.unit) {
-        rows = std::move(sp.combos);
-    } else {
-        rows.assign((size_t) rank*dim, 0.0f);
-        xkv_add_mul(sp.combos, sp.rows, rank, sp.n, dim, 1.0f, rows);
-        sp.rows = {};
-    }
-    xkv_floats turn; // old coefficients to new ones [rank, rank_old]
-    if (!store.plain() && sp.n_old > 0) {
-        xkv_floats part((size_t) rank*sp.n_old, 0.0f);
-        xkv_add_mul(sp.combos, sp.meet, rank, sp.n, sp.n_old, 1.0f, part);
-        sp.meet   = {};
-        sp.combos = {};
-        turn.assign((size_t) rank*rank_old, 0.0f);
-        for (uint32_t r = 0; r < rank; ++r) {
-            std::copy_n(part.begin() + (size_t) r*sp.n_old, sp.n_old, turn.begin() + (size_t) r*rank_old);
+    auto & rows = sp.basis; // the new basis [rank, dim]
+    rows.resize((size_t) rank*dim, 0.0f);
+    {
+        xkv_floats best = sp.unit ? std::move(sp.combos) : xkv_floats((size_t) sp.n_best*dim, 0.0f);
+        if (!sp.unit) {
+            xkv_add_mul(sp.combos, sp.rows, sp.n_best, sp.n, dim, 1.0f, best, sp.n_thread);
+            sp.rows = {};
+        }
+        for (uint32_t i = 0; i < sp.n_best; ++i) {
+            std::copy_n(best.begin() + (size_t) i*dim, dim, rows.begin() + (size_t) sp.place(i)*dim);
         }
     }
     store.set_basis(pr.kd, pr.ig, stream, rows, next);
+
+    xkv_turn turn;
     if (store.plain()) {
-        turn = std::move(rows);
+        turn = xkv_turn_all(std::move(rows), rank, dim);
+    } else if (sp.n_old > 0) {
+        turn.rows.resize((size_t) sp.n_best*sp.n_old, 0.0f);
+        xkv_add_mul(sp.combos, sp.meet, sp.n_best, sp.n, sp.n_old, 1.0f, turn.rows, sp.n_thread);
+        for (uint32_t i = 0; i < std::max(sp.n_best, sp.n_old); ++i) {
+            if (i < sp.n_old) {
+                turn.from.push_back(sp.place(i));
+            }
+            if (i < sp.n_best) {
+                turn.to.push_back(sp.place(i));
+            }
+        }
     }
-    if (!turn.empty()) {
+    if (!turn.rows.empty()) {
         xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next, lctx->get_cparams().n_threads_batch);
     }
-    states[stream].n_dir[pr.kd][pr.ig] = std::min(rank, sp.n);
+    states[stream].n_dir[pr.kd][pr.ig] = std::max(std::min(rank, sp.n_dir), sp.place(sp.n_best - 1) + 1);
 }

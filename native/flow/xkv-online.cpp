@@ -25,6 +25,9 @@ static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 // of spaces at a time
 static const size_t XKV_ONLINE_BYTES = 8*1024*1024;
 
+// of a plain store are measured: a share of the variance needs no more
+static const size_t XKV_ONLINE_NUMBERS = 4*1024*1024;
+
 static float xkv_mean(const xkv_floats & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
 }
@@ -167,12 +170,14 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     auto weight = kept(groups, pr);
     weight.resize(rank);
 
-    const auto rows = rows_of(stream, pr, rank);
+    const auto   rows     = rows_of(stream, pr, rank);
+    const int    n_thread = lctx->get_cparams().n_threads_batch;
+    const size_t n_chunk  = XKV_ONLINE_NUMBERS/((size_t) store.n_chunk*dim);
 
     double total = 0.0;
     double keep  = 0.0;
-    each_exact(lctx, stream, jobs, pr, [&](const xkv_floats & z, uint32_t n) {
-        const auto coef = xkv_mul_rows(z, rows, n, rank, dim);
+    each_exact(lctx, stream, jobs, pr, n_chunk, [&](const xkv_floats & z, uint32_t n) {
+        const auto coef = xkv_mul_rows(z, rows, n, rank, dim, n_thread);
         for (float v : z) {
             total += v*v;
         }
@@ -202,13 +207,18 @@ xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, 
 }
 
 void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                  const std::function<void(const xkv_floats & z, uint32_t n)> & use) {
+                                  size_t n_chunk, const std::function<void(const xkv_floats & z, uint32_t n)> & use) {
     const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
 
     const auto tokens = read_tokens(lctx, stream, jobs, pr);
     use(tokens, tokens.size()/dim);
 
-    const auto   chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
+    auto         chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
+    const size_t n_used  = chunks.size();
+    for (size_t i = 0; i < std::min(n_chunk, n_used); ++i) {
+        chunks[i] = chunks[i*n_used/std::min(n_chunk, n_used)];
+    }
+    chunks.resize(std::min(n_chunk, n_used));
     const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
     for (size_t i = 0; i < chunks.size(); i += n_block) {
         const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
@@ -228,7 +238,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
 
     size_t n_bytes = 0;
     for (const auto & pr : due) {
-        n_bytes = std::max(n_bytes, space_bytes(rank_of(pr, next)));
+        n_bytes = std::max(n_bytes, space_bytes(pr, rank_of(pr, next), xkv_job_cells(jobs).size()));
     }
     const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
     problem_peak = std::max(problem_peak, std::min(n_most, due.size())*n_bytes);
@@ -239,18 +249,22 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
 
         std::vector<space> spaces(n);
         for (size_t i = 0; i < n; ++i) {
+            spaces[i].n_thread = n_thread;
             build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
         for (size_t i = 0; i < n; ++i) {
             spaces[i].tokens = read_tokens(lctx, stream, jobs, due[first + i]);
         }
         graph.release();
+        for (auto & sp : spaces) {
+            sp.n_thread = n_thread/n;
+        }
         std::vector<char> solved(n);
         xkv_parallel(n, n_thread, [&](size_t i) {
             const auto & pr = due[first + i];
             if (orthonormalize(pr, spaces[i])) {
                 build_cov(stream, pr, spaces[i]);
-                solved[i] = solve(rank_of(pr, next), spaces[i]);
+                solved[i] = solve(spaces[i]);
             }
         });
         for (size_t i = 0; i < n; ++i) {
@@ -259,7 +273,8 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
                 LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
                                pr.kd == kind::K ? 'K' : 'V', pr.ig);
             }
-            spaces[i].cov = {};
+            spaces[i].cov      = {};
+            spaces[i].n_thread = n_thread;
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 apply(lctx, stream, pr, spaces[i], next);
                 n_applied++;
@@ -267,6 +282,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             } else if (next) {
                 carry_over(lctx, stream, pr, *next);
             }
+            spaces[i] = {};
         }
     }
     states[stream].info.n_update += n_applied > 0;

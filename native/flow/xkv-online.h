@@ -66,19 +66,32 @@ private:
         uint32_t ig;
     };
 
-    // what an update works with: rows of the old basis, then new directions
+    // What an update works with: directions of the old basis, then new ones. A wide basis takes part with its main directions and
+    // its last ones, for whose places the new ones compete. Those between keep their places: they are orthogonal to all others, so
+    // that nothing changes for them, and they can get no worse, since the best of the others are taken.
     struct space {
-        uint32_t           n_old = 0;
-        uint32_t           n     = 0;
-        bool               unit  = false; // all numbers of a plain store, without rows
+        uint32_t n_dir  = 0; // directions of the old basis
+        uint32_t n_main = 0;
+        uint32_t i_last = 0; // place of the first of the last
+        uint32_t n_old  = 0; // main and last ones
+        uint32_t n      = 0;
+        uint32_t n_best = 0; // that the new basis has places for
+
+        // of a direction of the old basis, and of one of the new one
+        uint32_t place(uint32_t i) const { return i < n_main ? i : i_last + (i - n_main); }
+
+        bool unit     = false; // all numbers of a plain store, without rows
+        int  n_thread = 1;
+
+        xkv_floats basis;  // [n_dir, dim] as it was
         xkv_floats rows;   // [n, dim] orthonormal
         xkv_floats tokens; // [n_token, dim] at hand
         xkv_floats meet;   // [n, n_old] rows times old directions; not of a plain store
         xkv_floats cov;    // [n, n] the expected covariance of future tokens
-        xkv_floats combos; // [rank, n] the new basis in terms of rows; unused ones are zero
+        xkv_floats combos; // [n_best, n] the new directions in terms of rows
 
         xkv_floats variance; // [n] along the rows
-        xkv_floats values;   // [n] along the best basis, descending
+        xkv_floats values;   // [n_best] along the new ones, descending
     };
 
     const xkv_setup                      setup;
@@ -107,8 +120,9 @@ private:
     // the tokens of the jobs [n, dim]
     xkv_floats read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
 
-    // the tokens [n, dim] that are known as they are, some at a time: those of the jobs, and of a plain store the stored ones
-    void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+    // the tokens [n, dim] that are known as they are, some at a time: those of the jobs, and of a plain store those in up to n_chunk
+    // of the chunks
+    void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, size_t n_chunk,
                     const std::function<void(const xkv_floats & z, uint32_t n)> & use);
 
     // those whose bases lose more than expected in the next stage, or in the present one
@@ -119,16 +133,19 @@ private:
                 const xkv_store::layout * next);
 
     // what an update to bases of a rank needs at most, about
-    static size_t space_bytes(uint32_t rank);
+    size_t space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const;
 
     // an update's steps: the space, an orthonormal basis of it, the covariance there
     void build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
                     space & sp);
     bool orthonormalize(const problem & pr, space & sp) const;
 
-    // directions that span what the tokens have outside the old rows (randomized range finder) [n_new, dim]
+    // the directions of the old basis that take part [n_old, dim]
+    static xkv_floats old_rows(const space & sp, uint32_t dim);
+
+    // directions that span what the tokens have outside the old basis (randomized range finder) [n_new, dim]
     xkv_floats sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
-                              const space & sp);
+                      const space & sp);
 
     // of the tokens in n chunks [tokens, rank]
     xkv_floats stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
@@ -137,8 +154,7 @@ private:
     void add_prior (const problem & pr, space & sp) const;
     void add_stored(uint32_t stream, const problem & pr, space & sp) const;
 
-    // combos of the given rank
-    static bool solve(uint32_t rank, space & sp);
+    static bool solve(space & sp);
 
     // whether the solution takes away more error than there is in rounding stored coefficients once more
     bool pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const;
