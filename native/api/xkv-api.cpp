@@ -13,21 +13,15 @@
 #include "llama-model.h"
 
 #include <cstring>
-#include <new>
 
 template <typename F> static int xkv_guard(F && f) {
     try {
         f();
         return XKV_STATUS_OK;
-    } catch (const xkv_error & err) {
-        xkv_set_last_error(err.what());
-        return err.status;
-    } catch (const std::bad_alloc &) {
-        xkv_set_last_error("out of memory");
-        return XKV_STATUS_NO_MEMORY;
-    } catch (const std::exception & err) {
-        xkv_set_last_error(err.what());
-        return XKV_STATUS_INTERNAL;
+    } catch (...) {
+        const auto failure = xkv_caught();
+        xkv_set_last_error(failure.text);
+        return failure.status;
     }
 }
 
@@ -155,12 +149,16 @@ int xkv_online(const llama_context * ctx, int32_t seq_id, xkv_online_info * info
     });
 }
 
-const char * xkv_context_refusal(llama_context * ctx) {
-    static thread_local std::string text;
-
+int xkv_context_refusal(llama_context * ctx) {
     auto * xkv = ctx ? xkv_cast(ctx) : nullptr;
-    text = xkv ? xkv->take_refusal() : "";
-    return text.c_str();
+    if (!xkv) {
+        return XKV_STATUS_OK;
+    }
+    const auto refusal = xkv->take_refusal();
+    if (refusal.status != XKV_STATUS_OK) {
+        xkv_set_last_error(refusal.text);
+    }
+    return refusal.status;
 }
 
 int xkv_capture_new(llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,

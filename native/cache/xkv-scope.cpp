@@ -233,8 +233,8 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
 template <typename F> static auto xkv_keep_error(F && f) {
     try {
         return f();
-    } catch (const std::exception & err) {
-        xkv_set_last_error(err.what());
+    } catch (...) {
+        xkv_set_last_error(xkv_caught().text);
         throw;
     }
 }

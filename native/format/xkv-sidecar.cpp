@@ -12,6 +12,8 @@
 #include <cstring>
 #include <memory>
 
+#include <sys/stat.h>
+
 static const uint32_t XKV_FORMAT_VERSION = 4;
 
 static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
@@ -97,8 +99,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     } else {
         xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot be opened", path.c_str());
     }
-    fseek(file.get(), 0, SEEK_END);
-    const uint64_t size = (uint64_t) ftell(file.get());
+    opened = look();
+    const uint64_t size = opened.n_byte;
 
     gguf_context_ptr ctx(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
     if (!ctx) {
@@ -173,6 +175,20 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     }
 }
 
+xkv_sidecar::stamp xkv_sidecar::look() const {
+    struct stat st = {};
+    if (fstat(fileno(file.get()), &st) != 0) {
+        xkv_throw(XKV_STATUS_IO, "sidecar %s: its size cannot be read", path.c_str());
+    }
+#if defined(__APPLE__)
+    return { (int64_t) st.st_size, (int64_t) st.st_mtimespec.tv_sec, (int64_t) st.st_mtimespec.tv_nsec };
+#elif defined(_WIN32)
+    return { (int64_t) st.st_size, (int64_t) st.st_mtime, 0 };
+#else
+    return { (int64_t) st.st_size, (int64_t) st.st_mtim.tv_sec, (int64_t) st.st_mtim.tv_nsec };
+#endif
+}
+
 xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
     xkv_floats       res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
@@ -182,6 +198,10 @@ xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const
     void *         dst  = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
     {
         std::lock_guard<std::mutex> lock(file_mutex);
+        // bases of another conversion would go unnoticed
+        if (!(look() == opened)) {
+            xkv_throw(XKV_STATUS_IO, "sidecar %s: it was written to while it is in use; open the model again", path.c_str());
+        }
         if (fseek(file.get(), (long) at, SEEK_SET) != 0 || fread(dst, size, n, file.get()) != n) {
             xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n, (unsigned long long) at);
         }

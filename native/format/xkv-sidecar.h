@@ -66,8 +66,22 @@ private:
     std::vector<tensor> means[2];
     std::vector<tensor> spectra[2];
 
-    std::shared_ptr<FILE> file;
+    // what tells that a file was written to
+    struct stamp {
+        int64_t n_byte;
+        int64_t seconds;
+        int64_t nanoseconds;
+
+        bool operator==(const stamp & other) const {
+            return n_byte == other.n_byte && seconds == other.seconds && nanoseconds == other.nanoseconds;
+        }
+    };
+
+    std::shared_ptr<FILE> file; // its position belongs to whoever holds the mutex
+    stamp                 opened = {};
     mutable std::mutex    file_mutex;
+
+    stamp look() const;
 
     // n numbers of a tensor from one on; from any thread
     xkv_floats read(const tensor & t, uint64_t n, uint64_t first = 0) const;

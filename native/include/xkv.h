@@ -131,8 +131,9 @@ int xkv_seq_tokens(const struct llama_context * ctx, int32_t seq_id, uint32_t * 
 // of the stream that holds the sequence
 int xkv_online(const struct llama_context * ctx, int32_t seq_id, struct xkv_online_info * info);
 
-// the text of the operation that an xkv context refused since the last call, "" when there was none
-const char * xkv_context_refusal(struct llama_context * ctx);
+// The status of the operation that an xkv context refused or that failed since the last call, with its text in
+// xkv_last_error(); OK when there was none. Where the cache cannot be used until it is cleared, it is returned until then.
+int xkv_context_refusal(struct llama_context * ctx);
 
 // Calibration: Gram matrices of chunk-frame K and of V, per group of layers, taken from a plain f16 or f32 cache.
 // Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out.

@@ -246,10 +246,11 @@ def online_info(context: int, seq_id: int) -> OnlineInfo:
     return OnlineInfo(int(info.n_update), int(info.n_check), float(info.residual), float(info.expected))
 
 
-def take_refusal(context: int) -> str:
-    """Text of the operation that an xkv context refused since the last call, "" when there was none."""
+def take_refusal(context: int) -> XkvError | None:
+    """What an xkv context refused or failed at since the last call, as the exception that says so."""
     api = native()
-    return api.text(api.lib.xkv_context_refusal(api.context(context)))
+    code = api.lib.xkv_context_refusal(api.context(context))
+    return None if code == STATUS_OK else EXCEPTIONS.get(code, XkvError)(last_error())
 
 
 def _address(pointer: Any) -> int:
