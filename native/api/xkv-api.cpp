@@ -61,9 +61,10 @@ int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_
         xkv_require(model,   "model");
         xkv_require(n_layer, "n_layer");
         const uint32_t room = *n_layer;
-        *n_layer = model->hparams.n_layer();
-        for (uint32_t il = 0; layers && il < std::min(room, *n_layer); ++il) {
-            layers[il] = { model->hparams.n_embd_k_gqa(il), model->hparams.n_embd_v_gqa(il) };
+        const auto list = xkv_kv_layers(*model);
+        *n_layer = list.size();
+        for (uint32_t i = 0; layers && i < std::min(room, *n_layer); ++i) {
+            layers[i] = { list[i], model->hparams.n_embd_k_gqa(list[i]), model->hparams.n_embd_v_gqa(list[i]) };
         }
     });
 }
@@ -161,14 +162,14 @@ int xkv_context_refusal(llama_context * ctx) {
     return refusal.status;
 }
 
-int xkv_capture_new(llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,
+int xkv_capture_new(llama_context * ctx, const uint32_t * layers, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,
                     xkv_capture ** capture) {
     return xkv_guard([&] {
         xkv_require(ctx,     "ctx");
-        xkv_require(first,   "first");
+        xkv_require(layers,  "layers");
         xkv_require(count,   "count");
         xkv_require(capture, "capture");
-        *capture = new xkv_capture(ctx, std::vector<uint32_t>(first, first + n_group), std::vector<uint32_t>(count, count + n_group), frame, n_sink);
+        *capture = new xkv_capture(ctx, xkv_layer_lists(layers, count, n_group), frame, n_sink);
     });
 }
 

@@ -37,20 +37,26 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
 
     const uint32_t n_stream = xkv_n_stream(cparams);
     const uint32_t n_seq    = xkv_n_seq_stream(cparams);
-    const uint32_t n_cell   = GGML_PAD(n_seq*(n_exact + config.n_text_sink) + cparams.n_ubatch, 32);
 
-    n_keep = GGML_PAD(n_seq*(n_exact + config.n_text_sink), 32);
-
+    const uint32_t n_stay = n_seq*(n_exact + config.n_text_sink);
+    if (config.n_keep < n_stay || config.n_cell < n_stay + cparams.n_ubatch || config.n_cell < config.n_keep) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_keep and n_cell are %u and %u cells, expected at least %u, and that + n_ubatch = %u more",
+                  config.n_keep, config.n_cell, n_stay, cparams.n_ubatch);
+    }
     // each sequence of a stream can leave one chunk that is not full
     const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
+    if (config.n_slot/n_chunk < n_chunks) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected at least %u chunks of %u for n_ctx %u", config.n_slot, n_chunks,
+                  n_chunk, cparams.n_ctx_seq);
+    }
 
-    store = std::make_unique<xkv_store>(model, *sidecar, config, GGML_PAD(n_chunks*n_chunk, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
+    store = std::make_unique<xkv_store>(model, *sidecar, config, n_stream, cparams.offload_kqv);
 
     std::vector<uint32_t> layers;
     for (const auto & l : store->layers()) {
         layers.push_back(l.il);
     }
-    window = std::make_unique<xkv_window>(model, params, cparams, layers, n_cell);
+    window = std::make_unique<xkv_window>(model, params, cparams, layers, config.n_cell);
     tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
     flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
     spare  = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
@@ -226,7 +232,7 @@ size_t llama_kv_cache_xkv::window_bytes() const {
 }
 
 size_t llama_kv_cache_xkv::transit() const {
-    return window_bytes()/window->size()*(window->size() - n_keep);
+    return window_bytes()/window->size()*(window->size() - config.n_keep);
 }
 
 std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::scratch() const {

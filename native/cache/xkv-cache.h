@@ -114,8 +114,6 @@ private:
     std::vector<xkv_chunk_table> tables; // per stream
     std::unique_ptr<xkv_flow>    flow;
 
-    uint32_t n_keep = 0; // cells of the window that tokens stay in; the others are for a micro-batch
-
     llama_context * lctx = nullptr;
 
     xkv_failure refusal = { XKV_STATUS_OK, "" };
