@@ -161,8 +161,7 @@ def collect(
         engine.open_context(n_seq, n_len)
         part = slice(run.start, run.stop)
         dims: dict[Kind, list[int]] = {kind: groups.dims[kind][part] for kind in KINDS}
-        first, count = groups.first[part], groups.count[part]
-        with Capture(engine, first, count, dims, settings.frame, settings.n_sink) as capture:
+        with Capture(engine, groups.layers[part], dims, settings.frame, settings.n_sink) as capture:
             if texts is None:
                 texts = _write_texts(engine, capture, shape, settings.seed, progress)
             else:

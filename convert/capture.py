@@ -58,8 +58,8 @@ class Capture:
     ----------
     engine : Engine
         With an open context.
-    first, count : sequence of int
-        Groups of layers.
+    layers : sequence of sequence of int
+        Of each group, ascending.
     dims : dict of str to sequence of int
         Numbers per token of each group, by kind.
     frame, n_sink : int
@@ -69,8 +69,7 @@ class Capture:
     def __init__(
         self,
         engine: Engine,
-        first: Sequence[int],
-        count: Sequence[int],
+        layers: Sequence[Sequence[int]],
         dims: dict[Kind, list[int]],
         frame: int,
         n_sink: int,
@@ -78,8 +77,9 @@ class Capture:
         self._api = native.native()
         self._dims = dims
         out = self._api.ffi.new("struct xkv_capture **")
+        lists = native.layer_lists(self._api, layers)
         status = self._api.lib.xkv_capture_new(
-            self._api.context(engine.context_pointer), list(first), list(count), len(first), frame, n_sink, out
+            self._api.context(engine.context_pointer), *lists, len(layers), frame, n_sink, out
         )
         native.check_status(status)
         self._capture: Any = out[0]

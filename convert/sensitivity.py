@@ -194,7 +194,7 @@ def measure(
         return np.asarray(x + np.float32(TINY) * x.std(axis=0) * noise, np.float32)
 
     engine.open_context(len(texts), N_TOKEN)
-    with Capture(engine, groups.first, groups.count, groups.dims, stats.frame, n_sink) as capture:
+    with Capture(engine, groups.layers, groups.dims, stats.frame, n_sink) as capture:
         bench = _Bench(engine, capture, texts, n_score, stats.frame, n_sink)
         for seq in range(len(texts)):
             bench.keep_sinks([e for g in range(len(stats.first)) for e in _energies(bench, seq, groups, g)], seq)

@@ -133,6 +133,9 @@ def scope_params(
     params = ScopeParams(
         segments=plan.segments,
         sidecar=None if sidecar is None else str(sidecar.path),
+        n_keep=plan.layout.n_cell,
+        n_cell=plan.layout.n_cell + plan.layout.n_transit,
+        n_slot=plan.layout.n_slot,
         n_sink=plan.layout.n_sink,
         n_text_sink=plan.layout.n_text_sink,
         n_window=plan.layout.n_window,
@@ -142,8 +145,7 @@ def scope_params(
         fused=options.fused,
         tolerance=options.tolerance,
         n_lead=options.lead,
-        first=stats.first if alone else (),
-        count=stats.count if alone else (),
+        layers=tuple(tuple(range(f, f + c)) for f, c in zip(stats.first, stats.count, strict=True)) if alone else (),
         frame=stats.frame if alone else 0,
         stages=plan.stages,
     )

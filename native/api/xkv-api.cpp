@@ -13,21 +13,15 @@
 #include "llama-model.h"
 
 #include <cstring>
-#include <new>
 
 template <typename F> static int xkv_guard(F && f) {
     try {
         f();
         return XKV_STATUS_OK;
-    } catch (const xkv_error & err) {
-        xkv_set_last_error(err.what());
-        return err.status;
-    } catch (const std::bad_alloc &) {
-        xkv_set_last_error("out of memory");
-        return XKV_STATUS_NO_MEMORY;
-    } catch (const std::exception & err) {
-        xkv_set_last_error(err.what());
-        return XKV_STATUS_INTERNAL;
+    } catch (...) {
+        const auto failure = xkv_caught();
+        xkv_set_last_error(failure.text);
+        return failure.status;
     }
 }
 
@@ -67,9 +61,10 @@ int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_
         xkv_require(model,   "model");
         xkv_require(n_layer, "n_layer");
         const uint32_t room = *n_layer;
-        *n_layer = model->hparams.n_layer();
-        for (uint32_t il = 0; layers && il < std::min(room, *n_layer); ++il) {
-            layers[il] = { model->hparams.n_embd_k_gqa(il), model->hparams.n_embd_v_gqa(il) };
+        const auto list = xkv_kv_layers(*model);
+        *n_layer = list.size();
+        for (uint32_t i = 0; layers && i < std::min(room, *n_layer); ++i) {
+            layers[i] = { list[i], model->hparams.n_embd_k_gqa(list[i]), model->hparams.n_embd_v_gqa(list[i]) };
         }
     });
 }
@@ -155,22 +150,26 @@ int xkv_online(const llama_context * ctx, int32_t seq_id, xkv_online_info * info
     });
 }
 
-const char * xkv_context_refusal(llama_context * ctx) {
-    static thread_local std::string text;
-
+int xkv_context_refusal(llama_context * ctx) {
     auto * xkv = ctx ? xkv_cast(ctx) : nullptr;
-    text = xkv ? xkv->take_refusal() : "";
-    return text.c_str();
+    if (!xkv) {
+        return XKV_STATUS_OK;
+    }
+    const auto refusal = xkv->take_refusal();
+    if (refusal.status != XKV_STATUS_OK) {
+        xkv_set_last_error(refusal.text);
+    }
+    return refusal.status;
 }
 
-int xkv_capture_new(llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,
+int xkv_capture_new(llama_context * ctx, const uint32_t * layers, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,
                     xkv_capture ** capture) {
     return xkv_guard([&] {
         xkv_require(ctx,     "ctx");
-        xkv_require(first,   "first");
+        xkv_require(layers,  "layers");
         xkv_require(count,   "count");
         xkv_require(capture, "capture");
-        *capture = new xkv_capture(ctx, std::vector<uint32_t>(first, first + n_group), std::vector<uint32_t>(count, count + n_group), frame, n_sink);
+        *capture = new xkv_capture(ctx, xkv_layer_lists(layers, count, n_group), frame, n_sink);
     });
 }
 

@@ -1,7 +1,5 @@
 #include "base/xkv-codec.h"
 
-#include "base/xkv-error.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -66,18 +64,5 @@ void xkv_decode(ggml_type type, const void * src, float * x, size_t n) {
         memcpy(x, src, n*sizeof(float));
     } else {
         ggml_get_type_traits(type)->to_float(src, x, n);
-    }
-}
-
-float xkv_noise(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_F32:
-        case GGML_TYPE_F16:  return 0.0f;
-        case GGML_TYPE_Q8_0: return 2.9e-5f;
-        case GGML_TYPE_Q5_0: return 1.8e-3f;
-        case GGML_TYPE_Q4_0: return 7.4e-3f;
-        case GGML_TYPE_Q2_0: return 1.27e-1f;
-        case GGML_TYPE_Q1_0: return 3.6e-1f;
-        default: xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no coefficients can be stored as %s", ggml_type_name(type));
     }
 }

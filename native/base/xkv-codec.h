@@ -14,7 +14,3 @@ uint32_t xkv_block_size(ggml_type type);
 // n numbers, a multiple of the block
 void xkv_encode(ggml_type type, const float * x, void * dst, size_t n);
 void xkv_decode(ggml_type type, const void * src, float * x, size_t n);
-
-// Expected squared error of storing a unit Gaussian as type, relative to its variance. Coefficients are near enough to
-// that: the planner (xkv_gguf/plan/coef_types.py) holds the same numbers.
-float xkv_noise(ggml_type type);

@@ -2,6 +2,7 @@
 
 #include "xkv.h"
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -17,5 +18,16 @@ __attribute__((format(printf, 2, 3)))
 #endif
 [[noreturn]] void xkv_throw(xkv_status status, const char * fmt, ...);
 
+// What went wrong, without memory of its own: it has to be told where memory has run out, too.
+static const size_t XKV_ERROR_SIZE = 1024;
+
+struct xkv_failure {
+    xkv_status status;
+    char       text[XKV_ERROR_SIZE];
+};
+
+// of the exception that is being handled
+xkv_failure xkv_caught() noexcept;
+
 // keeps the text for xkv_last_error() of this thread
-void xkv_set_last_error(const std::string & text);
+void xkv_set_last_error(const char * text) noexcept;

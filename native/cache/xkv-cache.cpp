@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cstdarg>
+#include <cstdio>
+#include <new>
 #include <utility>
 
 static uint32_t xkv_n_stream(const llama_cparams & cparams) {
@@ -35,35 +37,52 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
 
     const uint32_t n_stream = xkv_n_stream(cparams);
     const uint32_t n_seq    = xkv_n_seq_stream(cparams);
-    const uint32_t n_cell   = GGML_PAD(n_seq*(n_exact + config.n_text_sink) + cparams.n_ubatch, 32);
 
-    n_keep = GGML_PAD(n_seq*(n_exact + config.n_text_sink), 32);
-
+    const uint32_t n_stay = n_seq*(n_exact + config.n_text_sink);
+    if (config.n_keep < n_stay || config.n_cell < n_stay + cparams.n_ubatch || config.n_cell < config.n_keep) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_keep and n_cell are %u and %u cells, expected at least %u, and that + n_ubatch = %u more",
+                  config.n_keep, config.n_cell, n_stay, cparams.n_ubatch);
+    }
     // each sequence of a stream can leave one chunk that is not full
     const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
+    if (config.n_slot/n_chunk < n_chunks) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected at least %u chunks of %u for n_ctx %u", config.n_slot, n_chunks,
+                  n_chunk, cparams.n_ctx_seq);
+    }
 
-    store = std::make_unique<xkv_store>(model, *sidecar, config, GGML_PAD(n_chunks*n_chunk, XKV_SLOT_PAD), n_stream, cparams.offload_kqv);
+    store = std::make_unique<xkv_store>(model, *sidecar, config, n_stream, cparams.offload_kqv);
 
     std::vector<uint32_t> layers;
     for (const auto & l : store->layers()) {
         layers.push_back(l.il);
     }
-    window = std::make_unique<xkv_window>(model, params, cparams, layers, n_cell);
+    window = std::make_unique<xkv_window>(model, params, cparams, layers, config.n_cell);
     tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
     flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
+    spare  = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
 
     xkv_trim();
 }
 
 llama_kv_cache_xkv::~llama_kv_cache_xkv() = default;
 
-llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+llama_memory_context_ptr llama_kv_cache_xkv::failed_context() noexcept {
+    auto * res = new (std::nothrow) llama_kv_cache_xkv_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    return res ? llama_memory_context_ptr(res) : std::move(spare);
+}
+
+llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) noexcept {
     GGML_UNUSED(embd_all);
 
+    llama_memory_context_ptr res;
+    return guard("a batch", false, [&] { res = prepare(balloc, n_ubatch); }) ? std::move(res) : failed_context();
+}
+
+llama_memory_context_ptr llama_kv_cache_xkv::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
     const auto fail = [](llama_memory_status status) { return std::make_unique<llama_kv_cache_xkv_context>(status); };
 
     if (broken) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+        report();
         return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
     }
 
@@ -107,7 +126,7 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & bal
     return std::make_unique<llama_kv_cache_xkv_context>(this, std::move(ubatches));
 }
 
-bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
+void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
     std::vector<uint32_t> n_new(tables.size(), 0);
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         n_new[get_stream(ubatch.seq_id[i][0])]++;
@@ -120,44 +139,47 @@ bool llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
         }
         try {
             flow->leave(lctx, seq_id);
-        } catch (const std::exception & err) {
-            if (dynamic_cast<const xkv_flow_error *>(&err)) {
-                broken = true;
-                refuse("an update of the bases of sequence %d: %s; clear the cache", seq_id, err.what());
-            }
-            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-            xkv_set_last_error(err.what());
-            return false;
+        } catch (const xkv_flow_error &) {
+            broken = true;
+            throw;
         }
     }
-    return true;
 }
 
-llama_memory_context_ptr llama_kv_cache_xkv::init_full() {
-    return std::make_unique<llama_kv_cache_xkv_context>(this);
+llama_memory_context_ptr llama_kv_cache_xkv::init_full() noexcept {
+    llama_memory_context_ptr res;
+    return guard("a full cache", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(this); }) ? std::move(res) : failed_context();
 }
 
-llama_memory_context_ptr llama_kv_cache_xkv::init_update(llama_context * lctx, bool optimize) {
+// nothing waits for an update: positions are not shifted, and streams are copied at once
+llama_memory_context_ptr llama_kv_cache_xkv::init_update(llama_context * lctx, bool optimize) noexcept {
+    GGML_UNUSED(optimize);
+
     this->lctx = lctx;
 
-    return get_window()->init_update(lctx, optimize);
+    llama_memory_context_ptr res;
+    return guard("an update", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE); }) ? std::move(res) : failed_context();
 }
 
-bool llama_kv_cache_xkv::get_can_shift() const {
+bool llama_kv_cache_xkv::get_can_shift() const noexcept {
     return false;
 }
 
-void llama_kv_cache_xkv::clear(bool data) {
+void llama_kv_cache_xkv::clear(bool data) noexcept {
+    guard("clearing the cache", true, [&] { empty(data); });
+}
+
+void llama_kv_cache_xkv::empty(bool data) {
     get_window()->clear(data);
-    if (data) {
-        flow->restart(0);
-    }
     for (auto & table : tables) {
         table.clear();
     }
+    if (data) {
+        flow->restart(0);
+    }
     drop_unused();
-    broken = false;
-    refusal.clear();
+    broken         = false;
+    refusal.status = XKV_STATUS_OK;
 }
 
 void llama_kv_cache_xkv::drop_unused() {
@@ -181,12 +203,17 @@ uint32_t llama_kv_cache_xkv::get_n_slot(uint32_t s0, uint32_t s1) const {
     return GGML_PAD(n_slot, XKV_SLOT_PAD);
 }
 
-std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const {
-    auto res = get_window()->memory_breakdown();
-    for (const auto & [buft, bytes] : store->buffers()) {
-        res[buft] += bytes;
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_xkv::memory_breakdown() const noexcept {
+    try {
+        auto res = get_window()->memory_breakdown();
+        for (const auto & [buft, bytes] : store->buffers()) {
+            res[buft] += bytes;
+        }
+        return res;
+    } catch (...) {
+        xkv_set_last_error(xkv_caught().text);
+        return {};
     }
-    return res;
 }
 
 std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::parts() const {
@@ -205,7 +232,7 @@ size_t llama_kv_cache_xkv::window_bytes() const {
 }
 
 size_t llama_kv_cache_xkv::transit() const {
-    return window_bytes()/window->size()*(window->size() - n_keep);
+    return window_bytes()/window->size()*(window->size() - config.n_keep);
 }
 
 std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::scratch() const {
@@ -215,21 +242,38 @@ std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::scratch() const 
     };
 }
 
-void llama_kv_cache_xkv::refuse(const char * fmt, ...) {
-    char text[512];
-
+void llama_kv_cache_xkv::refuse(const char * fmt, ...) noexcept {
     va_list args;
     va_start(args, fmt);
-    vsnprintf(text, sizeof(text), fmt, args);
+    vsnprintf(refusal.text, sizeof(refusal.text), fmt, args);
     va_end(args);
 
-    refusal = text;
-    xkv_set_last_error(refusal);
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, text);
+    refusal.status = XKV_STATUS_UNSUPPORTED;
+    report();
 }
 
-std::string llama_kv_cache_xkv::take_refusal() {
-    return broken ? refusal : std::exchange(refusal, "");
+void llama_kv_cache_xkv::fail(const char * what, bool changed, const xkv_failure & err) noexcept {
+    broken         = broken || changed;
+    refusal.status = err.status;
+    snprintf(refusal.text, sizeof(refusal.text), "%s: %.900s%s", what, err.text, broken ? "; clear the cache" : "");
+    report();
+}
+
+void llama_kv_cache_xkv::report() noexcept {
+    xkv_set_last_error(refusal.text);
+    try {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.text);
+    } catch (...) {
+        // long lines take memory
+    }
+}
+
+xkv_failure llama_kv_cache_xkv::take_refusal() {
+    const auto res = refusal;
+    if (!broken) {
+        refusal.status = XKV_STATUS_OK;
+    }
+    return res;
 }
 
 void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -264,21 +308,19 @@ llama_kv_cache_xkv_context::llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv,
     sinfos.resize(this->ubatches.size()); // found micro-batch by micro-batch, after room was made
 }
 
-bool llama_kv_cache_xkv_context::apply() {
-    const auto & ubatch = ubatches[i_cur];
+bool llama_kv_cache_xkv_context::apply() noexcept {
+    return !xkv || xkv->guard("a micro-batch", false, [&] { place(ubatches[i_cur]); });
+}
 
-    if (!xkv->flush(ubatch)) {
-        return false;
-    }
+void llama_kv_cache_xkv_context::place(const llama_ubatch & ubatch) {
+    xkv->flush(ubatch);
+
     sinfos[i_cur] = kv->find_slot(ubatch, false);
     if (sinfos[i_cur].empty()) {
-        LLAMA_LOG_ERROR("%s: no room in the window for %u tokens\n", __func__, ubatch.n_tokens);
-        return false;
+        xkv_throw(XKV_STATUS_INTERNAL, "no room in the window for %u tokens", ubatch.n_tokens);
     }
     kv->apply_ubatch(sinfos[i_cur], ubatch);
 
     n_kv = kv->get_n_kv(sinfos[i_cur]);
     view = xkv->view(sinfos[i_cur].s0, sinfos[i_cur].s1);
-
-    return true;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attn/xkv-view.h"
+#include "base/xkv-error.h"
 #include "format/xkv-sidecar.h"
 #include "store/xkv-config.h"
 #include "store/xkv-store.h"
@@ -30,27 +31,28 @@ public:
     ~llama_kv_cache_xkv();
 
     //
-    // llama_memory_i
+    // llama_memory_i: called by C, which no exception may pass. What is thrown inside becomes the refusal. Only saving and loading
+    // a state throw, for llama.cpp catches there and has no other way to be told.
     //
 
-    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
-    llama_memory_context_ptr init_full() override;
-    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) noexcept override;
+    llama_memory_context_ptr init_full() noexcept override;
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) noexcept override;
 
-    bool get_can_shift() const override;
+    bool get_can_shift() const noexcept override;
 
-    void clear(bool data) override;
+    void clear(bool data) noexcept override;
 
-    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
-    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
-    void seq_keep(llama_seq_id seq_id)                                                          override;
-    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
-    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) noexcept override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept override;
+    void seq_keep(llama_seq_id seq_id)                                                          noexcept override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) noexcept override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) noexcept override;
 
-    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
-    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_min(llama_seq_id seq_id) const noexcept override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const noexcept override;
 
-    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const noexcept override;
 
     [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     [[noreturn]] void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
@@ -59,8 +61,19 @@ public:
     // xkv specific API
     //
 
-    // makes room in the window for the micro-batch: chunks leave it; false on failure (logged)
-    bool flush(const llama_ubatch & ubatch);
+    // Runs f, which may throw; false when it did. With changes (read after f), the cache is broken from then on.
+    template <typename F> bool guard(const char * what, const bool & changes, F && f) noexcept {
+        try {
+            f();
+            return true;
+        } catch (...) {
+            fail(what, changes, xkv_caught());
+            return false;
+        }
+    }
+
+    // makes room in the window for the micro-batch: chunks leave it; throws xkv_error
+    void flush(const llama_ubatch & ubatch);
 
     // slots that a graph has to look at for the streams [s0, s1], padded so that graphs can be reused
     uint32_t get_n_slot(uint32_t s0, uint32_t s1) const;
@@ -82,8 +95,8 @@ public:
     // scratch, by part: bytes that do not grow with n_ctx, or are given back
     std::vector<std::pair<std::string, size_t>> scratch() const;
 
-    // the last operation that was refused; reading it clears it
-    std::string take_refusal();
+    // the last operation that was refused or failed; reading it clears it, unless the cache is broken
+    xkv_failure take_refusal();
 
     llama_kv_cache * get_window() const { return window->get(); }
 
@@ -101,14 +114,23 @@ private:
     std::vector<xkv_chunk_table> tables; // per stream
     std::unique_ptr<xkv_flow>    flow;
 
-    uint32_t n_keep = 0; // cells of the window that tokens stay in; the others are for a micro-batch
-
     llama_context * lctx = nullptr;
 
-    std::string refusal;
-    bool        broken = false; // an operation was refused that the caller could not see fail
+    xkv_failure refusal = { XKV_STATUS_OK, "" };
+    bool        broken  = false; // an operation was refused that the caller could not see fail, or failed halfway
 
-    void refuse(const char * fmt, ...);
+    llama_memory_context_ptr spare; // says that it failed, for when there is no memory to make one
+
+    void refuse(const char * fmt, ...) noexcept;
+    void fail(const char * what, bool changed, const xkv_failure & err) noexcept;
+    void report() noexcept;
+
+    llama_memory_context_ptr failed_context() noexcept;
+
+    llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch);
+
+    // removes all tokens, and what was refused
+    void empty(bool data);
 
     size_t window_bytes() const;
 
@@ -122,6 +144,7 @@ private:
     void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
 };
 
 class llama_kv_cache_xkv_context : public llama_kv_cache_context {
@@ -135,11 +158,13 @@ public:
     // batch
     llama_kv_cache_xkv_context(llama_kv_cache_xkv * xkv, std::vector<llama_ubatch> ubatches);
 
-    bool apply() override;
+    bool apply() noexcept override;
 
     const xkv_view * as_xkv() const override { return &view; }
 
 private:
+    void place(const llama_ubatch & ubatch);
+
     llama_kv_cache_xkv * const xkv;
 
     xkv_view view = {};

@@ -14,8 +14,8 @@
 // tokens per graph
 static const size_t XKV_CAPTURE_BLOCK = 1024;
 
-xkv_capture::xkv_capture(llama_context * ctx, std::vector<uint32_t> first_, std::vector<uint32_t> count_, uint32_t frame, uint32_t n_sink) :
-    ctx(ctx), first(std::move(first_)), count(std::move(count_)), frame(frame), n_sink(n_sink) {
+xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>> layers_, uint32_t frame, uint32_t n_sink) :
+    ctx(ctx), frame(frame), n_sink(n_sink), layers(std::move(layers_)) {
     const auto & model   = ctx->get_model();
     const auto & hparams = model.hparams;
 
@@ -33,12 +33,16 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<uint32_t> first_, std:
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is 0 tokens, expected at least 1");
     }
 
-    for (size_t g = 0; g < first.size(); ++g) {
-        if (count[g] == 0 || (uint64_t) first[g] + count[g] > hparams.n_layer()) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu holds layers %u + %u, the model has %u", g, first[g], count[g], hparams.n_layer());
+    const auto known = xkv_kv_layers(model);
+    for (size_t g = 0; g < layers.size(); ++g) {
+        if (layers[g].empty()) {
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu has no layers, expected at least one", g);
         }
         uint32_t dim[2] = { 0, 0 };
-        for (uint32_t il = first[g]; il < first[g] + count[g]; ++il) {
+        for (uint32_t il : layers[g]) {
+            if (!std::binary_search(known.begin(), known.end(), il)) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu has layer %u, expected one of the %zu that keep K and V", g, il, known.size());
+            }
             dim[0] += hparams.n_embd_k_gqa(il);
             dim[1] += hparams.n_embd_v_gqa(il);
         }
@@ -125,8 +129,8 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
     };
 
     // one group at a time bounds the scratch
-    for (size_t g = 0; g < first.size(); ++g) {
-        graph.begin(ctx, 64 + 32*count[g]);
+    for (size_t g = 0; g < layers.size(); ++g) {
+        graph.begin(ctx, 64 + 32*layers[g].size());
 
         ggml_context * gctx       = graph.ctx();
         ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I32, cells);
@@ -135,7 +139,7 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
         std::vector<result> results;
         for (int kd = 0; kd < 2; ++kd) {
             ggml_tensor * x = nullptr; // [dim, n_token]
-            for (uint32_t il = first[g]; il < first[g] + count[g]; ++il) {
+            for (uint32_t il : layers[g]) {
                 ggml_tensor * cur = kd == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells);
                 x = x ? ggml_concat(gctx, x, cur, 0) : cur;
             }
@@ -170,8 +174,8 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
 }
 
 void xkv_capture::check(uint32_t group, int kind) const {
-    if (group >= first.size() || kind < 0 || kind > 1) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind, first.size());
+    if (group >= layers.size() || kind < 0 || kind > 1) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind, layers.size());
     }
 }
 
@@ -228,20 +232,20 @@ void xkv_capture::get(llama_seq_id seq_id, uint32_t group, int kind, llama_pos p
     }
     const uint32_t stream = cache->get_stream(seq_id);
 
-    graph.begin(ctx, 64 + 32*count[group]);
+    graph.begin(ctx, 64 + 32*layers[group].size());
     ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, std::move(cells));
     ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
 
-    std::vector<ggml_tensor *> layers;
-    for (uint32_t il = first[group]; il < first[group] + count[group]; ++il) {
-        layers.push_back(kind == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells));
-        graph.output(layers.back());
+    std::vector<ggml_tensor *> parts;
+    for (uint32_t il : layers[group]) {
+        parts.push_back(kind == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells));
+        graph.output(parts.back());
     }
     graph.run();
 
     const size_t dim = groups[kind][group].dim;
     size_t       at  = 0;
-    for (const auto * t : layers) {
+    for (const auto * t : parts) {
         const auto data = xkv_graph::read(t);
         for (uint32_t i = 0; i < n; ++i) {
             std::copy_n(data.data() + i*t->ne[0], t->ne[0], x + i*dim + at);
@@ -257,13 +261,13 @@ void xkv_capture::put(llama_seq_id seq_id, uint32_t group, int kind, llama_pos p
     const uint32_t stream = cache->get_stream(seq_id);
     const size_t   dim    = groups[kind][group].dim;
 
-    graph.begin(ctx, 64 + 32*count[group]);
+    graph.begin(ctx, 64 + 32*layers[group].size());
     ggml_context * gctx       = graph.ctx();
     ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I64, std::move(cells));
     ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
 
     size_t at = 0;
-    for (uint32_t il = first[group]; il < first[group] + count[group]; ++il) {
+    for (uint32_t il : layers[group]) {
         const auto &  hparams     = ctx->get_model().hparams;
         const size_t  n_embd      = kind == 0 ? hparams.n_embd_k_gqa(il) : hparams.n_embd_v_gqa(il);
         ggml_tensor * to          = rows(il, kind, stream);

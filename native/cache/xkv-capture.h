@@ -15,7 +15,7 @@ class llama_kv_cache;
 // try what a loss costs.
 struct xkv_capture {
     // throws xkv_error
-    xkv_capture(llama_context * ctx, std::vector<uint32_t> first, std::vector<uint32_t> count, uint32_t frame, uint32_t n_sink);
+    xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>> layers, uint32_t frame, uint32_t n_sink);
 
     // adds what a sequence holds now; throws xkv_error
     void add(llama_seq_id seq_id);
@@ -39,10 +39,10 @@ private:
 
     llama_context * const       ctx;
     llama_kv_cache *            cache;
-    const std::vector<uint32_t> first;
-    const std::vector<uint32_t> count;
     const uint32_t              frame;
     const uint32_t              n_sink;
+
+    const std::vector<std::vector<uint32_t>> layers; // of the model, per group
 
     xkv_graph         graph;
     std::vector<sums> groups[2]; // K, V

@@ -43,18 +43,23 @@ static uint32_t xkv_check_tokens(const char * name, int32_t value, int32_t min) 
     return value;
 }
 
+static void xkv_check_noise(const std::string & name, float value) {
+    if (!(value >= 0.0f && value < 1.0f)) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is %g, expected 0 to below 1", name.c_str(), value);
+    }
+}
+
 static std::shared_ptr<xkv_sidecar> xkv_open_sidecar(const xkv_params & params) {
     if (params.sidecar) {
         return std::make_shared<xkv_sidecar>(params.sidecar);
     }
-    if (!params.first || !params.count || params.n_group == 0) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sidecar is NULL and there are no groups, expected the path of a file that xkv-gguf convert wrote, or first and count");
+    if (!params.layers || !params.count || params.n_group == 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sidecar is NULL and there are no groups, expected the path of a file that xkv-gguf convert wrote, or layers and count");
     }
     if (params.frame != 32 && params.frame != 64 && params.frame != 128 && params.frame != 256) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is %u tokens, expected 32, 64, 128 or 256", params.frame);
     }
-    return std::make_shared<xkv_sidecar>(std::vector<uint32_t>(params.first, params.first + params.n_group),
-                                         std::vector<uint32_t>(params.count, params.count + params.n_group), params.frame);
+    return std::make_shared<xkv_sidecar>(xkv_layer_lists(params.layers, params.count, params.n_group), params.frame);
 }
 
 static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_t n_segment, const xkv_sidecar & sidecar) {
@@ -82,7 +87,8 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
         }
         const ggml_type type_basis = xkv_check_type(what + "type_basis", seg.type_basis,
                 { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
-        res.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis });
+        xkv_check_noise(what + "noise", seg.noise);
+        res.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis, seg.noise });
     }
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < n_group; ++g) {
@@ -118,10 +124,13 @@ static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & side
         config.stages.push_back(i == 0 && !from.segments ? xkv_config::stage() : xkv_check_segments(from.segments, from.n_segment, sidecar));
         config.stages.back().n_slot = from.n_slot;
         if (config.stages.back().plain()) {
-            config.stages.back().type = xkv_check_type("stage 0: type", from.type, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
+            xkv_check_noise("stage 0: noise", from.noise);
+            config.stages.back().type  = xkv_check_type("stage 0: type", from.type, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
+            config.stages.back().noise = from.noise;
         }
     }
     config.stages.push_back(xkv_check_segments(params.segments, params.n_segment, sidecar));
+    config.stages.back().n_slot = config.n_slot;
 }
 
 void xkv_scope_open(const xkv_params & params) {
@@ -137,6 +146,9 @@ void xkv_scope_open(const xkv_params & params) {
     config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);
     config.online   = params.online != 0;
     config.fused    = params.fused  != 0;
+    config.n_keep    = params.n_keep;
+    config.n_cell    = params.n_cell;
+    config.n_slot    = params.n_slot;
     config.tolerance = params.tolerance;
     config.n_lead    = params.n_lead;
     if (!(params.tolerance >= 0.0f && params.tolerance <= 1.0f)) {
@@ -144,6 +156,9 @@ void xkv_scope_open(const xkv_params & params) {
     }
     if (params.tolerance > 0.0f && (params.n_lead <= 0 || params.n_lead > UINT16_MAX || params.n_lead % 32 != 0)) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_lead is %d directions, expected a multiple of 32 above 0", params.n_lead);
+    }
+    if (params.n_slot == 0 || params.n_slot % XKV_SLOT_PAD != 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected a multiple of %u above 0", params.n_slot, XKV_SLOT_PAD);
     }
     if (!config.online && !scope->sidecar->calibrated()) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
@@ -167,8 +182,8 @@ static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::gr
 }
 
 // in a plain stage, a head's numbers are whole blocks
-static void xkv_check_plain(const llama_hparams & hparams) {
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+static void xkv_check_plain(const llama_hparams & hparams, const std::vector<uint32_t> & layers) {
+    for (uint32_t il : layers) {
         const uint32_t n_k = hparams.n_embd_head_k(il);
         const uint32_t n_v = hparams.n_embd_head_v(il);
         if (n_k % 32 != 0 || n_v % 32 != 0) {
@@ -202,11 +217,12 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
     }
     const auto & hparams = model.hparams;
+    const auto   layers  = xkv_kv_layers(model);
     if (!sidecar.calibrated()) {
-        std::vector<uint32_t> n_embd[2];
-        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-            n_embd[0].push_back(hparams.n_embd_k_gqa(il));
-            n_embd[1].push_back(hparams.n_embd_v_gqa(il));
+        std::vector<uint32_t> n_embd[2] = { std::vector<uint32_t>(hparams.n_layer(), 0), std::vector<uint32_t>(hparams.n_layer(), 0) };
+        for (uint32_t il : layers) {
+            n_embd[0][il] = hparams.n_embd_k_gqa(il);
+            n_embd[1][il] = hparams.n_embd_v_gqa(il);
         }
         sidecar.set_embd(n_embd[0], n_embd[1]);
     }
@@ -214,7 +230,16 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
         xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s is for %zu layers, the model has %u; run xkv-gguf convert for this model",
                   sidecar.path.c_str(), sidecar.n_embd[0].size(), hparams.n_layer());
     }
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+    std::vector<uint32_t> held;
+    for (const auto & gr : sidecar.groups) {
+        held.insert(held.end(), gr.layers.begin(), gr.layers.end());
+    }
+    std::sort(held.begin(), held.end());
+    if (held != layers) {
+        xkv_throw(XKV_STATUS_MODEL_MISMATCH, "the groups hold %zu layers, expected the %zu of the model that keep K and V, each once",
+                  held.size(), layers.size());
+    }
+    for (uint32_t il : layers) {
         if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != hparams.n_embd_v_gqa(il)) {
             xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
                       sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
@@ -222,7 +247,7 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
     }
     for (const auto & stage : config.stages) {
         if (stage.plain()) {
-            xkv_check_plain(hparams);
+            xkv_check_plain(hparams, layers);
         } else {
             xkv_check_ranks(hparams, sidecar, stage);
         }
@@ -233,8 +258,8 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
 template <typename F> static auto xkv_keep_error(F && f) {
     try {
         return f();
-    } catch (const std::exception & err) {
-        xkv_set_last_error(err.what());
+    } catch (...) {
+        xkv_set_last_error(xkv_caught().text);
         throw;
     }
 }
@@ -256,7 +281,7 @@ llama_memory_i * xkv_create_memory(const llama_model & model, const llama_memory
                       ggml_type_name(params.type_v));
         }
         xkv_check_type("type_k, the window's type,", params.type_k, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
-        for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        for (uint32_t il : xkv_kv_layers(model)) {
             const uint32_t block = xkv_block_size(params.type_k);
             if (model.hparams.n_embd_head_k(il) % block != 0 || model.hparams.n_embd_head_v(il) % block != 0) {
                 xkv_throw(XKV_STATUS_UNSUPPORTED, "the window's type is %s, but the heads of layer %u have %u and %u numbers, expected multiples of %u; use f16",

@@ -16,15 +16,20 @@ static void xkv_normalize(llama_pos & p0, llama_pos & p1) {
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 }
 
-bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept {
     xkv_normalize(p0, p1);
+
+    // as good as clearing it: what was refused was about tokens that are gone
+    if (broken && seq_id < 0 && p0 == 0 && p1 == std::numeric_limits<llama_pos>::max()) {
+        return guard("removing all tokens", true, [&] { empty(true); });
+    }
 
     if (seq_id >= (llama_seq_id) n_seq_max) {
         refuse("seq_rm: sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
         return false;
     }
     bool changed = false;
-    try {
+    return guard("seq_rm", changed, [&] {
         for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
             if (seq_id < 0 || s == seq_id) {
                 check_room(s, p0, p1);
@@ -32,13 +37,8 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
                 seq_rm_one(s, p0, p1);
             }
         }
-    } catch (const std::exception & err) {
-        broken = changed;
-        refuse("seq_rm of sequence %d from %d: %s", seq_id, p0, err.what());
-        return false;
-    }
-    drop_unused();
-    return true;
+        drop_unused();
+    });
 }
 
 void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
@@ -54,7 +54,7 @@ void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos
         });
     }
     if (n_rest > n_free) {
-        xkv_throw(XKV_STATUS_NO_MEMORY, "what remains of the cut chunks is %u tokens, the window has room for %u", n_rest, n_free);
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "what remains of the cut chunks is %u tokens, the window has room for %u", n_rest, n_free);
     }
 }
 
@@ -78,7 +78,7 @@ void llama_kv_cache_xkv::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos
     }
 }
 
-void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept {
     xkv_normalize(p0, p1);
 
     const llama_seq_id n_seq = n_seq_max;
@@ -94,31 +94,13 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     const uint32_t s1 = get_stream(seq_id_dst);
 
     if (s0 == s1) {
-        get_window()->seq_cp(seq_id_src, seq_id_dst, p0, p1);
-        for (uint32_t ic : tables[s0].find(seq_id_src, p0, p1)) {
-            const auto & chunk = tables[s0][ic];
-            if (chunk.seqs.test(seq_id_dst)) {
-                continue;
-            }
-            if (chunk.pos >= p0 && chunk.end() <= p1) {
-                tables[s0].seq_add(ic, seq_id_dst);
-                continue;
-            }
-            try {
-                get_window()->seq_rm(seq_id_dst, std::max(p0, chunk.pos), std::min(p1, chunk.end())); // of an earlier copy
-                flow->restore(lctx, s0, ic, seq_id_dst, p0, p1);
-            } catch (const std::exception & err) {
-                broken = true;
-                refuse("seq_cp of sequence %d to %d: %s", seq_id_src, seq_id_dst, err.what());
-                return;
-            }
-        }
+        guard("seq_cp", true, [&] { seq_cp_in_stream(seq_id_src, seq_id_dst, p0, p1); });
         return;
     }
 
     // sequences that have streams of their own are copied whole
     if (seq_pos_max(seq_id_src) < 0) {
-        seq_rm_one(seq_id_dst, 0, std::numeric_limits<llama_pos>::max());
+        guard("seq_cp", true, [&] { seq_rm_one(seq_id_dst, 0, std::numeric_limits<llama_pos>::max()); });
         return;
     }
     if (p0 > seq_pos_min(seq_id_src) || p1 <= seq_pos_max(seq_id_src)) {
@@ -127,23 +109,45 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
                p0, p1, seq_id_src, seq_id_dst);
         return;
     }
-    window->copy(lctx, seq_id_src, seq_id_dst);
-    tables[s1].copy(tables[s0], seq_id_dst);
-    flow->copy(s0, s1);
+    guard("seq_cp", true, [&] {
+        window->copy(lctx, seq_id_src, seq_id_dst);
+        tables[s1].copy(tables[s0], seq_id_dst);
+        flow->copy(s0, s1);
+    });
 }
 
-void llama_kv_cache_xkv::seq_keep(llama_seq_id seq_id) {
+void llama_kv_cache_xkv::seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    auto & table = tables[get_stream(seq_id_src)];
+
+    get_window()->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    for (uint32_t ic : table.find(seq_id_src, p0, p1)) {
+        const auto & chunk = table[ic];
+        if (chunk.seqs.test(seq_id_dst)) {
+            continue;
+        }
+        if (chunk.pos >= p0 && chunk.end() <= p1) {
+            table.seq_add(ic, seq_id_dst);
+            continue;
+        }
+        get_window()->seq_rm(seq_id_dst, std::max(p0, chunk.pos), std::min(p1, chunk.end())); // of an earlier copy
+        flow->restore(lctx, get_stream(seq_id_src), ic, seq_id_dst, p0, p1);
+    }
+}
+
+void llama_kv_cache_xkv::seq_keep(llama_seq_id seq_id) noexcept {
     if (seq_id < 0 || seq_id >= (llama_seq_id) n_seq_max) {
         broken = true;
         refuse("seq_keep of sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
         return;
     }
-    get_window()->seq_keep(seq_id);
-    tables[get_stream(seq_id)].seq_keep(seq_id);
-    drop_unused();
+    guard("seq_keep", true, [&] {
+        get_window()->seq_keep(seq_id);
+        tables[get_stream(seq_id)].seq_keep(seq_id);
+        drop_unused();
+    });
 }
 
-void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept {
     if (shift == 0) {
         return;
     }
@@ -152,7 +156,7 @@ void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
            seq_id, p0, p1, shift);
 }
 
-void llama_kv_cache_xkv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+void llama_kv_cache_xkv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) noexcept {
     if (d == 1) {
         return;
     }
@@ -161,13 +165,19 @@ void llama_kv_cache_xkv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
            seq_id, p0, p1, d);
 }
 
-llama_pos llama_kv_cache_xkv::seq_pos_min(llama_seq_id seq_id) const {
+llama_pos llama_kv_cache_xkv::seq_pos_min(llama_seq_id seq_id) const noexcept {
+    if (seq_id < 0 || seq_id >= (llama_seq_id) n_seq_max) {
+        return -1;
+    }
     const llama_pos exact  = get_window()->seq_pos_min(seq_id);
     const llama_pos stored = tables[get_stream(seq_id)].pos_min(seq_id);
     return exact < 0 ? stored : stored < 0 ? exact : std::min(exact, stored);
 }
 
-llama_pos llama_kv_cache_xkv::seq_pos_max(llama_seq_id seq_id) const {
+llama_pos llama_kv_cache_xkv::seq_pos_max(llama_seq_id seq_id) const noexcept {
+    if (seq_id < 0 || seq_id >= (llama_seq_id) n_seq_max) {
+        return -1;
+    }
     return std::max(get_window()->seq_pos_max(seq_id), tables[get_stream(seq_id)].pos_max(seq_id));
 }
 

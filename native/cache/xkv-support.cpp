@@ -3,6 +3,16 @@
 #include "llama-arch.h"
 #include "llama-model.h"
 
+std::vector<uint32_t> xkv_kv_layers(const llama_model & model) {
+    std::vector<uint32_t> res;
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        if (model.hparams.has_kv(il) && model.hparams.n_head_kv(il) > 0) {
+            res.push_back(il);
+        }
+    }
+    return res;
+}
+
 std::string xkv_unsupported_reason(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -43,13 +53,14 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     if (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
         return because("caps its attention scores");
     }
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!hparams.has_kv(il)) {
-            return because("has layers without a KV cache of their own");
-        }
+    const auto layers = xkv_kv_layers(model);
+    if (layers.size() != hparams.n_layer()) {
+        return because("has layers without a KV cache of their own");
     }
-    if (hparams.is_n_embd_k_gqa_variable() || hparams.is_n_embd_v_gqa_variable()) {
-        return because("has KV heads that differ from layer to layer");
+    for (uint32_t il : layers) {
+        if (hparams.n_embd_k_gqa(il) != hparams.n_embd_k_gqa(layers[0]) || hparams.n_embd_v_gqa(il) != hparams.n_embd_v_gqa(layers[0])) {
+            return because("has KV heads that differ from layer to layer");
+        }
     }
     return "";
 }

@@ -1,4 +1,4 @@
-# Tests of parts that need no model: `cmake --build build/<tag> --target xkv-tests`, run by tests/native/test_programs.py.
+# Tests of parts: `cmake --build build/<tag> --target xkv-tests`, run by tests/native/test_programs.py.
 
 add_custom_target(xkv-tests)
 
@@ -15,6 +15,9 @@ xkv_add_test(xkv-test-select
     "${PROJECT_SOURCE_DIR}/tests/native/select.cpp"
     "${PROJECT_SOURCE_DIR}/native/flow/xkv-select.cpp"
     "${PROJECT_SOURCE_DIR}/native/window/xkv-chunks.cpp")
+
+xkv_add_test(xkv-test-layers "${PROJECT_SOURCE_DIR}/tests/native/layers.cpp")
+target_link_libraries(xkv-test-layers PRIVATE llama)
 
 # the op of the CPU backend against a plain reference, and its time beside flash attention
 set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")

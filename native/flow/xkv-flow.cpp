@@ -11,6 +11,16 @@
 
 #include <algorithm>
 
+// what f throws may leave the store half changed
+template <typename F> static void xkv_change(const char * what, F && f) {
+    try {
+        f();
+    } catch (...) {
+        const auto failure = xkv_caught();
+        throw xkv_flow_error(failure.status, std::string(what) + ": " + failure.text);
+    }
+}
+
 xkv_flow::xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables) :
     setup(setup), store(store), window(window), tables(tables), flush(setup, store, window) {
     if (setup.config.online) {
@@ -28,7 +38,7 @@ void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
         return;
     }
     make_room(lctx, stream, jobs);
-    adapt(lctx, stream, jobs);
+    xkv_change("an update of the bases", [&] { adapt(lctx, stream, jobs); });
     flush.compress(lctx, stream, jobs);
     commit(stream, jobs);
     xkv_trim();
@@ -62,11 +72,7 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
         xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), n_used, table.size());
     }
     if (stage != store.stage()) {
-        if (n_used == 0) {
-            restart(stage);
-        } else {
-            enter_stage(lctx, stream, stage, jobs);
-        }
+        xkv_change("a change of stage", [&] { n_used == 0 ? restart(stage) : enter_stage(lctx, stream, stage, jobs); });
     }
     const auto free = table.free(jobs.size());
     for (size_t i = 0; i < jobs.size(); ++i) {
@@ -77,39 +83,30 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
     auto next = store.begin(stage, tables[stream].n_slot());
 
-    try {
+    if (online) {
+        online->begin_stage(stream, jobs);
+    }
+    for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
+        store.begin_group(next, ig);
         if (online) {
-            online->begin_stage(stream, jobs);
+            online->enter_stage(lctx, stream, jobs, next, ig);
         }
-        for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
-            store.begin_group(next, ig);
-            if (online) {
-                online->enter_stage(lctx, stream, jobs, next, ig);
+        for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+            if (!online) {
+                const uint32_t rank = next.groups[ig].rank[kd];
+                const auto     turn = store.plain() ? xkv_turn_all(setup.sidecar.basis(ig, kd, rank), rank, store.groups()[ig].dim[kd]) : xkv_turn();
+                xkv_carry_over(store, kd, ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
             }
-            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-                if (!online) {
-                    const uint32_t rank = next.groups[ig].rank[kd];
-                    const auto     turn = store.plain() ? xkv_turn_all(setup.sidecar.basis(ig, kd, rank), rank, store.groups()[ig].dim[kd]) : xkv_turn();
-                    xkv_carry_over(store, kd, ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
-                }
-            }
-            store.end_group(next, ig);
-            xkv_trim();
         }
-    } catch (const std::exception & err) {
-        throw xkv_flow_error(XKV_STATUS_INTERNAL, err.what());
+        store.end_group(next, ig);
+        xkv_trim();
     }
     store.commit(std::move(next));
 }
 
 void xkv_flow::adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs) {
-    if (!online) {
-        return;
-    }
-    try {
+    if (online) {
         online->observe(lctx, stream, jobs);
-    } catch (const std::exception & err) {
-        throw xkv_flow_error(XKV_STATUS_INTERNAL, err.what());
     }
 }
 

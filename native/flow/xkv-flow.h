@@ -14,7 +14,7 @@
 
 class xkv_online_bases;
 
-// bases and coefficients may not belong together any more
+// the store may be half changed: bases and coefficients may not belong together any more
 struct xkv_flow_error : xkv_error {
     using xkv_error::xkv_error;
 };

@@ -1,6 +1,5 @@
 #include "flow/xkv-online.h"
 
-#include "base/xkv-codec.h"
 #include "base/xkv-lapack.h"
 #include "base/xkv-parallel.h"
 #include "format/xkv-sidecar.h"
@@ -60,7 +59,7 @@ float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, con
 xkv_floats xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
     xkv_floats res;
     for (const auto & seg : groups[pr.ig].segments[pr.kd]) {
-        res.insert(res.end(), seg.rank, 1.0f - xkv_noise(seg.type));
+        res.insert(res.end(), seg.rank, 1.0f - seg.noise);
     }
     return res;
 }

@@ -11,6 +11,9 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <numeric>
+
+#include <sys/stat.h>
 
 static const uint32_t XKV_FORMAT_VERSION = 4;
 
@@ -56,31 +59,43 @@ static xkv_floats xkv_get_scales(const xkv_sidecar & sc, const gguf_context * ct
     return xkv_floats(data, data + n_layer);
 }
 
-// groups cover the layers in their order
+std::vector<std::vector<uint32_t>> xkv_layer_lists(const uint32_t * layers, const uint32_t * count, uint32_t n_group) {
+    std::vector<std::vector<uint32_t>> res;
+    for (uint32_t g = 0; g < n_group; ++g) {
+        res.emplace_back(layers, layers + count[g]);
+        layers += count[g];
+    }
+    return res;
+}
+
 void xkv_sidecar::fill_groups(const std::string & what) {
     const size_t n_layer = std::min(n_embd[K].size(), n_embd[V].size());
 
-    uint32_t next = 0;
+    std::vector<bool> seen(n_layer, false);
     for (size_t g = 0; g < groups.size(); ++g) {
-        if (first[g] != next || count[g] == 0 || (uint64_t) first[g] + count[g] > n_layer) {
-            xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu holds layers %u + %u, expected to start at layer %u and end within %zu layers",
-                      what.c_str(), g, first[g], count[g], next, n_layer);
+        auto & gr = groups[g];
+        if (gr.layers.empty()) {
+            xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has no layers, expected at least one", what.c_str(), g);
         }
-        next = first[g] + count[g];
-        groups[g] = {};
-        for (uint32_t il = first[g]; il < next; ++il) {
-            groups[g].layers.push_back(il);
-            groups[g].dim[K] += n_embd[K][il];
-            groups[g].dim[V] += n_embd[V][il];
+        gr.dim[K] = 0;
+        gr.dim[V] = 0;
+        for (size_t i = 0; i < gr.layers.size(); ++i) {
+            const uint32_t il = gr.layers[i];
+            if (il >= n_layer || seen[il] || (i > 0 && il < gr.layers[i - 1])) {
+                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, expected ascending ones below %zu, each in one group", what.c_str(), g, il, n_layer);
+            }
+            seen[il] = true;
+            gr.dim[K] += n_embd[K][il];
+            gr.dim[V] += n_embd[V][il];
         }
-    }
-    if (next != n_embd[K].size() || next != n_embd[V].size()) {
-        xkv_throw(XKV_STATUS_FORMAT, "%s: groups cover %u layers, expected %zu", what.c_str(), next, n_embd[K].size());
     }
 }
 
-xkv_sidecar::xkv_sidecar(std::vector<uint32_t> first_, std::vector<uint32_t> count_, uint32_t frame) :
-    frame(frame), groups(first_.size()), first(std::move(first_)), count(std::move(count_)) {}
+xkv_sidecar::xkv_sidecar(const std::vector<std::vector<uint32_t>> & layers, uint32_t frame) : frame(frame) {
+    for (const auto & list : layers) {
+        groups.push_back({ list, { 0, 0 } });
+    }
+}
 
 void xkv_sidecar::set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v) {
     n_embd[K] = std::move(n_embd_k);
@@ -97,8 +112,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     } else {
         xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot be opened", path.c_str());
     }
-    fseek(file.get(), 0, SEEK_END);
-    const uint64_t size = (uint64_t) ftell(file.get());
+    opened = look();
+    const uint64_t size = opened.n_byte;
 
     gguf_context_ptr ctx(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
     if (!ctx) {
@@ -125,14 +140,22 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
     }
 
-    first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
-    count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
+    const auto first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
+    const auto count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
 
     if (first.empty() || count.size() != first.size()) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu and %zu entries, expected equal lengths", path.c_str(),
                   first.size(), count.size());
     }
-    groups.resize(first.size());
+    for (size_t g = 0; g < first.size(); ++g) {
+        if ((uint64_t) first[g] + count[g] > n_embd[K].size()) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group %zu holds layers %u + %u, expected to end within %zu layers", path.c_str(), g,
+                      first[g], count[g], n_embd[K].size());
+        }
+        std::vector<uint32_t> layers(count[g]);
+        std::iota(layers.begin(), layers.end(), first[g]);
+        groups.push_back({ layers, { 0, 0 } });
+    }
     fill_groups("sidecar " + path);
 
     // n_row 0: a basis, of up to dim directions
@@ -173,6 +196,20 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     }
 }
 
+xkv_sidecar::stamp xkv_sidecar::look() const {
+    struct stat st = {};
+    if (fstat(fileno(file.get()), &st) != 0) {
+        xkv_throw(XKV_STATUS_IO, "sidecar %s: its size cannot be read", path.c_str());
+    }
+#if defined(__APPLE__)
+    return { (int64_t) st.st_size, (int64_t) st.st_mtimespec.tv_sec, (int64_t) st.st_mtimespec.tv_nsec };
+#elif defined(_WIN32)
+    return { (int64_t) st.st_size, (int64_t) st.st_mtime, 0 };
+#else
+    return { (int64_t) st.st_size, (int64_t) st.st_mtim.tv_sec, (int64_t) st.st_mtim.tv_nsec };
+#endif
+}
+
 xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
     xkv_floats       res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
@@ -182,6 +219,10 @@ xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const
     void *         dst  = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
     {
         std::lock_guard<std::mutex> lock(file_mutex);
+        // bases of another conversion would go unnoticed
+        if (!(look() == opened)) {
+            xkv_throw(XKV_STATUS_IO, "sidecar %s: it was written to while it is in use; open the model again", path.c_str());
+        }
         if (fseek(file.get(), (long) at, SEEK_SET) != 0 || fread(dst, size, n, file.get()) != n) {
             xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n, (unsigned long long) at);
         }

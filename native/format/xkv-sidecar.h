@@ -25,8 +25,8 @@ public:
     // throws xkv_error
     explicit xkv_sidecar(const std::string & path);
 
-    // no calibration; the groups' layers and dimensions are set by the model later
-    xkv_sidecar(std::vector<uint32_t> first, std::vector<uint32_t> count, uint32_t frame);
+    // no calibration: layers of each group, whose dimensions are set by the model later
+    xkv_sidecar(const std::vector<std::vector<uint32_t>> & layers, uint32_t frame);
 
     // without calibration: numbers per token of K and V for each layer; throws xkv_error when the groups don't fit
     void set_embd(std::vector<uint32_t> n_embd_k, std::vector<uint32_t> n_embd_v);
@@ -45,15 +45,12 @@ public:
     const std::string path;
 
     uint32_t              frame = 0; // chunk length in tokens
-    std::vector<uint32_t> n_embd[2];  // per layer: numbers per token of K and V
+    std::vector<uint32_t> n_embd[2];  // per layer of the model: numbers per token of K and V
     xkv_floats    scale[2];   // per layer: what K and V are multiplied by, so that errors weigh the same
     std::vector<group>    groups;
 
 private:
-    // layers of each group, as they are written: first one and how many
-    std::vector<uint32_t> first;
-    std::vector<uint32_t> count;
-
+    // checks the groups' layers, and adds up their dimensions
     void fill_groups(const std::string & what);
 
     struct tensor {
@@ -66,9 +63,26 @@ private:
     std::vector<tensor> means[2];
     std::vector<tensor> spectra[2];
 
-    std::shared_ptr<FILE> file;
+    // what tells that a file was written to
+    struct stamp {
+        int64_t n_byte;
+        int64_t seconds;
+        int64_t nanoseconds;
+
+        bool operator==(const stamp & other) const {
+            return n_byte == other.n_byte && seconds == other.seconds && nanoseconds == other.nanoseconds;
+        }
+    };
+
+    std::shared_ptr<FILE> file; // its position belongs to whoever holds the mutex
+    stamp                 opened = {};
     mutable std::mutex    file_mutex;
+
+    stamp look() const;
 
     // n numbers of a tensor from one on; from any thread
     xkv_floats read(const tensor & t, uint64_t n, uint64_t first = 0) const;
 };
+
+// count[g] layers for each of n_group groups, as the C API has them
+std::vector<std::vector<uint32_t>> xkv_layer_lists(const uint32_t * layers, const uint32_t * count, uint32_t n_group);

@@ -44,6 +44,7 @@ struct xkv_segment {
     uint32_t rank; // a multiple of 32 and, for K, of the type's block; the last of a group and kind may end at its dimension
     int32_t  type; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0, Q2_0, Q1_0
     int32_t  type_basis; // ggml_type of the directions themselves: F32, F16, Q8_0, Q5_0, Q4_0
+    float    noise; // of type: mean squared error over variance of what is stored, 0 to 1
 };
 
 // A division of the same bytes for at most n_slot tokens: they get more directions and bits than those of a full store.
@@ -52,14 +53,15 @@ struct xkv_stage {
     const struct xkv_segment * segments; // NULL, for the first stage only: K and V as they are, in heads of multiples of 32
     uint32_t                   n_segment;
     int32_t                    type; // ggml_type of K and V without segments: F32, F16, Q8_0
+    float                      noise; // of type
 };
 
 // How the next llama_context of this thread keeps its KV cache. Sizes are in tokens. The context's type_k and type_v are
 // those of the window: F16, F32 or Q8_0.
 struct xkv_params {
     const char *               sidecar;    // path of the sidecar GGUF file; NULL: no calibration, bases are learnt from the first tokens
-    const uint32_t *           first;      // [n_group] without a sidecar: first layer and number of layers of each group
-    const uint32_t *           count;
+    const uint32_t *           layers;     // without a sidecar: layers of the model, ascending in a group, group by group
+    const uint32_t *           count;      // [n_group] layers of each group
     uint32_t                   n_group;
     uint32_t                   frame;      // without a sidecar: chunk length
     const struct xkv_segment * segments;   // by group, K before V, then by descending variance
@@ -76,6 +78,9 @@ struct xkv_params {
     float                      tolerance;  // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
                                            // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
     int32_t                    n_lead;     // a multiple of 32
+    uint32_t                   n_keep;     // of a stream: cells of the window that tokens stay in, of all its sequences
+    uint32_t                   n_cell;     // of a stream: those, and the ones through which a micro-batch passes
+    uint32_t                   n_slot;     // of a stream: tokens that the store has room for, a multiple of 256
 };
 
 // How the bases of a stream followed its tokens.
@@ -94,6 +99,7 @@ struct xkv_report_part {
 
 // What the cache of one layer looks like, for calibration and for predicting sizes.
 struct xkv_layer_info {
+    uint32_t il;       // of the model
     uint32_t n_embd_k; // K numbers per token: n_head_kv * n_embd_head_k
     uint32_t n_embd_v; // V numbers per token
 };
@@ -109,7 +115,8 @@ const char * xkv_last_error(void);
 // 0 when the model can be used with xkv, else XKV_STATUS_UNSUPPORTED with the reason
 int xkv_model_check(const struct llama_model * model);
 
-// fills layers[0 .. *n_layer - 1]; *n_layer is the room on entry and the number of layers on return
+// the layers that keep K and V of their own: fills layers[0 .. *n_layer - 1]; *n_layer is the room on entry and their number
+// on return
 int xkv_model_layers(const struct llama_model * model, struct xkv_layer_info * layers, uint32_t * n_layer);
 
 // between begin and end, a llama_context that this thread creates keeps its KV cache as xkv
@@ -131,12 +138,14 @@ int xkv_seq_tokens(const struct llama_context * ctx, int32_t seq_id, uint32_t * 
 // of the stream that holds the sequence
 int xkv_online(const struct llama_context * ctx, int32_t seq_id, struct xkv_online_info * info);
 
-// the text of the operation that an xkv context refused since the last call, "" when there was none
-const char * xkv_context_refusal(struct llama_context * ctx);
+// The status of the operation that an xkv context refused or that failed since the last call, with its text in
+// xkv_last_error(); OK when there was none. Where the cache cannot be used until it is cleared, it is returned until then.
+int xkv_context_refusal(struct llama_context * ctx);
 
 // Calibration: Gram matrices of chunk-frame K and of V, per group of layers, taken from a plain f16 or f32 cache.
-// Group g holds the layers first[g] .. first[g] + count[g] - 1. Tokens at positions below n_sink are left out.
-int  xkv_capture_new(struct llama_context * ctx, const uint32_t * first, const uint32_t * count, uint32_t n_group,
+// layers: of the model, ascending in a group, group by group; count [n_group] is how many each group has. Tokens at positions
+// below n_sink are left out.
+int  xkv_capture_new(struct llama_context * ctx, const uint32_t * layers, const uint32_t * count, uint32_t n_group,
                      uint32_t frame, uint32_t n_sink, struct xkv_capture ** capture);
 void xkv_capture_free(struct xkv_capture * capture);
 

@@ -16,6 +16,7 @@ struct xkv_config {
         uint32_t  rank;
         ggml_type type;
         ggml_type type_basis;
+        float     noise; // of type: mean squared error over variance
     };
 
     // A division of the store's bytes while at most n_slot tokens are stored: the fewer tokens, the more bits each.
@@ -24,7 +25,9 @@ struct xkv_config {
 
         std::vector<std::vector<segment>> segments[2]; // per kind and group, by descending variance
 
-        ggml_type type = GGML_TYPE_COUNT; // without segments: of K and V as they are
+        // without segments: of K and V as they are
+        ggml_type type  = GGML_TYPE_COUNT;
+        float     noise = 0.0f;
 
         bool plain() const { return segments[0].empty(); }
     };
@@ -38,6 +41,11 @@ struct xkv_config {
     bool      fused;
     float     tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
     uint32_t  n_lead;    // directions of K and V
+
+    // of a stream, for all its sequences
+    uint32_t n_keep; // cells of the window that tokens stay in
+    uint32_t n_cell; // those, and the ones through which a micro-batch passes
+    uint32_t n_slot; // tokens that the store has room for
 
     std::vector<stage> stages; // by ascending n_slot; the last one's is the store's
 };

@@ -38,20 +38,20 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage, uint32_t n_used) const 
 
         group gr = { sg.layers, { sg.dim[0], sg.dim[1] }, { 0, 0 }, {}, can_pack(sg.layers), nullptr };
         for (auto kd : { kind::K, kind::V }) {
-            const auto add = [&](ggml_type type, ggml_type type_basis, uint32_t rank, uint32_t n_head) {
-                gr.segments[kd].push_back({ type, type_basis, gr.rank[kd], rank, nullptr, 0, gr.pack ? n_head : 1 });
+            const auto add = [&](ggml_type type, ggml_type type_basis, float noise, uint32_t rank, uint32_t n_head) {
+                gr.segments[kd].push_back({ type, type_basis, noise, gr.rank[kd], rank, nullptr, 0, gr.pack ? n_head : 1 });
                 gr.rank[kd] += rank;
             };
             if (plain) {
                 for (uint32_t il : gr.layers) {
-                    add(stages[stage].type, GGML_TYPE_COUNT, sidecar.n_embd[kd][il], model.hparams.n_head_kv(il));
+                    add(stages[stage].type, GGML_TYPE_COUNT, stages[stage].noise, sidecar.n_embd[kd][il], model.hparams.n_head_kv(il));
                 }
                 continue;
             }
             for (const auto & seg : stages[stage].segments[kd][ig]) {
                 // rows of K, and of the bases of V, are whole blocks
                 const uint32_t block = std::max(kd == kind::K ? xkv_block_size(seg.type) : 1, 32u);
-                add(seg.type, seg.type_basis, GGML_PAD(seg.rank, block), 1);
+                add(seg.type, seg.type_basis, seg.noise, GGML_PAD(seg.rank, block), 1);
             }
         }
         const size_t n_tensor = 1 + (1 + gr.layers.size())*(gr.segments[kind::K].size() + gr.segments[kind::V].size());

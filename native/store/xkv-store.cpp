@@ -60,9 +60,8 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
     return res;
 }
 
-xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot,
-                     uint32_t n_stream, bool offload) :
-    n_chunk(sidecar.frame), n_slot(n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), fused(config.fused), stages(config.stages),
+xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_stream, bool offload) :
+    n_chunk(sidecar.frame), n_slot(config.n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), fused(config.fused), stages(config.stages),
     own(n_stream) {
     const auto & hparams = model.hparams;
 

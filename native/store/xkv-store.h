@@ -39,6 +39,7 @@ public:
     struct segment {
         ggml_type type;
         ggml_type type_basis; // GGML_TYPE_COUNT in a plain store
+        float     noise;      // of type
         uint32_t  first; // direction
         uint32_t  rank;  // padded to whole blocks; directions beyond the plan are zero
 
@@ -89,8 +90,7 @@ public:
     };
 
     // starts in the last stage; throws xkv_error
-    xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_slot, uint32_t n_stream,
-              bool offload);
+    xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_stream, bool offload);
 
     const std::vector<group> & groups() const { return now.groups; }
 

@@ -61,7 +61,7 @@ std::vector<uint32_t> xkv_window::free_cells(uint32_t stream, size_t n) const {
         }
     }
     if (res.size() < n) {
-        xkv_throw(XKV_STATUS_NO_MEMORY, "the window of %u tokens has no room for the rest of a cut chunk", size());
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "the window of %u tokens has no room for the rest of a cut chunk", size());
     }
     return res;
 }

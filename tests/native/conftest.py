@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from .tiny_models import MODELS, N_LAYER, N_VOCAB, REFUSED, write_model
 
 @dataclass(frozen=True)
 class Tiny:
-    """A loaded tiny model: its llama_model, its tensors, and a maker of sidecars."""
+    """A loaded tiny model: its file, its llama_model, its tensors, and a maker of sidecars."""
 
+    path: Path
     model: Any
     tensors: dict[str, np.ndarray]
     bases: Callable[..., Bases]
@@ -43,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], T
                     written[key] = write_random(side, N_LAYER, (kind.embd_k, kind.embd_v), group_size, frame)
                 return written[key]
 
-            opened[name] = Tiny(open_model(path), tensors, bases)
+            opened[name] = Tiny(path, open_model(path), tensors, bases)
         return opened[name]
 
     yield get

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xkv_gguf.plan.sizes import SLOT_PAD, CacheLayout
 from xkv_gguf.runtime import loader, log, native
+from xkv_gguf.sidecar.read import read_sidecar
 
 F32 = Any  # array of float32
 
@@ -81,6 +83,15 @@ class Context:
         return ok
 
 
+def places(params: native.ScopeParams, n_ctx: int, n_ubatch: int, n_seq: int) -> dict[str, int]:
+    """Sizes of window and store for a stream of `n_seq` sequences that holds `n_ctx` tokens."""
+    frame = read_sidecar(params.sidecar).info.frame if params.sidecar else params.frame
+    one = CacheLayout(n_ctx, params.n_sink, params.n_window, n_ubatch, frame, n_text_sink=params.n_text_sink)
+    more = (n_seq - 1) * one.n_cell
+    n_slot = one.n_slot + -(-(n_seq - 1) * frame // SLOT_PAD) * SLOT_PAD
+    return {"n_keep": one.n_cell + more, "n_cell": one.n_cell + one.n_transit + more, "n_slot": n_slot}
+
+
 @contextlib.contextmanager
 def open_context(
     model: Any,
@@ -112,6 +123,9 @@ def open_context(
     if on_node:
         callback = lib.ggml_backend_sched_eval_callback(lambda *_: bool(on_node()))  # lives as long as the context
         params.cb_eval = callback
+    if xkv:
+        n_seq = n_seq_max if unified else 1
+        xkv = replace(xkv, **places(xkv, n_ctx * n_seq // n_seq_max, n_ubatch, n_seq))
     with native.scope(xkv) if xkv else contextlib.nullcontext():
         ptr = lib.llama_init_from_model(model, params)
     assert ptr, native.last_error()

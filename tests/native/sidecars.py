@@ -14,6 +14,8 @@ from xkv_gguf.sidecar.write import write_sidecar
 
 N_SINK = 4
 N_WINDOW = 40
+# for scopes that no context is made in: a context's are `harness.places`
+PLACES = {"n_keep": 256, "n_cell": 512, "n_slot": 1024}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Bases:
         return ScopeParams(
             segments=tuple(segments),
             sidecar=str(self.path) if calibrated else None,
+            **PLACES,
             n_sink=N_SINK,
             n_text_sink=n_text_sink,
             n_window=N_WINDOW,
@@ -60,8 +63,9 @@ class Bases:
             online=online,
             n_prior=n_prior,
             fused=fused,
-            first=() if calibrated else self.first,
-            count=() if calibrated else self.count,
+            layers=()
+            if calibrated
+            else tuple(tuple(range(f, f + c)) for f, c in zip(self.first, self.count, strict=True)),
             frame=0 if calibrated else self.frame,
         )
 

@@ -26,7 +26,7 @@ def grams(name: str, frame: int, tiny: Callable[[str], Tiny], tokens: list[int])
     with open_context(tiny(name).model, flash_attn=False) as ctx:
         ctx.feed(tokens[:400], 64)
         engine = SimpleNamespace(context_pointer=ctx.ptr)
-        with Capture(engine, range(N_LAYER), [1] * N_LAYER, dims, frame, N_SINK) as capture:
+        with Capture(engine, [[layer] for layer in range(N_LAYER)], dims, frame, N_SINK) as capture:
             capture.add(0)
             sums = [capture.read(il, "k") for il in range(N_LAYER)]
     assert {one.n_tokens for one in sums} == {400 - N_SINK}
@@ -64,7 +64,7 @@ def test_what_is_taken_out_can_be_put_back(name: str, tiny: Callable[[str], Tiny
     with open_context(tiny(name).model, exact=False) as ctx:
         ctx.feed(tokens[:300], 64)
         engine = SimpleNamespace(context_pointer=ctx.ptr)
-        with Capture(engine, [0, 1], [1, 2], dims, 32, N_SINK) as capture:
+        with Capture(engine, [[0], [1, 2]], dims, 32, N_SINK) as capture:
             capture.add(0)
             before = ctx.decode((0, tokens[300:310]))
             ctx.seq_rm(0, 300)

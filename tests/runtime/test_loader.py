@@ -118,6 +118,27 @@ def test_llama_cpp_imported_first_on_our_library(run: Run) -> None:
     assert lines == [str(loader.LIB_DIR)]
 
 
+def test_after_a_failed_import_of_llama_cpp(run: Run) -> None:
+    """As in a notebook whose first cell had the wrong order, where llama-cpp-python has no library of its own."""
+    lines = run(
+        "try:\n    import llama_cpp\nexcept (OSError, RuntimeError) as error:\n    print(type(error).__name__)\n"
+        "from xkv_gguf.runtime import loader; print(loader.load().path.parent)"
+    )
+    assert lines[-1] == str(loader.LIB_DIR)
+
+
+def test_imports_in_several_threads(run: Run) -> None:
+    lines = run(
+        "import threading\nfound = []\n"
+        "def load():\n    from xkv_gguf import Llama\n    found.append(Llama)\n"
+        "threads = [threading.Thread(target=load) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "import os; print(len(found), len(set(found)), 'LLAMA_CPP_LIB_PATH' in os.environ)"
+    )
+    assert lines == ["4 1 False"]
+
+
 def test_compiled_llama_cpp_python_is_harmless(run: Run, other_lib: Path, tmp_path: Path) -> None:
     spec = find_spec("llama_cpp")
     assert spec is not None and spec.origin is not None

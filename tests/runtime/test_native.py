@@ -74,7 +74,16 @@ SEGMENTS = (Segment(0, "k", 64, "q8_0"), Segment(0, "k", 96, "q4_0", "q5_0"), Se
 
 
 def scope_params(**changes: Any) -> native.ScopeParams:
-    return native.ScopeParams(**{"segments": SEGMENTS, "sidecar": "no/such/file.xkv.gguf", **changes})
+    return native.ScopeParams(
+        **{
+            "segments": SEGMENTS,
+            "sidecar": "no/such/file.xkv.gguf",
+            "n_keep": 128,
+            "n_cell": 640,
+            "n_slot": 512,
+            **changes,
+        }
+    )
 
 
 class Recorder:
@@ -90,10 +99,13 @@ class Recorder:
         self.calls.append(
             {
                 "sidecar": None if p.sidecar == self.ffi.NULL else self.ffi.string(p.sidecar).decode(),
-                "layers": [(p.first[i], p.count[i]) for i in range(p.n_group)],
+                "layers": [p.layers[i] for i in range(sum(p.count[g] for g in range(p.n_group)))],
+                "count": [p.count[g] for g in range(p.n_group)],
                 "segments": [
-                    (s.group, s.kind, s.rank, s.type, s.type_basis) for s in (p.segments[i] for i in range(p.n_segment))
+                    (s.group, s.kind, s.rank, s.type, s.type_basis, s.noise)
+                    for s in (p.segments[i] for i in range(p.n_segment))
                 ],
+                "places": (p.n_keep, p.n_cell, p.n_slot),
                 **{name: getattr(p, name) for name in ("frame", "n_sink", "n_text_sink", "n_window", "n_absorb")},
                 **{name: getattr(p, name) for name in ("online", "n_prior", "fused")},
             }
@@ -111,14 +123,23 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     off = {"online": False, "fused": False}
     with native.scope(scope_params(sidecar="Zoë.gguf", n_text_sink=5, n_window=48, n_prior=7, **off)):
         assert library.n_end == 0
-    with native.scope(scope_params(sidecar=None, first=(0, 2), count=(2, 1), frame=128)):
+    with native.scope(scope_params(sidecar=None, layers=((0, 3), (2,)), frame=128)):
         pass
     assert library.n_end == 2
     given, alone = library.calls
     assert given == {
         "sidecar": "Zoë.gguf",
         "layers": [],
-        "segments": [(0, 0, 64, 8, 8), (0, 0, 96, 2, 6), (0, 1, 32, 41, 8)],
+        "count": [],
+        "segments": [
+            (group, kind, rank, *types, pytest.approx(TYPES[name].noise))
+            for name, (group, kind, rank, *types) in {
+                "q8_0": (0, 0, 64, 8, 8),
+                "q4_0": (0, 0, 96, 2, 6),
+                "q1_0": (0, 1, 32, 41, 8),
+            }.items()
+        ],
+        "places": (128, 640, 512),
         "frame": 0,
         "n_sink": 4,
         "n_text_sink": 5,
@@ -128,7 +149,8 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         "n_prior": 7,
         "fused": 0,
     }
-    assert (alone["sidecar"], alone["layers"], alone["frame"], alone["online"]) == (None, [(0, 2), (2, 1)], 128, 1)
+    assert (alone["sidecar"], alone["layers"], alone["count"]) == (None, [0, 3, 2], [2, 1])
+    assert (alone["frame"], alone["online"]) == (128, 1)
 
 
 def test_the_library_checks_for_itself(sidecar: Path) -> None:
@@ -142,6 +164,8 @@ def test_the_library_checks_for_itself(sidecar: Path) -> None:
         {"n_text_sink": -1},
         {"n_absorb": -1},
         {"n_prior": -1},
+        {"n_slot": 0},
+        {"n_slot": 100},
         {"segments": ()},
         {"segments": segments[1:]},
         {"segments": (Segment(0, "k", 0, "q8_0"), *segments[1:])},

@@ -38,6 +38,11 @@ def format_table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     ]
 
 
+def clean_text(text: str) -> str:
+    """Text from the command line, where bytes that are no UTF-8 became surrogates: they are replaced by U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def closest(name: object, known: Iterable[str]) -> str:
     """A hint for a misspelt name: ", did you mean ..." or ""."""
     found = difflib.get_close_matches(str(name), list(known), n=1)

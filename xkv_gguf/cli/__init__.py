@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status: 0, 1 after an error (one line on standard error), 130 after Ctrl-C.
     """
+    _take_any_text()
     try:
         args, unknown = build_parser(sys.argv[1:] if argv is None else argv).parse_known_args(argv)
         if unknown:
@@ -72,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return EXIT_INTERRUPT
     return status
+
+
+def _take_any_text() -> None:
+    """Replace what is no text in the stream's encoding, or cannot be shown in it: a lost letter, not a lost chat."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def build_parser(argv: Sequence[str]) -> Parser:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..base.files import read_text
+from ..base.text import clean_text
 from ..errors import OptionError, XkvError
 from ._answer import Answer, add_model_arguments, answer_chat, open_llama, sampling, write
 
@@ -35,7 +36,7 @@ class Chat:
 
     def start(self) -> None:
         """Forget everything but the system message."""
-        self.messages = [{"role": "system", "content": self.args.system}] if self.args.system else []
+        self.messages = [{"role": "system", "content": clean_text(self.args.system)}] if self.args.system else []
         self.attached = None
         self.last = None
 

@@ -7,6 +7,7 @@ import json
 import sys
 
 from ..base.files import read_text
+from ..base.text import clean_text
 from ..errors import OptionError
 from ._answer import Answer, add_model_arguments, answer_chat, answer_text, open_llama, sampling, write
 
@@ -66,7 +67,7 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.file is not None:
         parts.append(read_text(args.file).rstrip("\n"))
     if args.prompt is not None:
-        parts.append(args.prompt)
+        parts.append(clean_text(args.prompt))
     if not parts:
         raise OptionError("no prompt: give -p TEXT or -f FILE")
     text = "\n\n".join(parts)

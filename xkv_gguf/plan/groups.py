@@ -63,6 +63,11 @@ class LayerGroups:
 
         return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
 
+    @property
+    def layers(self) -> list[range]:
+        """Layers of each group."""
+        return [range(f, f + c) for f, c in zip(self.first, self.count, strict=True)]
+
     def name(self, group: int) -> str:
         """Layers of a group for people: "0-4"."""
         return f"{self.first[group]}-{self.first[group] + self.count[group] - 1}"

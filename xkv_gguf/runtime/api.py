@@ -8,5 +8,7 @@ loader.load()
 
 import llama_cpp  # noqa: E402
 from llama_cpp import _internals as internals  # noqa: E402
+from llama_cpp import _logger as llama_cpp_logger  # noqa: E402
+from llama_cpp import llama as llama_cpp_module  # noqa: E402
 
-__all__ = ["internals", "llama_cpp"]
+__all__ = ["internals", "llama_cpp", "llama_cpp_logger", "llama_cpp_module"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import DecodeError, UnsupportedError
+from ..errors import DecodeError, OutOfMemoryError
 from . import native
 from .api import internals, llama_cpp
 
-# what llama_decode returns when no cells are left
+# what llama_decode returns when no cells are left, and when a buffer cannot be allocated
 STATUS_FULL = 1
+STATUS_ALLOC = -2
 
 
 class CheckedContext(internals.LlamaContext):
@@ -19,9 +20,6 @@ class CheckedContext(internals.LlamaContext):
     itself.
     """
 
-    # an operation that was refused and left the cache unusable until it is cleared
-    _refused = ""
-
     def decode(self, batch: Any) -> None:
         """Evaluate a batch.
 
@@ -29,19 +27,25 @@ class CheckedContext(internals.LlamaContext):
         ------
         DecodeError
             The context is full, a token does not exist, or the cache refused.
+        OutOfMemoryError
+            There is no memory for it.
         """
         code = llama_cpp.llama_decode(self.ctx, batch.batch)
         if code == 0:
             return
-        why = native.take_refusal(self.ctx) or self._refused
-        if not why:
-            why = f"the context of {self.n_ctx()} tokens is full" if code == STATUS_FULL else f"status {code}"
-        raise DecodeError(f"a batch of {batch.n_tokens()} tokens cannot be evaluated: {why}")
+        refusal = native.take_refusal(self.ctx)
+        if code == STATUS_ALLOC and refusal is None:
+            refusal = OutOfMemoryError("out of memory")
+        why = str(refusal) if refusal else f"status {code}"
+        if code == STATUS_FULL:
+            why = f"the context of {self.n_ctx()} tokens is full"
+        kind = OutOfMemoryError if isinstance(refusal, OutOfMemoryError) else DecodeError
+        raise kind(f"a batch of {batch.n_tokens()} tokens cannot be evaluated: {why}")
 
     def kv_cache_clear(self) -> None:
         """Empty the cache."""
         super().kv_cache_clear()  # type: ignore[no-untyped-call]
-        self._refused = ""
+        self._raise_refusal()
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Remove the positions p0 to p1 - 1 of a sequence; False where the model cannot take back that much."""
@@ -66,7 +70,6 @@ class CheckedContext(internals.LlamaContext):
         self._raise_refusal()
 
     def _raise_refusal(self) -> None:
-        why = native.take_refusal(self.ctx)
-        if why:
-            self._refused = why
-            raise UnsupportedError(why)
+        refusal = native.take_refusal(self.ctx)
+        if refusal:
+            raise refusal

@@ -16,6 +16,7 @@ import importlib
 import os
 import runpy
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -63,6 +64,7 @@ class Library:
 
 
 _library: Library | None = None
+_lock = threading.Lock()
 
 
 def load() -> Library:
@@ -74,24 +76,29 @@ def load() -> Library:
         The library is missing or of another build, or another libllama is loaded.
     """
     global _library
-    if _library is None:
-        expected = _expected_build_id()
-        handle = _import_llama_cpp()
-        path = Path(handle._name).resolve()
-        if path.parent != LIB_DIR:
-            raise LibraryError(
-                f"llama_cpp runs on {path}, expected a library in {LIB_DIR}: "
-                "import Llama from xkv_gguf before llama_cpp is imported"
-            )
-        found = _build_id(handle, path)
-        if found != expected:
-            raise LibraryError(
-                f"{path} has build id {found}, the package expects {expected}: "
-                "reinstall with `pip install --force-reinstall --no-deps xkv-gguf`"
-            )
-        verify()
-        _library = Library(path, handle, HEADER, found)
+    with _lock:
+        if _library is None:
+            _library = _load()
     return _library
+
+
+def _load() -> Library:
+    expected = _expected_build_id()
+    handle = _import_llama_cpp()
+    path = Path(handle._name).resolve()
+    if path.parent != LIB_DIR:
+        raise LibraryError(
+            f"llama_cpp runs on {path}, expected a library in {LIB_DIR}: "
+            "import Llama from xkv_gguf before llama_cpp is imported"
+        )
+    found = _build_id(handle, path)
+    if found != expected:
+        raise LibraryError(
+            f"{path} has build id {found}, the package expects {expected}: "
+            "reinstall with `pip install --force-reinstall --no-deps xkv-gguf`"
+        )
+    verify()
+    return Library(path, handle, HEADER, found)
 
 
 def verify() -> None:

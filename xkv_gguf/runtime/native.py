@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from ..errors import (
     UnsupportedError,
     XkvError,
 )
+from ..plan.coef_types import TYPES
 from ..plan.segments import KINDS, Segment
 from ..plan.stages import Stage
 from . import loader
@@ -52,11 +53,20 @@ GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q1_0": 41, "
 class ScopeParams:
     """What `struct xkv_params` holds, in Python types.
 
-    Without a sidecar, `first`, `count` (layers of each group) and `frame` say what it would.
+    Without a sidecar, `layers` (of each group) and `frame` say what it would.
+
+    Attributes
+    ----------
+    n_keep, n_cell, n_slot : int
+        Of a stream, for all its sequences: cells of the window that tokens stay in, those and the ones through which a
+        micro-batch passes, tokens that the store has room for. See `plan.sizes.CacheLayout`.
     """
 
     segments: tuple[Segment, ...]
     sidecar: str | None
+    n_keep: int
+    n_cell: int
+    n_slot: int
     n_sink: int = 4
     n_text_sink: int = 0
     n_window: int = 64
@@ -66,8 +76,7 @@ class ScopeParams:
     fused: bool = True
     tolerance: float = 0.0
     n_lead: int = 128
-    first: tuple[int, ...] = ()
-    count: tuple[int, ...] = ()
+    layers: tuple[tuple[int, ...], ...] = ()
     frame: int = 0
     stages: tuple[Stage, ...] = ()
 
@@ -155,18 +164,21 @@ def scope(params: ScopeParams) -> Iterator[None]:
     api = native()
     # cffi keeps no reference to what a struct's pointers point to: these names do
     sidecar = api.ffi.NULL if params.sidecar is None else api.ffi.new("char[]", os.fsencode(params.sidecar))
-    first, count = (api.ffi.new("uint32_t[]", list(layers)) for layers in (params.first, params.count))
+    layers, count = layer_lists(api, params.layers)
     segments = _segments(api, params.segments)
     early = [_segments(api, stage.segments) if stage.segments else api.ffi.NULL for stage in params.stages]
     stages = api.ffi.new(
         "struct xkv_stage[]",
-        [(s.n_slot, e, len(s.segments), GGML_TYPES[s.type]) for s, e in zip(params.stages, early, strict=True)],
+        [
+            (s.n_slot, e, len(s.segments), GGML_TYPES[s.type], TYPES[s.type].noise)
+            for s, e in zip(params.stages, early, strict=True)
+        ],
     )
     fields: dict[str, Any] = {
         "sidecar": sidecar,
-        "first": first,
+        "layers": layers,
         "count": count,
-        "n_group": len(params.first),
+        "n_group": len(params.layers),
         "frame": params.frame,
         "segments": segments,
         "n_segment": len(params.segments),
@@ -181,6 +193,9 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "fused": int(params.fused),
         "tolerance": params.tolerance,
         "n_lead": params.n_lead,
+        "n_keep": params.n_keep,
+        "n_cell": params.n_cell,
+        "n_slot": params.n_slot,
     }
     check_status(api.lib.xkv_scope_begin(api.ffi.new("struct xkv_params *", fields)))
     try:
@@ -193,8 +208,17 @@ def _segments(api: Native, segments: Iterable[Segment]) -> Any:
     """An array of struct xkv_segment."""
     return api.ffi.new(
         "struct xkv_segment[]",
-        [(s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis]) for s in segments],
+        [
+            (s.group, KINDS.index(s.kind), s.rank, GGML_TYPES[s.type], GGML_TYPES[s.type_basis], TYPES[s.type].noise)
+            for s in segments
+        ],
     )
+
+
+def layer_lists(api: Native, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """Layers of groups as two arrays: the layers of all, group by group, and how many each has."""
+    layers = [layer for group in groups for layer in group]
+    return api.ffi.new("uint32_t[]", layers), api.ffi.new("uint32_t[]", [len(group) for group in groups])
 
 
 def check_model(model: int) -> None:
@@ -246,10 +270,11 @@ def online_info(context: int, seq_id: int) -> OnlineInfo:
     return OnlineInfo(int(info.n_update), int(info.n_check), float(info.residual), float(info.expected))
 
 
-def take_refusal(context: int) -> str:
-    """Text of the operation that an xkv context refused since the last call, "" when there was none."""
+def take_refusal(context: int) -> XkvError | None:
+    """What an xkv context refused or failed at since the last call, as the exception that says so."""
     api = native()
-    return api.text(api.lib.xkv_context_refusal(api.context(context)))
+    code = api.lib.xkv_context_refusal(api.context(context))
+    return None if code == STATUS_OK else EXCEPTIONS.get(code, XkvError)(last_error())
 
 
 def _address(pointer: Any) -> int:
