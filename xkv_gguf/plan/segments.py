@@ -28,7 +28,7 @@ MAX_SEGMENTS = 4
 MOST_RISE = 0.02
 """Share by which the predicted distortion may rise at most where the plan chooses the price of work itself."""
 
-WORK_PRICES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+WORK_PRICES = (0.25, 0.125, 0.0625)
 """Prices of work that the plan chooses from, before none."""
 
 
