@@ -126,7 +126,8 @@ class Wishes:
         object.__setattr__(self, "n_ctx", padded_ctx(self.n_ctx, n_stream))
         most = min(self.n_batch, self.n_ctx)
         if self.n_ubatch is not None and not 1 <= self.n_ubatch <= most:
-            what = "n_batch" if most == self.n_batch else "n_ctx"
+            # n_batch is lowered to n_ctx before it comes here, so that raising it would not help
+            what = "n_batch" if self.n_batch < self.n_ctx else "n_ctx"
             raise OptionError(
                 f"n_ubatch: {self.n_ubatch}, expected 1 to {what} = {most}; lower n_ubatch or raise {what}"
             )
