@@ -29,7 +29,7 @@ from xkv_gguf.base.files import check_writable, replacing
 from xkv_gguf.base.text import closest, format_bytes
 from xkv_gguf.errors import OptionError, XkvError
 from xkv_gguf.model.fingerprint import model_fingerprint
-from xkv_gguf.plan.groups import FRAME, GROUP_SIZE, group_layers
+from xkv_gguf.plan.groups import GROUP_SIZE, default_frame, group_layers
 from xkv_gguf.plan.segments import KINDS
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside, tensor_name
 from xkv_gguf.sidecar.write import write_sidecar
@@ -244,7 +244,7 @@ def write_random_sidecar(model: Path, name: str, n_layer: int, group_size: int, 
         embd_k=(embd,) * n_layer,
         embd_v=(embd,) * n_layer,
         group_size=group_size,
-        frame=FRAME,
+        frame=default_frame(find_shape(name).head),
         n_sink=N_SINK,
         groups=groups,
         calibration=Calibration("self", 1, seed, 1, "0" * 64),

@@ -121,6 +121,7 @@ def collect(
     engine: Engine,
     groups: LayerGroups,
     settings: Settings,
+    frame: int,
     n_token: int,
     texts: list[list[int]] | None,
     progress: Progress,
@@ -135,6 +136,8 @@ def collect(
     engine : Engine
     groups : LayerGroups
     settings : Settings
+    frame : int
+        Tokens per chunk.
     n_token : int
         Tokens that the model writes, about.
     texts : list of list of int, optional
@@ -161,7 +164,7 @@ def collect(
         engine.open_context(n_seq, n_len)
         part = slice(run.start, run.stop)
         dims: dict[Kind, list[int]] = {kind: groups.dims[kind][part] for kind in KINDS}
-        with Capture(engine, groups.layers[part], dims, settings.frame, settings.n_sink) as capture:
+        with Capture(engine, groups.layers[part], dims, frame, settings.n_sink) as capture:
             if texts is None:
                 texts = _write_texts(engine, capture, shape, settings.seed, progress)
             else:

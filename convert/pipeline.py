@@ -25,7 +25,7 @@ from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
 from xkv_gguf.model.shape import find_shape, known_shape
 from xkv_gguf.plan.cache_plan import Wishes
 from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
-from xkv_gguf.plan.groups import LayerGroups, group_layers
+from xkv_gguf.plan.groups import LayerGroups, default_frame, group_layers
 from xkv_gguf.plan.segments import Kind
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import loader
@@ -103,7 +103,8 @@ def convert(
         sizes = settings.group_sizes(embd_k, embd_v)
         captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
         candidates = [Candidate.of(size, captured, shape) for size in sizes]
-        candidates = within_reach(candidates, shape, wishes, settings.frame)
+        frame = settings.frame if settings.frame is not None else default_frame(shape.head_k)
+        candidates = within_reach(candidates, shape, wishes, frame)
         biggest = max(max(dims) for dims in captured.dims.values())
         n_wanted = settings.n_token(biggest)
         texts = file_sequences(engine, settings, n_wanted) if settings.data else None
@@ -140,7 +141,8 @@ def convert(
             def hold(captured_group: int, kind: Kind, sums: Sums) -> None:
                 held[captured_group, kind] = sums
 
-            text = collect(engine, captured, settings, n_wanted, texts, run_bar.update, hold if by_layer else submit)
+            use = hold if by_layer else submit
+            text = collect(engine, captured, settings, frame, n_wanted, texts, run_bar.update, use)
             info = SidecarInfo(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
@@ -148,13 +150,13 @@ def convert(
                 embd_k=tuple(embd_k),
                 embd_v=tuple(embd_v),
                 group_size=1,
-                frame=settings.frame,
+                frame=frame,
                 n_sink=settings.n_sink,
                 groups=(),
                 calibration=Calibration(
                     "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
                 ),
-                settings=settings.record(sizes[-1]),
+                settings=settings.record(sizes[-1], frame),
                 target=settings.target,
                 n_ctx=wishes.n_ctx,
             )
@@ -172,7 +174,7 @@ def convert(
                 submit(g, kind, layers.scale(captured, g, kind, sums) if layers else sums)
             bases = solver.results()
 
-        chosen, tried = _choose(candidates, bases, shape, wishes, settings.frame)
+        chosen, tried = _choose(candidates, bases, shape, wishes, frame)
         notes += tried
         taken = {(g, kind): basis for (size, g, kind), basis in bases.items() if size == chosen.size}
         groups = tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True))

@@ -295,7 +295,7 @@ def _texts(sequences: Sequence[Sequence[int]], n_score: int) -> list[list[int]]:
 
 def _coarse(stats: Statistics, quantizable: bool) -> tuple[Segment, ...] | None:
     numbers = sum(len(spectrum) for kind in KINDS for spectrum in stats.spectra[kind])
-    prices = Prices(1, basis_types(quantizable), with_bases=False)
+    prices = Prices(1, basis_types(quantizable), basis_sets=0)
     plans = (plan_segments(stats, DEFAULT_TYPES, MAX_SEGMENTS, prices, 2 * numbers / ratio) for ratio in COEF_RATIOS)
     return next((plan for plan in plans if plan is not None), None)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
-from xkv_gguf.plan.groups import FRAME, FRAMES, MAX_DIM, default_group_size, group_layers
+from xkv_gguf.plan.groups import FRAMES, MAX_DIM, default_group_size, group_layers
 from xkv_gguf.plan.size_target import DEFAULT_TARGET, SizeTarget
 from xkv_gguf.plan.sizes import PLAN_CTX
 from xkv_gguf.runtime.threads import default_threads
@@ -48,8 +48,8 @@ class Settings:
         What caches are planned for unless their user says otherwise.
     n_ctx : int, optional
         Context in tokens that the size target is meant for. None is `PLAN_CTX`, or that of a smaller model.
-    frame : int
-        Chunk length of the keys' frame in tokens.
+    frame : int, optional
+        Chunk length of the keys' frame in tokens. None is `default_frame` of the model's heads.
     n_sink : int
         First tokens of each sequence to leave out; the cache keeps them exact.
     data : tuple of Path
@@ -75,7 +75,7 @@ class Settings:
     group_size: int | Literal["auto"] | None = None
     target: SizeTarget = DEFAULT_TARGET
     n_ctx: int | None = None
-    frame: int = FRAME
+    frame: int | None = None
     n_sink: int = 4
     data: tuple[Path, ...] = ()
     tokens: int | None = None
@@ -90,7 +90,7 @@ class Settings:
             raise OptionError(f"group size {self.group_size}: at least 1, or auto, expected")
         if self.n_ctx is not None and not 1 <= self.n_ctx < 1 << 31:
             raise OptionError(f"n_ctx {self.n_ctx}: at least 1 expected")
-        if self.frame not in FRAMES:
+        if self.frame is not None and self.frame not in FRAMES:
             raise OptionError(f"frame {self.frame}: one of {', '.join(map(str, FRAMES))} expected")
         if not 0 <= self.n_sink <= MIN_TOKENS // 4:
             raise OptionError(f"sinks {self.n_sink}: 0 to {MIN_TOKENS // 4} expected")
@@ -107,15 +107,15 @@ class Settings:
         if self.threads < 1:
             raise OptionError(f"threads {self.threads}: at least 1 expected")
 
-    def record(self, group_size: int | None = None) -> dict[str, Any]:
+    def record(self, group_size: int | None = None, frame: int | None = None) -> dict[str, Any]:
         """What a sidecar says about its making: everything that decides its content, and no paths.
 
-        `group_size` is what the default comes to for the model.
+        `group_size` and `frame` are what the defaults come to for the model.
         """
         return {
             "basis_type": self.basis_type,
             "data": [path.name for path in self.data],
-            "frame": self.frame,
+            "frame": self.frame if self.frame is not None else frame,
             "group_size": self.group_size if self.group_size is not None else group_size,
             "n_score": self.n_score,
             "n_sink": self.n_sink,

@@ -11,10 +11,11 @@ from .model.file import ModelFile
 from .model.shape import known_shape
 from .options import XkvOptions
 from .plan.cache_plan import CachePlan, Wishes, plan_cache
-from .plan.groups import FRAME, default_group_size, group_layers
+from .plan.groups import default_frame, default_group_size, group_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
 from .plan.sizes import ModelShape
+from .plan.work import Attention
 from .runtime.native import ScopeParams
 from .sidecar.find import find_sidecar
 from .sidecar.read import Sidecar, read_sidecar
@@ -69,6 +70,8 @@ def scope_params(
     n_ubatch: int | None,
     model: ModelFile,
     n_batch: int = 512,
+    n_seq_max: int = 1,
+    kv_unified: bool = False,
 ) -> Planned:
     """Plan a cache.
 
@@ -84,6 +87,10 @@ def scope_params(
     model : ModelFile
     n_batch : int
         The most that n_ubatch can be.
+    n_seq_max : int
+        Most sequences of the context.
+    kv_unified : bool
+        Whether they share its tokens; else each has an equal part, as a stream of its own.
 
     Returns
     -------
@@ -121,12 +128,18 @@ def scope_params(
             n_window=options.n_window,
             n_ubatch=n_ubatch,
             n_batch=n_batch,
+            n_seq_max=n_seq_max,
+            kv_unified=kv_unified,
             type_window=options.type_window,
             type_basis=options.type_basis,
             types=options.types,
             max_segments=options.max_segments,
             rank=options.rank,
             stages=options.stages,
+            online=options.online,
+            attention=Attention(options.lead, options.tolerance),
+            work_price=options.work_price,
+            max_rank=options.max_rank,
         ),
     )
     alone = sidecar is None
@@ -170,5 +183,5 @@ def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:
         count=tuple(count),
         spectra={kind: tuple(assumed_spectrum(shape.dim(kind, f, c)) for f, c in groups) for kind in KINDS},
         weights={kind: (1.0,) * len(groups) for kind in KINDS},
-        frame=options.frame or FRAME,
+        frame=options.frame or default_frame(shape.head_k),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_type
 from .plan.groups import FRAMES
 from .plan.segments import MAX_SEGMENTS
 from .plan.size_target import TARGETS, SizeTarget, one_target
+from .plan.waterfill import STEP
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24
@@ -76,10 +78,17 @@ class XkvOptions:
         directions alone; 0 takes all directions of all tokens.
     lead : int
         Directions of K and of V that count for every token, a multiple of 32.
+    work_price : float, optional
+        How much the work of a direction counts beside its bytes where the plan chooses directions, see
+        `plan.work.work_charges`: 0 for nothing, 1 for the bytes that a CPU reads in the same time. The higher, the
+        fewer directions with more bits each. None takes as much as raises the predicted distortion by at most 2 %.
+    max_rank : int, optional
+        Most directions of one kind of one group, a multiple of 32.
     calibrate : bool
         False uses no sidecar: bases are learnt from the first tokens, and the plan assumes the spectra's shape.
     group_size, frame : int, optional
-        Most layers in a group (5) and tokens per chunk (64); only without calibration.
+        Most layers in a group (5, fewer where they are wide) and tokens per chunk (64, and 128 where heads have more
+        than 96 numbers); only without calibration.
 
     Raises
     ------
@@ -107,6 +116,8 @@ class XkvOptions:
     fused: bool = True
     tolerance: float = 0.0025
     lead: int = 128
+    work_price: float | None = None
+    max_rank: int | None = None
     calibrate: bool = True
     group_size: int | None = None
     frame: int | None = None
@@ -129,9 +140,13 @@ class XkvOptions:
             _check_int("xkv option n_text_sink", self.n_text_sink, 0)
         _check_int("xkv option n_absorb", self.n_absorb, 0)
         _check_int("xkv option n_prior", self.n_prior, 0)
-        _check_int("xkv option lead", self.lead, 32)
-        if self.lead % 32:
-            raise OptionError(f"xkv option lead: {self.lead!r}, expected a multiple of 32")
+        _check_step("xkv option lead", self.lead)
+        if self.max_rank is not None:
+            _check_step("xkv option max_rank", self.max_rank)
+        if self.work_price is not None and not (_is_number(self.work_price) and 0 <= self.work_price < math.inf):
+            raise OptionError(
+                f"xkv option work_price: {self.work_price!r}, expected a number from 0 on, or None for the default"
+            )
         if not _is_number(self.tolerance) or not 0 <= self.tolerance <= 1:
             raise OptionError(f"xkv option tolerance: {self.tolerance!r}, expected a number from 0 to 1")
         _check_int("xkv option max_segments", self.max_segments, 1)
@@ -154,6 +169,11 @@ class XkvOptions:
             return
         if rank != "full":
             _check_int("xkv option rank", rank, 1)
+        most = self.max_rank
+        if most is not None and (not isinstance(rank, int) or rank > most):
+            raise OptionError(
+                f"xkv option rank: {rank!r}, expected at most max_rank = {most}; lower it or leave max_rank out"
+            )
         if self.target is not None:
             raise OptionError(f"xkv options rank and {self.target.kind}: one of them expected, both decide the size")
         if len(self.types) != 1:
@@ -237,6 +257,13 @@ def _is_number(value: object) -> bool:
 def _check_int(what: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_TOKENS:
         raise OptionError(f"{what}: {value!r}, expected a whole number from {least} to {MAX_TOKENS}")
+
+
+def _check_step(what: str, value: object) -> None:
+    _check_int(what, value, STEP)
+    if isinstance(value, int) and value % STEP:
+        below = value - value % STEP
+        raise OptionError(f"{what}: {value!r}, expected a multiple of {STEP}; use {below} or {below + STEP}")
 
 
 def _check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:

@@ -125,6 +125,9 @@ def test_inspect_sidecar(cli: Cli, model: Path) -> None:
     text = cli("inspect", sidecar)
     assert "made for    coef_ratio 2.5 at n_ctx 2048" in text
     assert "sinks 4 + 25, window 64 f16, n_ubatch 512, bases q8_0" in text
+    work = r"^work +decode \d\.\dx the multiply-adds .*dense \d\.\dx\), prefill 1\.\d\dx; reads \d\.\d\dx its bytes"
+    assert re.search(work, text, re.MULTILINE)
+    assert "dense all: " in text and "bytes per layer, f16 256" in text
     assert re.search(r"predicted +distortion \d\.\d{4}$", text, re.MULTILINE)
     assert re.search(r"^0-1 +(\d+xq\d_0 )+ +128 ", text, re.MULTILINE)
     rows = [line.split() for line in text.splitlines()]
@@ -145,6 +148,14 @@ def test_inspect_json(cli: Cli, model: Path) -> None:
     assert plan["total_bytes"] == sum(plan["parts"].values())
     assert [g["layers"] for g in plan["groups"]] == [[g.first, g.first + g.count - 1] for g in info.groups]
     assert all(0 < g["kept_v"] <= 1 for g in plan["groups"])
+    work = plan["work"]
+    assert 0 < work["decode"] <= work["dense"]
+    assert 0 < work["bytes_read"] <= work["bytes_read_dense"]
+    assert work["bytes_read_f16"] == 2 * 2 * 64
+    alone = Path(sidecar).rename(Path(sidecar).with_name("alone.xkv.gguf"))
+    # how many heads the model has, the sidecar alone does not tell
+    assert json.loads(cli("inspect", alone, "--json"))["plan"]["work"] is None
+    assert "work  " not in cli("inspect", alone)
     assert found["caches"]["xkv"]["bytes_per_token"] == 2 * 3 * 64 * 2 / plan["coef_ratio"]
     assert list(found["caches"]["xkv"]["totals"]) == [str(n) for n in (2048, *CONTEXTS)]
     assert found["caches"]["q8_0"]["totals"]["4096"] == 2 * 3 * 64 * 4096 * 34 // 32

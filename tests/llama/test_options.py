@@ -49,6 +49,8 @@ def test_the_size_target_is_what_was_given() -> None:
         ({"coef_ratio": 5, "quality": "low"}, "xkv option coef_ratio: quality is given as well"),
         ({"rank": 32, "types": "q8_0", "ratio": 4}, "xkv options rank and ratio: one of them expected"),
         ({"rank": "full"}, "xkv option rank: 'full', expected together with one type in types"),
+        ({"rank": 96, "types": "q8_0", "max_rank": 64}, "rank: 96, expected at most max_rank = 64; lower it or leave"),
+        ({"rank": "full", "types": "q8_0", "max_rank": 64}, "rank: 'full', expected at most max_rank = 64; lower it"),
         ({"group_size": 3}, "xkv option group_size: the sidecar decides it"),
         ({"frame": 64}, "xkv option frame: the sidecar decides it"),
         ({"calibrate": False, "sidecar": "a"}, "xkv option sidecar: a path, but calibrate is False"),
@@ -62,6 +64,11 @@ def test_options_that_contradict_each_other(fields: dict[str, Any], expected: st
         XkvOptions.of(fields)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cap_holds_where_a_rank_is_given() -> None:
+    assert XkvOptions(rank=64, types="q8_0", max_rank=64).max_rank == 64
+    assert XkvOptions(work_price=0).work_price == 0
 
 
 def test_options_for_tests_of_exactness() -> None:
@@ -98,6 +105,22 @@ def test_options_for_tests_of_exactness() -> None:
         ("type_window", "q4_0", "expected one of f32, f16, q8_0"),
         ("type_basis", "q2_0", "expected one of f32, f16, q8_0, q5_0, q4_0"),
         ("max_segments", 0, "expected a whole number from 1"),
+        ("max_rank", 31, "expected a whole number from 32"),
+        ("max_rank", 80, "expected a multiple of 32; use 64 or 96"),
+        ("max_rank", "all", "expected a whole number from 32"),
+        ("max_rank", True, "expected a whole number from 32"),
+        ("work_price", -0.1, "expected a number from 0 on"),
+        ("work_price", float("inf"), "expected a number from 0 on"),
+        ("work_price", float("nan"), "expected a number from 0 on"),
+        ("work_price", "high", "expected a number from 0 on, or None for the default"),
+        ("tolerance", -0.001, "expected a number from 0 to 1"),
+        ("tolerance", 1.5, "expected a number from 0 to 1"),
+        ("tolerance", float("nan"), "expected a number from 0 to 1"),
+        ("tolerance", "0.1", "expected a number from 0 to 1"),
+        ("lead", 0, "expected a whole number from 32"),
+        ("lead", -32, "expected a whole number from 32"),
+        ("lead", 100, "expected a multiple of 32; use 96 or 128"),
+        ("lead", 128.0, "expected a whole number from 32"),
         ("rank", "half", "expected a whole number from 1"),
         ("rank", 0, "expected a whole number from 1"),
         ("online", 1, "expected True or False"),

@@ -72,6 +72,16 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
         ),
         (OptionError, {"n_batch": 0}, "n_batch: 0, expected a whole number from 1"),
         (OptionError, {"n_ubatch": 0}, "n_ubatch: 0, expected a whole number from 1"),
+        (
+            OptionError,
+            {"n_ubatch": 1024},
+            "n_ubatch: 1024, expected 1 to n_batch = 512; lower n_ubatch or raise n_batch",
+        ),
+        (
+            OptionError,
+            {"n_ctx": 256, "n_batch": 512, "n_ubatch": 512},
+            "n_ubatch: 512, expected 1 to n_ctx = 256; lower n_ubatch or raise n_ctx",
+        ),
         (OptionError, {"n_threads": -1}, "n_threads: -1, expected a whole number from 0 to 512"),
         (OptionError, {"n_threads_batch": 1000}, "n_threads_batch: 1000, expected"),
         (OptionError, {"pooling_type": 77}, "pooling_type: 77, expected a whole number from -1 to 4"),

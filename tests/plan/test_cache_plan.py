@@ -11,7 +11,7 @@ import pytest
 from xkv_gguf.errors import OptionError
 from xkv_gguf.plan.cache_plan import WINDOW_SHARE, CachePlan, Wishes, plan_cache
 from xkv_gguf.plan.group_choice import Candidate, choose, within_reach
-from xkv_gguf.plan.groups import LayerGroups, group_layers
+from xkv_gguf.plan.groups import LayerGroups, default_frame, default_group_size, group_layers
 from xkv_gguf.plan.segments import KINDS, Segment, Statistics
 from xkv_gguf.plan.size_target import DEFAULT_TARGET, QUALITIES, SizeTarget, one_target, parse_bytes
 from xkv_gguf.plan.sizes import (
@@ -143,7 +143,7 @@ def test_a_budget_is_kept_and_used() -> None:
 
 
 def test_more_budget_never_predicts_more_distortion_with_the_same_window() -> None:
-    fixed: Any = {"n_window": 64, "n_ubatch": 128, "type_window": "q8_0"}
+    fixed: Any = {"n_window": 64, "n_ubatch": 128, "type_window": "q8_0", "work_price": 0}
     found = [plan("budget", n, **fixed).distortion for n in range(4 * MIB, 24 * MIB, MIB)]
     assert all(b <= a for a, b in itertools.pairwise(found))
 
@@ -265,7 +265,96 @@ def test_divergence_needs_a_scale() -> None:
     assert found.kld == pytest.approx(0.5 * found.distortion)
 
 
+def test_a_cap_of_directions() -> None:
+    for cap in (64, 96):
+        found = plan("ratio", 4, max_rank=cap)
+        assert all(sum(s.rank for s in found.of(g, kind)) <= cap for g in range(3) for kind in KINDS)
+        for stage in found.stages:
+            assert all(s.rank <= cap for s in stage.segments)
+        check_rules(capped(cap), found.segments)
+    assert plan("ratio", 4, max_rank=512) == plan("ratio", 4)
+    assert plan("ratio", 4, max_rank=64).distortion > plan("ratio", 4).distortion
+
+
+def capped(cap: int) -> Statistics:
+    """Groups as narrow as the cap: the end of the directions for `check_rules`."""
+    stats = statistics()
+    return dataclasses.replace(stats, spectra={k: tuple(s[:cap] for s in stats.spectra[k]) for k in KINDS})
+
+
+@pytest.mark.parametrize(
+    ("wishes", "expected"),
+    [
+        ({"n_ubatch": 1024}, "n_ubatch: 1024, expected 1 to n_batch = 512; lower n_ubatch or raise n_batch"),
+        ({"n_ubatch": 0}, "n_ubatch: 0, expected 1 to n_batch = 512"),
+        ({"n_ubatch": 2048, "n_batch": 4096, "n_ctx": 1000}, "n_ubatch: 2048, expected 1 to n_ctx = 1024"),
+        ({"n_seq_max": 0}, "n_seq_max: 0, expected 1 to 256"),
+        ({"n_seq_max": 257}, "n_seq_max: 257, expected 1 to 256"),
+    ],
+)
+def test_impossible_wishes(wishes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Wishes(**{"n_ctx": 8192, **wishes})
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---- sequences
+
+
+def test_sequences_of_one_stream_share_its_tokens() -> None:
+    one, many = (CacheLayout(8192, n_text_sink=10, n_seq_max=n, kv_unified=True) for n in (1, 16))
+    assert (many.n_stream, many.n_seq, many.n_ctx_seq, many.n_basis_set) == (1, 16, 8192, 1)
+    assert (one.n_cell, many.n_cell) == (160, 16 * (4 + 10 + 64 + 64))
+    # a chunk to spare for each of them: 127 + 16 of 64 tokens
+    assert (one.n_slot, many.n_slot) == (128 * 64, 36 * 256)
+
+
+def test_streams_have_all_of_their_own() -> None:
+    found = CacheLayout(8192, n_text_sink=10, n_seq_max=4)
+    alone = CacheLayout(2048, n_text_sink=10)
+    assert (found.n_stream, found.n_seq, found.n_ctx_seq, found.n_basis_set) == (4, 1, 2048, 5)
+    assert (found.n_cell, found.n_slot, found.n_transit) == (alone.n_cell, alone.n_slot, alone.n_transit)
+    assert window_bytes(shape(), found) == 4 * window_bytes(shape(), alone)
+    assert transit_bytes(shape(), found) == 4 * transit_bytes(shape(), alone)
+    segments = plan("ratio", 4).segments
+    stats = statistics()
+    many, one = (predict_parts(shape(), stats.first, stats.count, segments, x) for x in (found, alone))
+    assert many["K coefficients"] == 4 * one["K coefficients"]
+    means = 4 * (2 * EMBD + N_HEAD * 64) * N_LAYER
+    assert many["bases and means"] - means == 5 * (one["bases and means"] - means)
+    assert dataclasses.replace(found, online=False).n_basis_set == 1
+
+
+def test_contexts_of_streams_are_rounded_up() -> None:
+    assert Wishes(5000, n_seq_max=4).n_ctx == 4 * 1280
+    assert Wishes(5000, n_seq_max=4, kv_unified=True).n_ctx == 5120
+
+
+@pytest.mark.parametrize("n_seq_max", [4, 16])
+@pytest.mark.parametrize("kv_unified", [False, True])
+def test_a_ratio_counts_all_sequences(n_seq_max: int, kv_unified: bool) -> None:
+    found = plan("ratio", 4, 32768, n_seq_max=n_seq_max, kv_unified=kv_unified)
+    assert 4 <= found.ratio < 4.15
+    assert found.f16_bytes == 2 * shape().numbers * 32768
+    assert found.layout.n_text_sink == 32768 // 80 // n_seq_max
+    assert bool(found.stages) == kv_unified
+    with pytest.raises(
+        OptionError, match=rf"for {n_seq_max} sequences in .*a smaller n_seq_max than {n_seq_max} helps"
+    ):
+        plan("ratio", 30, 4096, n_seq_max=n_seq_max, kv_unified=kv_unified)
+
+
 # ---- group sizes
+
+
+def test_chunks_follow_the_heads() -> None:
+    assert [default_frame(head) for head in (32, 64, 80, 96, 112, 128, 256)] == [64, 64, 64, 64, 128, 128, 128]
+
+
+def test_groups_are_at_most_4096_numbers_wide() -> None:
+    for embd, size in ((192, 5), (1024, 4), (2048, 2), (4096, 1), (8192, 1)):
+        assert default_group_size([embd] * 32, [embd] * 32) == size
 
 
 def candidates(sizes: list[int], n_layer: int = 12) -> tuple[ModelShape, list[Candidate]]:

@@ -43,8 +43,7 @@ def cost(stats: Statistics, segments: tuple[Segment, ...], prices: Prices) -> fl
     total = 0.0
     for s in segments:
         total += stored_rank(s) * TYPES[s.type].bytes * prices.slots
-        if prices.with_bases:
-            total += stats.dim(s.group, s.kind) * stored_rank(s) * TYPES[s.type_basis].bytes
+        total += prices.basis_sets * stats.dim(s.group, s.kind) * stored_rank(s) * TYPES[s.type_basis].bytes
     return total
 
 
@@ -75,7 +74,7 @@ def check_rules(stats: Statistics, segments: tuple[Segment, ...], max_segments: 
 
 
 Q8_BASES = dict.fromkeys(TYPES, "q8_0")
-PER_TOKEN = Prices(1, Q8_BASES, with_bases=False)
+PER_TOKEN = Prices(1, Q8_BASES, basis_sets=0)
 
 
 # ---- types

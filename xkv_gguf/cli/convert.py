@@ -19,7 +19,7 @@ from ..convert.settings import (
     WEIGH,
     Settings,
 )
-from ..plan.groups import FRAME, FRAMES, GROUP_SIZE, MAX_DIM
+from ..plan.groups import FRAME, FRAMES, GROUP_SIZE, MAX_DIM, WIDE_FRAME, WIDE_HEAD
 from ..plan.size_target import DEFAULT_TARGET, one_target
 from ..plan.sizes import PLAN_CTX
 from ._args import add_size, model_path, size_values
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--frame",
         type=int,
-        default=FRAME,
         metavar="C",
-        help=f"tokens per chunk: {', '.join(map(str, FRAMES))} (default: %(default)s)",
+        help=f"tokens per chunk: {', '.join(map(str, FRAMES))} (default: {FRAME}, {WIDE_FRAME} where heads have "
+        f"more than {WIDE_HEAD} numbers)",
     )
     plan.add_argument(
         "--basis-type",

@@ -106,6 +106,8 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
         early = ", ".join(f"{stage['distortion']:.4f} up to {stage['n_slot']} tokens" for stage in plan["stages"])
         yield f"            {early}"
     yield "            " + ", ".join(f"{name} {format_bytes(size)}" for name, size in plan["parts"].items())
+    if plan["work"] is not None:
+        yield from work_lines(plan["work"])
     yield ""
     rows = [["layers", "K directions", "of", "kept", "V directions", "of", "kept"]]
     for group in plan["groups"]:
@@ -114,6 +116,20 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
             row += [segment_text(group[f"segments_{kind}"]), str(group[f"dim_{kind}"]), f"{group[f'kept_{kind}']:.2%}"]
         rows.append(row)
     yield from format_table(rows, "<>>>>>>")
+
+
+def work_lines(work: dict[str, float]) -> Iterable[str]:
+    """Work of attention as text."""
+    f16 = work["bytes_read_f16"]
+    yield (
+        f"work        decode {work['decode']:.1f}x the multiply-adds of f16's attention (dense {work['dense']:.1f}x), "
+        f"prefill {work['prefill']:.2f}x; reads {work['bytes_read'] / f16:.2f}x its bytes "
+        f"(dense {work['bytes_read_dense'] / f16:.2f}x)"
+    )
+    yield (
+        f"            per stored token; decoding takes the lead of all tokens and the rest where it matters, dense "
+        f"all: {work['bytes_read']:.0f} bytes per layer, f16 {f16:.0f}"
+    )
 
 
 def segment_text(segments: Sequence[Sequence[Any]]) -> str:

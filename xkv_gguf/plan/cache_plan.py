@@ -10,6 +10,10 @@ follows:
   q8_0 windows from the largest to the smallest of `WINDOWS`. When none fits, the smallest is taken. The micro-batch is
   `N_UBATCH` tokens at every size: it passes through cells that are scratch.
 - Bases are q8_0, and q4_0 for the directions whose coefficients are in q2_0 or q1_0.
+- With several sequences, everything that is there once for each of them counts as often. They share what one sequence
+  may keep as attention sinks. Streams of their own have no stages, and where bases follow the prompt, each counts one
+  more set of bases.
+- Directions are charged for their work: those with few bits and little variance give way to more bits for others.
 - Heads that are not multiples of 32 leave only f16 for both.
 """
 
@@ -23,15 +27,30 @@ from typing import Literal
 from ..base.text import format_bytes
 from ..errors import OptionError
 from .coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
-from .segments import MAX_SEGMENTS, Kind, Prices, Segment, Statistics, distortion, least_cost, plan_segments, same_rank
+from .segments import (
+    MAX_SEGMENTS,
+    Kind,
+    Prices,
+    Segment,
+    Statistics,
+    distortion,
+    keep_at_most,
+    least_cost,
+    plan_segments,
+    same_rank,
+)
 from .size_target import DEFAULT_TARGET, SizeTarget
 from .sizes import CacheLayout, ModelShape, coef_bytes_per_token, mean_bytes, padded_ctx, predict_parts, window_bytes
 from .stages import Stage, plan_stages
+from .work import DEFAULT_ATTENTION, Attention, work_charges
 
 N_BATCH = 512
 WINDOW_SHARE = 0.2
 WINDOWS = (64, 48, 32)
 N_UBATCH = 512
+MAX_SEQ = 256
+"""Most sequences that llama.cpp allows."""
+
 TEXT_SINK_SHARE = 80
 """One token in so many has room to stay exact as an attention sink; in SmolLM2, one in 65 to 130 is one."""
 
@@ -51,6 +70,10 @@ class Wishes:
         Tokens that stay exact at the start, as attention sinks in the text, and of late, and of a micro-batch.
     n_batch : int
         The most that n_ubatch can be.
+    n_seq_max : int
+        Most sequences.
+    kv_unified : bool
+        Whether they share the context; else each has a stream of its own.
     type_window, type_basis : str
     types : tuple of str
         Coefficient types that may be used, by descending bytes.
@@ -61,6 +84,19 @@ class Wishes:
         no stages.
     stages : bool
         Whether few tokens get the bytes of many.
+    online : bool
+        Whether bases follow the prompt.
+    attention : Attention
+        How few queries meet stored tokens, which decides what a direction's work is.
+    work_price : float, optional
+        How much the work of directions counts beside their bytes, see `work.work_charges`: 0 for nothing.
+    max_rank : int, optional
+        Most directions of one kind of one group.
+
+    Raises
+    ------
+    OptionError
+        The micro-batch does not fit, or there are too few or too many sequences.
     """
 
     n_ctx: int
@@ -70,15 +106,31 @@ class Wishes:
     n_window: int | None = None
     n_ubatch: int | None = None
     n_batch: int = N_BATCH
+    n_seq_max: int = 1
+    kv_unified: bool = False
     type_window: str | None = None
     type_basis: str | None = None
     types: tuple[str, ...] = DEFAULT_TYPES
     max_segments: int = MAX_SEGMENTS
     rank: Rank | None = None
     stages: bool = True
+    online: bool = True
+    attention: Attention = DEFAULT_ATTENTION
+    work_price: float | None = None
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_ctx", padded_ctx(self.n_ctx))
+        if not 1 <= self.n_seq_max <= MAX_SEQ:
+            raise OptionError(f"n_seq_max: {self.n_seq_max}, expected 1 to {MAX_SEQ}")
+        n_stream = 1 if self.kv_unified else self.n_seq_max
+        object.__setattr__(self, "n_ctx", padded_ctx(self.n_ctx, n_stream))
+        most = min(self.n_batch, self.n_ctx)
+        if self.n_ubatch is not None and not 1 <= self.n_ubatch <= most:
+            # n_batch is lowered to n_ctx before it comes here, so that raising it would not help
+            what = "n_batch" if self.n_batch < self.n_ctx else "n_ctx"
+            raise OptionError(
+                f"n_ubatch: {self.n_ubatch}, expected 1 to {what} = {most}; lower n_ubatch or raise {what}"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +149,7 @@ class CachePlan:
     kld : float or None
         Predicted mean divergence of the next-token distribution in nats; None where the sidecar has no scale.
     f16_bytes : int
-        Bytes of a plain f16 cache for the same context.
+        Bytes of a plain f16 cache for the same context and sequences.
     f16_bytes_per_token : int
     stages : tuple of Stage
         What takes the place of `segments` while few tokens are stored, by ascending tokens.
@@ -151,6 +203,8 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
         The size target is out of reach, and the text says what is the smallest cache; or a type does not fit the model.
     """
     _check_types(shape, wishes)
+    if wishes.max_rank is not None:
+        stats = keep_at_most(stats, wishes.max_rank)
     if wishes.rank is not None:
         if len(wishes.types) != 1:
             raise OptionError(f"types {'+'.join(wishes.types)}: exactly one expected where a rank is given")
@@ -161,14 +215,16 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
         return _finish(stats, shape, layout, segments)
     by_token = wishes.target.kind in ("coef_ratio", "quality")
     plan = (_plan_coefficients if by_token else _plan_bytes)(stats, shape, wishes)
-    return replace(plan, stages=_stages(stats, shape, wishes, plan)) if wishes.stages else plan
+    # streams fill at different times, but share the tensors
+    with_stages = wishes.stages and plan.layout.n_stream == 1
+    return replace(plan, stages=_stages(stats, shape, wishes, plan)) if with_stages else plan
 
 
 def _stages(stats: Statistics, shape: ModelShape, wishes: Wishes, plan: CachePlan) -> tuple[Stage, ...]:
     n_bytes = plan.total_bytes - window_bytes(shape, plan.layout) - mean_bytes(shape)
-    bases = _bases(shape, wishes)
+    prices = _prices(stats, shape, wishes, plan.layout)
     return plan_stages(
-        stats, shape, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, bases
+        stats, shape, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, prices
     )
 
 
@@ -191,16 +247,19 @@ def _plain_layout(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Cache
         n_ctx=wishes.n_ctx,
         n_sink=wishes.n_sink,
         n_window=wishes.n_window if wishes.n_window is not None else WINDOWS[0],
-        n_ubatch=min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else N_UBATCH),
+        n_ubatch=_n_ubatch(wishes),
         frame=stats.frame,
         type_window=wishes.type_window or ("q8_0" if small else "f16"),
         n_text_sink=_text_sinks(wishes),
+        n_seq_max=wishes.n_seq_max,
+        kv_unified=wishes.kv_unified,
+        online=wishes.online,
     )
 
 
 def _plan_coefficients(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePlan:
     layout = _plain_layout(stats, shape, wishes)
-    prices = Prices(1, _bases(shape, wishes), with_bases=False)
+    prices = replace(_prices(stats, shape, wishes, layout), slots=1, basis_sets=0)
     plain = 2 * shape.numbers
     budget = plain / wishes.target.number
     least = least_cost(stats, wishes.types, wishes.max_segments, prices)
@@ -223,12 +282,12 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
     fewer = list(_fewer_text_sinks(layouts[-1], wishes))
     for layout in (*(small or layouts[-1:]), *fewer):
         fixed = window_bytes(shape, layout) + mean_bytes(shape)
-        prices = Prices(layout.n_slot, _bases(shape, wishes))
+        prices = _prices(stats, shape, wishes, layout)
         segments = plan_segments(stats, wishes.types, wishes.max_segments, prices, budget - fixed)
         if segments is not None:
             return _finish(stats, shape, layout, segments)
     smallest = _smallest(stats, shape, wishes, layouts + fewer)
-    prices = Prices(1, _bases(shape, wishes), with_bases=False)
+    prices = Prices(1, _bases(shape, wishes), basis_sets=0)
     per_token = least_cost(stats, wishes.types, wishes.max_segments, prices)
     limit = 2 * shape.numbers / per_token
     if wishes.target.kind == "ratio" and wishes.target.number >= limit:
@@ -237,10 +296,12 @@ def _plan_bytes(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePl
         helps = ["a larger n_ctx" if wishes.target.kind == "ratio" else "a smaller n_ctx"]
         if wishes.n_window is not None and wishes.n_window > WINDOWS[-1]:
             helps.append(f"a smaller n_window than {wishes.n_window}")
+        if wishes.n_seq_max > 1:
+            helps.append(f"a smaller n_seq_max than {wishes.n_seq_max}")
         hint = f"{' or '.join(helps)} helps"
     raise OptionError(
-        f"{wishes.target}: out of reach at n_ctx {wishes.n_ctx}; the smallest cache takes {smallest} bytes "
-        f"({format_bytes(smallest)}, ratio {_floor(plain / smallest)}); {hint}"
+        f"{wishes.target}: out of reach at n_ctx {wishes.n_ctx}{_sequences(wishes)}; the smallest cache takes "
+        f"{smallest} bytes ({format_bytes(smallest)}, ratio {_floor(plain / smallest)}); {hint}"
     )
 
 
@@ -248,20 +309,18 @@ def _smallest(stats: Statistics, shape: ModelShape, wishes: Wishes, layouts: lis
     """Bytes of the smallest cache that the wishes allow."""
     layout = min(layouts, key=lambda layout: window_bytes(shape, layout))
     fixed = window_bytes(shape, layout) + mean_bytes(shape)
-    prices = Prices(layout.n_slot, _bases(shape, wishes))
+    prices = _prices(stats, shape, wishes, layout)
     return math.ceil(fixed + least_cost(stats, wishes.types, wishes.max_segments, prices))
 
 
 def _layouts(stats: Statistics, shape: ModelShape, wishes: Wishes) -> Iterator[CacheLayout]:
     """Windows to try, from the one that is liked best."""
-    n_ubatch = min(wishes.n_ubatch if wishes.n_ubatch is not None else N_UBATCH, wishes.n_batch)
+    layout = _plain_layout(stats, shape, wishes)
     windows = WINDOWS if wishes.n_window is None else (wishes.n_window,)
     types = (wishes.type_window,) if wishes.type_window else ("f16", "q8_0") if shape.quantizable else ("f16",)
     for type_window in types:
         for n_window in windows[:1] if type_window == "f16" and len(types) > 1 else windows:
-            yield CacheLayout(
-                wishes.n_ctx, wishes.n_sink, n_window, n_ubatch, stats.frame, type_window, _text_sinks(wishes)
-            )
+            yield replace(layout, n_window=n_window, type_window=type_window)
 
 
 def _fewer_text_sinks(layout: CacheLayout, wishes: Wishes) -> Iterator[CacheLayout]:
@@ -274,7 +333,29 @@ def _fewer_text_sinks(layout: CacheLayout, wishes: Wishes) -> Iterator[CacheLayo
 def _text_sinks(wishes: Wishes) -> int:
     if wishes.n_text_sink is not None:
         return wishes.n_text_sink
-    return 0 if wishes.rank is not None else wishes.n_ctx // TEXT_SINK_SHARE
+    # sequences of one stream share it, and so do those of all streams
+    return 0 if wishes.rank is not None else wishes.n_ctx // wishes.n_seq_max // TEXT_SINK_SHARE
+
+
+def _n_ubatch(wishes: Wishes) -> int:
+    return min(wishes.n_batch, wishes.n_ubatch if wishes.n_ubatch is not None else N_UBATCH)
+
+
+def _sequences(wishes: Wishes) -> str:
+    """What an error says of several sequences."""
+    if wishes.n_seq_max == 1:
+        return ""
+    return f" for {wishes.n_seq_max} sequences in {'one stream' if wishes.kv_unified else 'streams of their own'}"
+
+
+def _prices(stats: Statistics, shape: ModelShape, wishes: Wishes, layout: CacheLayout) -> Prices:
+    return Prices(
+        slots=layout.n_slot * layout.n_stream,
+        bases=_bases(shape, wishes),
+        basis_sets=layout.n_basis_set,
+        charges=work_charges(shape, stats.count, stats.frame, wishes.attention, layout.n_ubatch),
+        work_price=wishes.work_price,
+    )
 
 
 def _bases(shape: ModelShape, wishes: Wishes) -> dict[str, str]:

@@ -13,8 +13,18 @@ MAX_DIM = 4096
 """Most numbers per token of a group by default: the work of a basis grows with their cube, its bytes by the square."""
 
 FRAME = 64
+WIDE_FRAME = 128
+WIDE_HEAD = 96
+"""Numbers of a head beyond which chunks are `WIDE_FRAME` tokens: queries are turned and projected once per chunk, which
+is ``head / frame`` of the work of scores; longer frames make keys harder to compress."""
+
 FRAMES = (32, 64, 128, 256)
 """Chunk lengths that a cache can have, in tokens."""
+
+
+def default_frame(head_k: int) -> int:
+    """Tokens per chunk for heads of `head_k` numbers of K."""
+    return FRAME if head_k <= WIDE_HEAD else WIDE_FRAME
 
 
 def default_group_size(embd_k: Sequence[int], embd_v: Sequence[int]) -> int:

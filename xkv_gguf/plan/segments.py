@@ -2,13 +2,14 @@
 
 Pure functions of spectra. A direction of relative variance v costs `v * noise(type)` when it is stored and `v` when it
 is dropped. At the best plan, a byte more buys the same everywhere; that price is found by bisection, and what is left
-of the budget then goes where it helps most.
+of the budget then goes where it helps most. The work of a direction can be charged beside its bytes: the budget is
+still one of bytes, but they go to directions that gain more for their work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,12 @@ Kind = Literal["k", "v"]
 KINDS: tuple[Kind, ...] = ("k", "v")
 
 MAX_SEGMENTS = 4
+
+MOST_RISE = 0.02
+"""Share by which the predicted distortion may rise at most where the plan chooses the price of work itself."""
+
+WORK_PRICES = (0.25, 0.125, 0.0625)
+"""Prices of work that the plan chooses from, before none."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,21 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Charge:
+    """What the work of one direction counts as, in bytes per stored token: among the first `lead`, and beyond."""
+
+    lead: int
+    within: float
+    beyond: float
+
+    def steps(self, n_step: int) -> npt.NDArray[np.float64]:
+        """Bytes per stored token of each step of 32 directions, shape (n_step,)."""
+        return STEP * np.where(np.arange(n_step) * STEP < self.lead, self.within, self.beyond)
+
+
+@dataclass(frozen=True)
 class Prices:
-    """What is counted against a budget.
+    """What is counted against a budget, and what else is weighed.
 
     Attributes
     ----------
@@ -92,13 +112,29 @@ class Prices:
         Tokens that the store has room for; 1 to count bytes per token.
     bases : mapping of str to str
         Type of the directions by the type of their coefficients.
-    with_bases : bool
-        Whether a direction's bytes in the basis count.
+    basis_sets : int
+        Times that a direction's bytes in the basis count: 0 to leave them out, more than 1 where streams have bases of
+        their own.
+    charges : mapping of (group, kind) to Charge
+        What work counts as at a price of 1, see `work.work_charges`; empty where work does not matter.
+    work_price : float or None
+        How much of the charges counts. None takes the highest of `WORK_PRICES` with which the predicted distortion is
+        at most `MOST_RISE` above that without.
     """
 
     slots: int
     bases: Mapping[str, str] = field(hash=False)
-    with_bases: bool = True
+    basis_sets: int = 1
+    charges: Mapping[tuple[int, Kind], Charge] = field(default_factory=dict, hash=False)
+    work_price: float | None = None
+
+
+def keep_at_most(stats: Statistics, max_rank: int) -> Statistics:
+    """The same statistics, of which a plan takes at most `max_rank` directions of each kind and group."""
+    held: dict[Kind, tuple[int, ...]] = {
+        kind: tuple(min(max_rank, stats.most(g, kind)) for g in range(len(stats.first))) for kind in KINDS
+    }
+    return replace(stats, held=held)
 
 
 def energy_kept(spectrum: Spectrum, rank: int) -> float:
@@ -158,9 +194,28 @@ def plan_segments(
         kind of every group keeps at least one segment.
     """
     problem, names = _problem(stats, types, max_segments, prices)
-    counts = fill(problem, budget)
-    if counts is None:
-        return None
+
+    def found(work_price: float) -> tuple[Segment, ...] | None:
+        counts = fill(replace(problem, charges=work_price * problem.charges), budget)
+        return None if counts is None else _segments(stats, counts, names, prices)
+
+    if prices.work_price is not None:
+        return found(prices.work_price)
+    free = found(0.0)
+    if free is None or not prices.charges:
+        return free
+    most = (1 + MOST_RISE) * distortion(stats, free)
+    for work_price in WORK_PRICES:
+        steered = found(work_price)
+        if steered is not None and distortion(stats, steered) <= most:
+            return steered
+    return free
+
+
+def _segments(
+    stats: Statistics, counts: npt.NDArray[np.int64], names: Sequence[str], prices: Prices
+) -> tuple[Segment, ...]:
+    """Segments of steps by source and type, shape (N, T)."""
     segments = []
     for row, (g, kind) in zip(counts, _sources(stats), strict=True):
         left = stats.most(g, kind)
@@ -241,9 +296,13 @@ def _problem(
         gains[i] = padded.reshape(n_step, STEP).sum(axis=1)
     costs = np.empty((len(sources), len(types), n_step))
     for j, t in enumerate(types):
-        basis_bytes = TYPES[prices.bases[t]].bytes if prices.with_bases else 0.0
+        basis_bytes = TYPES[prices.bases[t]].bytes * prices.basis_sets
         costs[:, j] = STEP * (TYPES[t].bytes * prices.slots + basis_bytes * dims[:, None])
     keep = np.array([1 - TYPES[t].noise - TYPES[prices.bases[t]].noise for t in types])
     granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
     ends = -(-most // STEP)
-    return Problem(gains, costs, keep, granules, ends, min(max_segments, len(types))), tuple(types)
+    charges = np.zeros((len(sources), n_step))
+    for i, source in enumerate(sources):
+        if source in prices.charges:
+            charges[i] = prices.slots * prices.charges[source].steps(n_step)
+    return Problem(gains, costs, charges, keep, granules, ends, min(max_segments, len(types))), tuple(types)

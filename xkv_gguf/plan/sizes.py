@@ -19,9 +19,9 @@ SLOT_PAD = 256
 CELL_PAD = 32
 
 
-def padded_ctx(n_ctx: int) -> int:
-    """Tokens that a context has when `n_ctx` are asked for."""
-    return _pad(n_ctx, CTX_STEP)
+def padded_ctx(n_ctx: int, n_stream: int = 1) -> int:
+    """Tokens that a context has when `n_ctx` are asked for, all streams together: each gets as many, rounded up."""
+    return _pad(_pad(n_ctx, CTX_STEP) // n_stream, CTX_STEP) * n_stream
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,33 @@ class ModelShape:
         """Numbers per token of one kind of a group of layers."""
         return sum((self.embd_k if kind == "k" else self.embd_v)[first : first + count])
 
+    def n_head(self, layer: int) -> int:
+        """Query heads of a layer."""
+        return self.embd_out[layer] // self.head_v
+
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What decides an xkv cache's size besides its segments. Sizes are in tokens, types are ggml type names."""
+    """What decides an xkv cache's size besides its segments. Sizes are in tokens, types are ggml type names.
+
+    A stream has a window and a store of its own, of the same sizes. With `kv_unified`, all sequences share one stream,
+    where each keeps its own exact tokens; else every sequence has its own stream.
+
+    Attributes
+    ----------
+    n_ctx : int
+        Of all streams together.
+    n_sink, n_text_sink, n_window : int
+        Tokens of a sequence that stay exact: at its start, as attention sinks in its text, and of late.
+    n_ubatch : int
+    frame : int
+    type_window : str
+    n_seq_max : int
+        Most sequences.
+    kv_unified : bool
+    online : bool
+        Whether bases follow the prompt: then each of several streams comes to have bases of its own.
+    """
 
     n_ctx: int
     n_sink: int = 4
@@ -70,29 +93,55 @@ class CacheLayout:
     frame: int = 64
     type_window: str = "f16"
     n_text_sink: int = 0
+    n_seq_max: int = 1
+    kv_unified: bool = False
+    online: bool = True
+
+    @property
+    def n_stream(self) -> int:
+        """Streams."""
+        return 1 if self.kv_unified else self.n_seq_max
+
+    @property
+    def n_seq(self) -> int:
+        """Most sequences of a stream."""
+        return self.n_seq_max // self.n_stream
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """Tokens that a stream has room for, and so the most that a sequence has."""
+        return self.n_ctx // self.n_stream
 
     @property
     def n_cell(self) -> int:
-        """Cells of the window: sinks at the start and in the text, recent tokens, a chunk that fills."""
-        return _pad(self.n_sink + self.n_text_sink + self.n_window + self.frame, CELL_PAD)
+        """Cells of a stream's window: for each sequence sinks at the start and in the text, recent tokens, a chunk."""
+        return _pad(self._n_kept, CELL_PAD)
 
     @property
     def n_transit(self) -> int:
-        """Cells beyond those of the window, through which a micro-batch passes: scratch, whatever n_ctx is."""
-        n_exact = self.n_sink + self.n_text_sink + self.n_window + self.frame
-        return _pad(n_exact + self.n_ubatch, CELL_PAD) - self.n_cell
+        """Cells of a stream beyond its window, through which a micro-batch passes: scratch, whatever n_ctx is."""
+        return _pad(self._n_kept + self.n_ubatch, CELL_PAD) - self.n_cell
 
     @property
     def n_slot(self) -> int:
-        """Tokens that the store has room for."""
-        # one chunk more than there are full ones, for the chunk that is cut short
-        n_chunk = -(-max(0, self.n_ctx - self.n_sink - self.n_window) // self.frame) + 1
+        """Tokens that a stream's store has room for."""
+        # for each sequence one chunk more than there are full ones, for the chunk that is cut short
+        n_chunk = -(-max(0, self.n_ctx_seq - self.n_sink - self.n_window) // self.frame) + self.n_seq
         return _pad(n_chunk * self.frame, SLOT_PAD)
 
     @property
     def n_exact(self) -> int:
-        """Tokens that a context has to exceed, so that something is left to compress."""
+        """Tokens that a stream's context has to exceed, so that something is left to compress."""
         return self.n_sink + self.n_window + self.frame
+
+    @property
+    def n_basis_set(self) -> int:
+        """Bases that there can be: the calibrated ones, which a single stream changes in place, and streams' own."""
+        return 1 + (self.n_stream if self.online and self.n_stream > 1 else 0)
+
+    @property
+    def _n_kept(self) -> int:
+        return self.n_seq * (self.n_exact + self.n_text_sink)
 
 
 def plain_bytes_per_token(embd_k: Sequence[int], embd_v: Sequence[int], type_name: str) -> float:
@@ -106,13 +155,13 @@ def coef_bytes_per_token(segments: Sequence[Segment]) -> float:
 
 
 def window_bytes(shape: ModelShape, layout: CacheLayout) -> int:
-    """Bytes of sinks and window."""
-    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_cell
+    """Bytes of sinks and windows, of all streams."""
+    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_cell * layout.n_stream
 
 
 def transit_bytes(shape: ModelShape, layout: CacheLayout) -> int:
-    """Bytes of the cells through which a micro-batch passes."""
-    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_transit
+    """Bytes of the cells through which a micro-batch passes, of all streams."""
+    return round(shape.numbers * TYPES[layout.type_window].bytes) * layout.n_transit * layout.n_stream
 
 
 def mean_bytes(shape: ModelShape) -> int:
@@ -123,9 +172,10 @@ def mean_bytes(shape: ModelShape) -> int:
 def predict_parts(
     shape: ModelShape, first: Sequence[int], count: Sequence[int], segments: Sequence[Segment], layout: CacheLayout
 ) -> dict[str, int]:
-    """Bytes of an xkv cache for one sequence, by the names of the parts in its report.
+    """Bytes of an xkv cache, by the names of the parts in its report.
 
     The rule is the native cache's (xkv-cache.cpp, xkv-store.cpp). Scratch is not part of it, see `transit_bytes`.
+    Streams' own bases are, although they are allocated only when a stream's bases are renewed.
 
     Parameters
     ----------
@@ -141,7 +191,8 @@ def predict_parts(
         Bytes of "K coefficients", "V coefficients", "bases and means", "sinks and window".
     """
     coef = {
-        kind: round(coef_bytes_per_token([s for s in segments if s.kind == kind]) * layout.n_slot) for kind in KINDS
+        kind: round(coef_bytes_per_token([s for s in segments if s.kind == kind]) * layout.n_slot) * layout.n_stream
+        for kind in KINDS
     }
     bases = 0.0
     for g, (f, c) in enumerate(zip(first, count, strict=True)):
@@ -153,7 +204,7 @@ def predict_parts(
     return {
         "K coefficients": coef["k"],
         "V coefficients": coef["v"],
-        "bases and means": round(bases) + mean_bytes(shape),
+        "bases and means": round(bases) * layout.n_basis_set + mean_bytes(shape),
         "sinks and window": window_bytes(shape, layout),
     }
 

@@ -8,8 +8,8 @@ cache, and the first bases of the prompt are computed from tokens that were roun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .coef_types import TYPES
 from .segments import Prices, Segment, Statistics, distortion, plan_segments
@@ -54,7 +54,7 @@ def plan_stages(
     n_bytes: int,
     types: Sequence[str],
     max_segments: int,
-    bases: Mapping[str, str],
+    prices: Prices,
 ) -> tuple[Stage, ...]:
     """The stages before a store is full.
 
@@ -72,13 +72,13 @@ def plan_stages(
         Coefficient types that may be used, by descending bytes.
     max_segments : int
         Most segments of one kind of one group.
-    bases : mapping of str to str
-        Type of the directions by the type of their coefficients.
+    prices : Prices
+        Of the full store.
 
     Returns
     -------
     tuple of Stage
-        By ascending `n_slot`; none takes more than `n_bytes`, or loses more than the stage after it.
+        By ascending `n_slot`; none takes more than `n_bytes`, or is predicted to lose more than the stage after it.
     """
     n_tensor = sum((1 + stats.count[g]) * max_segments for g in range(len(stats.first))) * 2
     budget = n_bytes - TENSOR_PAD * n_tensor
@@ -89,7 +89,7 @@ def plan_stages(
     size = int(n_slot / GROWTH)
     while size >= fewest and lost > NEGLIGIBLE * full:
         size -= size % SLOT_PAD
-        fresh = plan_segments(stats, types, max_segments, Prices(size, bases), budget)
+        fresh = plan_segments(stats, types, max_segments, replace(prices, slots=size), budget)
         if fresh is None or distortion(stats, fresh) > lost:
             break
         lost = distortion(stats, fresh)

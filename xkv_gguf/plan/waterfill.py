@@ -33,7 +33,9 @@ class Problem:
     gains : ndarray, shape (N, J)
         Variance of the directions of each step, descending; 0 beyond the end.
     costs : ndarray, shape (N, T, J)
-        Bytes of a step in each type.
+        Bytes of a step in each type: what the budget counts.
+    charges : ndarray, shape (N, J)
+        Bytes that the work of a step counts as beside them where steps are compared; not part of the budget.
     keep : ndarray, shape (T,)
         Share of the variance that a type keeps.
     granules : ndarray of int, shape (N, T)
@@ -45,6 +47,7 @@ class Problem:
 
     gains: F64
     costs: F64
+    charges: F64
     keep: F64
     granules: Counts
     ends: Counts
@@ -53,6 +56,10 @@ class Problem:
     def total(self, counts: Counts) -> float:
         """Bytes of a plan, counts of steps of shape (N, T)."""
         return float(sum(self.value(n, counts[n])[0] for n in range(len(counts))))
+
+    def charge(self, source: int, counts: Counts) -> float:
+        """Bytes that the work of one source counts as, counts of shape (T,)."""
+        return float(self.charges[source, : int(counts.sum())].sum())
 
     def value(self, source: int, counts: Counts) -> tuple[float, float]:
         """Bytes and variance kept of one source, counts of shape (T,)."""
@@ -101,7 +108,8 @@ def _solve(problem: Problem, prices: F64, with_gains: bool = True) -> Counts:
     n_source, n_type, n_step = problem.costs.shape
     n_seg, n_price = problem.max_segments, len(prices)
     gain = np.concatenate([np.zeros((n_source, 1)), np.cumsum(problem.gains, axis=1)], axis=1) * with_gains
-    cost = np.concatenate([np.zeros((n_source, n_type, 1)), np.cumsum(problem.costs, axis=2)], axis=2)
+    priced = problem.costs + problem.charges[:, None] * with_gains
+    cost = np.concatenate([np.zeros((n_source, n_type, 1)), np.cumsum(priced, axis=2)], axis=2)
     rows, cols = np.arange(n_source)[:, None], np.arange(n_type)[None, :]
 
     # stay[j]: best value of the first j steps whose last type is t, in s + 1 segments; go[j]: the same before a
@@ -151,22 +159,23 @@ def _spend(problem: Problem, counts: Counts, budget: float) -> Counts:
     while True:
         best: tuple[float, int, int] | None = None
         for n, options in enumerate(moves):
-            for i, (cost, gain, _) in enumerate(options):
-                rate = gain / max(cost, 1e-300)
+            for i, (cost, charge, gain, _) in enumerate(options):
+                rate = gain / max(cost + charge, 1e-300)
                 if cost <= left and (best is None or rate > best[0]):
                     best = (rate, n, i)
         if best is None:
             return counts
         _, n, i = best
-        cost, _, counts[n] = moves[n][i]
+        cost, _, _, counts[n] = moves[n][i]
         left -= cost
         moves[n] = _moves(problem, n, counts[n])
 
 
-def _moves(problem: Problem, source: int, counts: Counts) -> list[tuple[float, float, Counts]]:
-    """Extra bytes, extra variance kept (above 0), and counts after every single move of one source."""
+def _moves(problem: Problem, source: int, counts: Counts) -> list[tuple[float, float, float, Counts]]:
+    """Extra bytes, extra charge, extra variance kept (above 0), and counts after every single move of one source."""
     sizes = problem.granules[source]
     cost, gain = problem.value(source, counts)
+    charge = problem.charge(source, counts)
     moves = []
     usable = [int(t) for t in np.flatnonzero(sizes)]
     for add in usable:
@@ -179,7 +188,7 @@ def _moves(problem: Problem, source: int, counts: Counts) -> list[tuple[float, f
                 continue
             new_cost, new_gain = problem.value(source, after)
             if new_gain > gain * (1 + 1e-12):
-                moves.append((new_cost - cost, new_gain - gain, after))
+                moves.append((new_cost - cost, problem.charge(source, after) - charge, new_gain - gain, after))
     return moves
 
 

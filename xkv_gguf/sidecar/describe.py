@@ -17,6 +17,7 @@ from ..plan.coef_types import TYPES
 from ..plan.segments import KINDS, energy_kept
 from ..plan.size_target import SizeTarget
 from ..plan.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, padded_ctx, plain_bytes_per_token
+from ..plan.work import DEFAULT_ATTENTION, Attention, decode_work, plain_work, prefill_work
 from .find import find_sidecar
 from .info import FORMAT_VERSION, SUFFIX
 from .read import Sidecar, read_sidecar
@@ -68,6 +69,8 @@ def describe_sidecar(
 ) -> dict[str, Any]:
     """See `describe`; `shape` is the model's where it is known."""
     info = sidecar.info
+    # without the model, the number of its heads is unknown
+    known = shape is not None
     shape = known_shape(shape, info.embd_k, info.embd_v)
     target, n_ctx = target or info.target, n_ctx or info.n_ctx
     plan = plan_of(sidecar, shape, target, n_ctx)
@@ -88,7 +91,10 @@ def describe_sidecar(
         "calibration": vars(info.calibration).copy(),
         "settings": dict(info.settings),
         "made_for": {"knob": info.target.kind, "value": info.target.value, "n_ctx": info.n_ctx},
-        "plan": describe_plan(sidecar, plan, target),
+        "plan": {
+            **describe_plan(sidecar, plan, target),
+            "work": describe_work(sidecar, plan, shape) if known else None,
+        },
         "caches": {**plain_caches(shape, contexts), "xkv": xkv_cache(sidecar, shape, target, plan, contexts)},
     }
 
@@ -184,6 +190,34 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, target: SizeTarget) -> dict
         "kld": plan.kld,
         "stages": [{"n_slot": s.n_slot, "distortion": s.distortion(stats)} for s in plan.stages],
         "groups": groups,
+    }
+
+
+def describe_work(sidecar: Sidecar, plan: CachePlan, shape: ModelShape) -> dict[str, float]:
+    """Work per stored token with default options.
+
+    Returns
+    -------
+    dict
+        "decode", "dense", "prefill": multiply-adds of a decoded token, of one that meets all directions of all tokens,
+        and of a micro-batch, plain attention = 1. "bytes_read", "bytes_read_dense", "bytes_read_f16": per layer, of a
+        decoded token.
+    """
+    count = [group.count for group in sidecar.info.groups]
+    plain, n_ubatch = plain_work(shape), plan.layout.n_ubatch
+    lead, dense = (
+        decode_work(shape, count, plan.segments, plan.layout.frame, attention)
+        for attention in (DEFAULT_ATTENTION, Attention(tolerance=0))
+    )
+    prefill = prefill_work(shape, count, plan.segments, n_ubatch)
+    n_layer = sidecar.info.n_layer
+    return {
+        "decode": lead.multiply_adds / plain.multiply_adds,
+        "dense": dense.multiply_adds / plain.multiply_adds,
+        "prefill": prefill.multiply_adds / (n_ubatch * plain.multiply_adds),
+        "bytes_read": lead.bytes / n_layer,
+        "bytes_read_dense": dense.bytes / n_layer,
+        "bytes_read_f16": plain.bytes / n_layer,
     }
 
 
