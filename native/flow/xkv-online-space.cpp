@@ -24,7 +24,7 @@ static const uint32_t XKV_ONLINE_NEW = 64;
 // Eigenproblems up to SMALL cost little; a larger one leaves out what the next basis will hardly have room for, and one beyond LARGE
 // what it has room for: its time grows with the third power, and what the main directions share with the others by then is little.
 static const uint32_t XKV_ONLINE_SMALL = 512;
-static const uint32_t XKV_ONLINE_LARGE = 1024;
+static const uint32_t XKV_ONLINE_LARGE = 448;
 
 // x [n, dim] in a space of rows [n_row, dim]; in one of all numbers as it is
 static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool unit, int n, int n_row, int dim, int n_thread) {
@@ -215,8 +215,10 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
     xkv_floats sum((size_t) sp.n_old*sp.n_old, 0.0f);
     each([&](const xkv_floats & coef, int n) {
         xkv_floats part((size_t) n*sp.n_old);
-        for (size_t i = 0; i < part.size(); ++i) {
-            part[i] = coef[i/sp.n_old*rank + sp.place(i % sp.n_old)];
+        for (int i = 0; i < n; ++i) {
+            const auto row = coef.begin() + (size_t) i*rank;
+            std::copy_n(row,             sp.n_main,            part.begin() + (size_t) i*sp.n_old);
+            std::copy_n(row + sp.i_last, sp.n_old - sp.n_main, part.begin() + (size_t) i*sp.n_old + sp.n_main);
         }
         xkv_add_gram(part, n, sp.n_old, sum, sp.n_thread);
     });

@@ -7,7 +7,7 @@
 #include <numeric>
 
 // tokens that are multiplied at once: a product has to read all of a turn
-static const uint32_t XKV_CARRY_BLOCK = 256;
+static const uint32_t XKV_CARRY_BLOCK = 128;
 
 xkv_turn xkv_turn_all(xkv_floats rows, uint32_t n_to, uint32_t n_from) {
     xkv_turn res = { std::move(rows), std::vector<uint32_t>(n_from), std::vector<uint32_t>(n_to) };
