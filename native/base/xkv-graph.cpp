@@ -9,12 +9,19 @@
 
 #include <algorithm>
 
+// of ggml-backend.cpp
+static const size_t XKV_MAX_SPLIT_INPUTS = 30;
+
 void xkv_graph::begin(llama_context * lctx, size_t n_node) {
     inputs.clear();
     inputs_f32.clear();
 
+    // the scheduler has room for a split at every node
+    const size_t n_byte = 2*n_node*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_node, false);
+    xkv_ask(n_byte + 2*n_node*XKV_MAX_SPLIT_INPUTS*sizeof(ggml_tensor) + 1024*1024);
+
     context.reset(ggml_init({
-        /*.mem_size   =*/ 2*n_node*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_node, false),
+        /*.mem_size   =*/ n_byte,
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     }));

@@ -13,6 +13,14 @@ void xkv_trim() {
 #endif
 }
 
+void xkv_ask(size_t n_byte) {
+    void * ptr = malloc(n_byte);
+    if (!ptr) {
+        throw std::bad_alloc();
+    }
+    free(ptr);
+}
+
 void * xkv_pages_new(size_t n_byte) {
 #if defined(__unix__) || defined(__APPLE__)
     void * ptr = mmap(nullptr, n_byte, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -8,6 +8,9 @@
 // gives freed memory back to the system, where the C library keeps it
 void xkv_trim();
 
+// ggml ends the process where it gets no memory for its own records: throws std::bad_alloc beforehand
+void xkv_ask(size_t n_byte);
+
 // whole pages of the system's; nullptr when there are none
 void * xkv_pages_new(size_t n_byte);
 void   xkv_pages_free(void * ptr, size_t n_byte);

@@ -45,7 +45,7 @@ def test_capture_equals_the_first_layer_by_hand(
         assert model_layers(engine) == ([EMBD_KV] * N_LAYER, [EMBD_KV] * N_LAYER)
         engine.open_context(1, n)
         dims: Any = {"k": [EMBD_KV, 2 * EMBD_KV], "v": [EMBD_KV, 2 * EMBD_KV]}
-        with Capture(engine, [0, 1], [1, 2], dims, frame, n_sink) as sums:
+        with Capture(engine, [[0], [1, 2]], dims, frame, n_sink) as sums:
             decode(engine, tokens)
             sums.add(0)
             found = {kind: sums.read(0, kind) for kind in ("k", "v")}
@@ -64,7 +64,7 @@ def test_sums_add_up_over_sequences_and_calls(tiny_model: Path) -> None:
     dims: Any = {"k": [3 * EMBD_KV], "v": [3 * EMBD_KV]}
     with Engine(tiny_model, 1) as engine:
         engine.open_context(2, 256)
-        with Capture(engine, [0], [3], dims, 32, 4) as both, Capture(engine, [0], [3], dims, 32, 4) as single:
+        with Capture(engine, [range(3)], dims, 32, 4) as both, Capture(engine, [range(3)], dims, 32, 4) as single:
             decode(engine, one, 0)
             decode(engine, two, 1)
             both.add(0)

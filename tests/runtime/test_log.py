@@ -105,6 +105,6 @@ def test_a_callback_that_a_program_installs_meanwhile_stays(fail: Callable[[], N
 def test_the_output_of_the_process_stays_where_it_is() -> None:
     """llama_cpp's own way to be quiet does nothing where our log is: two threads would leave the output nowhere."""
     out, err = sys.stdout, os.fstat(2)
-    with log.collect(quiet=True), internals.suppress_stdout_stderr(disable=False):
+    with log.collect(quiet=True), vars(internals)["suppress_stdout_stderr"](disable=False):
         assert sys.stdout is out
         assert os.path.samestat(os.fstat(2), err)

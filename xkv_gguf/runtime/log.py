@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .api import internals, llama_cpp, llama_cpp_logger, llama_cpp_module
+from .api import internals, llama_cpp, llama_cpp_logger, llama_cpp_module, suppress_stdout_stderr
 
 # enum ggml_log_level; llama_cpp's own table is of another version of it
 LEVEL_WARN = 3
@@ -98,7 +98,7 @@ def collect(quiet: bool) -> Iterator[list[str]]:
                 llama_cpp.llama_log_set(*_state.before)
 
 
-class _Suppress(internals.suppress_stdout_stderr):  # type: ignore[misc]
+class _Suppress(suppress_stdout_stderr):
     """llama_cpp's way to be quiet: it points the output of the whole process elsewhere.
 
     Other threads print there, and two that do so at once leave it there. Where our own log is quiet, nothing is to be
@@ -109,7 +109,8 @@ class _Suppress(internals.suppress_stdout_stderr):  # type: ignore[misc]
         super().__init__(disable or bool(_of_thread.collectors))
 
 
-internals.suppress_stdout_stderr = llama_cpp_module.suppress_stdout_stderr = _Suppress
+for _module in (internals, llama_cpp_module):
+    vars(_module)["suppress_stdout_stderr"] = _Suppress
 
 
 def reason(lines: Sequence[str]) -> str:
