@@ -18,6 +18,9 @@
 // share of the calibrated variance that an update weighs against the prompt; the rest lies in directions nobody keeps
 static const float XKV_ONLINE_PRIOR = 0.98f;
 
+// numbers of a plain store in which new directions are looked for; the covariance has all
+static const size_t XKV_ONLINE_SKETCH = 4*1024*1024;
+
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 64;
 
@@ -37,11 +40,11 @@ static uint32_t xkv_n_kept(uint32_t rank, uint32_t dim) {
 }
 
 size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const {
-    const size_t dim   = store.groups()[pr.ig].dim [pr.kd];
-    const size_t n_dir = std::min(dim, store.plain() ? (size_t) xkv_n_kept(rank, dim) : store.groups()[pr.ig].rank[pr.kd]);
+    const size_t dim   = store.groups()[pr.ig].dim[pr.kd];
     const size_t n     = std::min(xkv_n_kept(rank, dim), XKV_ONLINE_LARGE) + XKV_ONLINE_NEW;
-    // the basis as it was and will be, rows, those they are turned into; covariance, what is added to it, eigenvectors
-    return ((std::max<size_t>(n_dir, rank) + 2*n + n_token)*dim + 4*n*n)*sizeof(float);
+    const size_t n_dir = std::max<size_t>(rank, store.plain() ? n : store.groups()[pr.ig].rank[pr.kd]);
+    // the basis as it was and will be, rows and what they are turned into, tokens; covariance, what is added to it, eigenvectors
+    return ((n_dir + 2*n + n_token)*dim + 4*n*n)*sizeof(float);
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
@@ -122,7 +125,7 @@ xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const
     // few directions instead of the many tokens.
     leave_out_old(omega);
     xkv_floats res(omega.size(), 0.0f);
-    each_exact(lctx, stream, jobs, pr, SIZE_MAX, [&](const xkv_floats & z, uint32_t n) {
+    each_exact(lctx, stream, jobs, pr, XKV_ONLINE_SKETCH/((size_t) store.n_chunk*dim), [&](const xkv_floats & z, uint32_t n) {
         xkv_add_cross(xkv_mul_rows(z, omega, n, n_new, dim, sp.n_thread), z, n, n_new, dim, res, sp.n_thread);
     });
     leave_out_old(res);

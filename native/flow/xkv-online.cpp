@@ -25,7 +25,7 @@ static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 static const size_t XKV_ONLINE_BYTES = 8*1024*1024;
 
 // of a plain store are measured: a share of the variance needs no more
-static const size_t XKV_ONLINE_NUMBERS = 4*1024*1024;
+static const size_t XKV_ONLINE_MEASURE = 2*1024*1024;
 
 static float xkv_mean(const xkv_floats & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
@@ -171,7 +171,7 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
 
     const auto   rows     = rows_of(stream, pr, rank);
     const int    n_thread = lctx->get_cparams().n_threads_batch;
-    const size_t n_chunk  = XKV_ONLINE_NUMBERS/((size_t) store.n_chunk*dim);
+    const size_t n_chunk  = XKV_ONLINE_MEASURE/((size_t) store.n_chunk*dim);
 
     double total = 0.0;
     double keep  = 0.0;

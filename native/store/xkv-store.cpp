@@ -108,10 +108,11 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 // does each KV head.
 template <typename F> static void xkv_each_number(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n_chunk, F && f) {
     const uint32_t n = seg.rank/seg.n_head; // of a head
-    for (uint32_t i = 0; i < n_chunk; ++i) {
-        for (uint32_t r = 0; r < seg.rank; ++r) {
-            const uint32_t h = r/n;
-            f((size_t) h*n*n_chunk + (kd == xkv_store::kind::K ? (size_t) i*n + r % n : (size_t) (r % n)*n_chunk + i), i, r);
+    for (uint32_t h = 0; h < seg.n_head; ++h) {
+        for (uint32_t i = 0; i < n_chunk; ++i) {
+            for (uint32_t r = 0; r < n; ++r) {
+                f((size_t) h*n*n_chunk + (kd == xkv_store::kind::K ? (size_t) i*n + r : (size_t) r*n_chunk + i), i, h*n + r);
+            }
         }
     }
 }

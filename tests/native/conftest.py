@@ -12,7 +12,7 @@ import pytest
 
 from .harness import close_model, open_model
 from .sidecars import Bases, write_random
-from .tiny_models import MODELS, N_LAYER, N_VOCAB, REFUSED, write_model
+from .tiny_models import MODELS, N_LAYER, N_VOCAB, REFUSED, WIDE, write_model
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], T
         if name not in opened:
             path = folder / f"{name}.gguf"
             tensors = write_model(name, path)
-            kind = (MODELS | REFUSED)[name]
-            written: dict[tuple[int, int], Bases] = {}
+            kind = (MODELS | WIDE | REFUSED)[name]
+            written: dict[tuple[int, int, float], Bases] = {}
 
-            def bases(group_size: int = 2, frame: int = 32) -> Bases:
-                key = (group_size, frame)
+            def bases(group_size: int = 2, frame: int = 32, fall: float = 0.0) -> Bases:
+                key = (group_size, frame, fall)
                 if key not in written:
-                    side = folder / f"{name}.{group_size}.{frame}.xkv.gguf"
-                    written[key] = write_random(side, N_LAYER, (kind.embd_k, kind.embd_v), group_size, frame)
+                    side = folder / f"{name}.{group_size}.{frame}.{fall}.xkv.gguf"
+                    embd = (kind.embd_k, kind.embd_v)
+                    written[key] = write_random(side, N_LAYER, embd, group_size, frame, fall=fall)
                 return written[key]
 
             opened[name] = Tiny(path, open_model(path), tensors, bases)

@@ -79,10 +79,12 @@ def write_random(
     seed: int = 0,
     widest: float = 1.25,
     held: int | None = None,
+    fall: float = 0.0,
 ) -> Bases:
     """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer.
 
     Scales of layers are between 1 / `widest` and `widest`. The file holds the first `held` directions, or all.
+    Variances fall from 2 to 1, or as this power of the direction's number.
     """
     rng = np.random.default_rng(seed)
     first = tuple(range(0, n_layer, group_size))
@@ -93,11 +95,12 @@ def write_random(
     for g, c in enumerate(count):
         for kind, embd in zip(KINDS, n_embd, strict=True):
             dim = c * embd
+            spectrum = np.arange(1, dim + 1) ** -fall if fall else np.linspace(2.0, 1.0, dim)
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
             mean[kind].append(rng.normal(0, 0.5, dim).astype(np.float32))
             arrays[tensor_name(g, kind, "basis")] = basis[kind][g][:held]
             arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
-            arrays[tensor_name(g, kind, "spectrum")] = np.linspace(2.0, 1.0, dim, dtype=np.float32)
+            arrays[tensor_name(g, kind, "spectrum")] = spectrum.astype(np.float32)
     scale = {kind: tuple((widest ** rng.uniform(-1, 1, n_layer)).astype(np.float32).tolist()) for kind in KINDS}
     info = SidecarInfo(
         fingerprint="0" * 64,

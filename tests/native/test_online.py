@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from xkv_gguf.runtime import native
@@ -15,6 +16,8 @@ from .test_segments import error
 
 # random bases don't fit any prompt
 RANK = 64
+WIDE_RANK = 1152
+"""Of 1536 numbers: a renewal turns some 1000 directions and leaves those in the middle as they are."""
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
@@ -131,3 +134,52 @@ def test_clear_goes_back_to_calibrated(tiny: Callable[[str], Tiny], tokens: list
         assert native.online_info(ctx.ptr, 0).n_check == 0
         after = ctx.feed(tokens[:400], 8)
     assert deviation(after, before) <= TOL_F32
+
+
+def test_wide_full_rank_is_left_alone(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama-wide")
+    with open_context(one.model, flash_attn=False) as ctx:
+        plain = ctx.feed(tokens[:184], 8)
+    with open_context(one.model, xkv=one.bases(4, 32, 1.5).params(online=True, n_prior=40)) as ctx:
+        found = ctx.feed(tokens[:184], 8)
+        info = native.online_info(ctx.ptr, 0)
+    assert deviation(found, plain) <= TOL_F32
+    assert (info.n_check > 0, info.n_update) == (True, 0)
+
+
+@pytest.mark.parametrize("types", [((WIDE_RANK, "f32"),), ((256, "q8_0"), (512, "q4_0"), (384, "q2_0"))])
+def test_wide_follows_a_new_text(
+    tiny: Callable[[str], Tiny], tokens: list[int], types: tuple[tuple[int, str], ...]
+) -> None:
+    """More directions than are turned: less is lost of each text after a renewal, and what is stored stays right."""
+    one = tiny("llama-wide")
+    text = [t % 30 for t in tokens[:160]] + [30 + t % 31 for t in tokens[160:416]]
+    with open_context(one.model, flash_attn=False) as ctx:
+        plain = ctx.feed(text, 32)
+    errors, residuals = {}, []
+    for online in (False, True):
+        params = one.bases(4, 64, 1.5).params(types=types, online=online, n_prior=50)
+        with open_context(one.model, xkv=params) as ctx:
+            found = []
+            for start in range(0, len(text), 32):
+                found.append(ctx.feed(text[start : start + 32], 32))
+                residuals.append(native.online_info(ctx.ptr, 0).residual)
+            logits = np.concatenate(found)
+            errors[online] = [error(logits[at : at + 96], plain[at : at + 96]) for at in (128, 320)]
+            info = native.online_info(ctx.ptr, 0)
+        assert info.n_update >= 2 if online else info.n_check == 0
+    assert all(new < old for new, old in zip(errors[True], errors[False], strict=True)), errors
+    assert residuals[-1] < 0.9 * max(residuals), residuals
+
+
+def test_wide_without_calibration(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """The first bases have as many directions as are turned; later ones are added to them."""
+    one = tiny("llama-wide")
+    with open_context(one.model, flash_attn=False) as ctx:
+        plain = ctx.feed(tokens[:320], 32)
+    params = one.bases(4, 32, 1.5).params(rank=WIDE_RANK, online=True, calibrated=False)
+    with open_context(one.model, xkv=params) as ctx:
+        found = ctx.feed(tokens[:320], 32)
+        info = native.online_info(ctx.ptr, 0)
+    assert info.n_update == info.n_check > 1
+    assert error(found[256:], plain[256:]) < 1.0

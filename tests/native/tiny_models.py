@@ -180,13 +180,15 @@ MODELS = {
     "gpt2": Model("gpt2", _gpt2, n_head_kv=N_HEAD),
     "minicpm3": Model("minicpm3", _minicpm3, n_head_kv=N_HEAD, head_k=32 + N_ROT),
 }
+# a group of all layers is wider than online bases turn as a whole
+WIDE = {"llama-wide": Model("llama", _llama, n_head=3, n_head_kv=3, head_k=128, head_v=128)}
 # models that an xkv cache refuses
 REFUSED = {"plm": Model("plm", _plm, n_head_kv=N_HEAD, head_k=32 + N_ROT, has_output=False)}
 
 
 def write_model(name: str, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     """Write the model called `name`; returns its tensors by name, arrays of f32."""
-    kind = (MODELS | REFUSED)[name]
+    kind = (MODELS | WIDE | REFUSED)[name]
     writer = GGUFWriter(path, kind.arch)
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(N_EMBD)
