@@ -85,25 +85,20 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
         }
         sp.n     = sp.n_old + n_new;
         sp.basis = rows_of(stream, pr, sp.n_dir);
-        sp.rows  = old_rows(sp, dim);
+        sp.rows.reserve((size_t) sp.n*dim);
+        for (uint32_t i = 0; i < sp.n_old; ++i) {
+            const auto row = sp.basis.begin() + (size_t) sp.place(i)*dim;
+            sp.rows.insert(sp.rows.end(), row, row + dim);
+        }
 
         // the main directions of what it misses in the tokens
         if (n_new > 0) {
             const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
             sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
         }
+        sp.basis = {}; // read again when it is needed: it is large
     }
     sp.n_best = std::min(sp.n, sp.n_main + rank - sp.i_last);
-}
-
-xkv_floats xkv_online_bases::old_rows(const space & sp, uint32_t dim) {
-    xkv_floats res;
-    res.reserve((size_t) sp.n*dim);
-    for (uint32_t i = 0; i < sp.n_old; ++i) {
-        const auto row = sp.basis.begin() + (size_t) sp.place(i)*dim;
-        res.insert(res.end(), row, row + dim);
-    }
-    return res;
 }
 
 xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
@@ -195,10 +190,6 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
     const uint32_t dim    = gr.dim [pr.kd];
     const uint32_t rank   = gr.rank[pr.kd];
     const auto     chunks = tables[stream].used();
-    if (!store.plain() && sp.n_old > 0) {
-        // the space's rows times the directions of stored coefficients [n, n_old]
-        sp.meet = xkv_mul_rows(sp.rows, old_rows(sp, dim), sp.n, sp.n_old, dim, sp.n_thread);
-    }
     if (chunks.empty() || (!store.plain() && sp.n_old == 0)) {
         return;
     }
@@ -274,7 +265,19 @@ void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const p
 }
 
 bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
-    return sp.unit || xkv_orthonormalize(sp.rows, sp.n, store.groups()[pr.ig].dim[pr.kd]);
+    const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+    if (sp.unit) {
+        return true;
+    }
+    const bool       meets = !store.plain() && sp.n_old > 0;
+    const xkv_floats old   = meets ? xkv_floats(sp.rows.begin(), sp.rows.begin() + (size_t) sp.n_old*dim) : xkv_floats();
+    if (!xkv_orthonormalize(sp.rows, sp.n, dim)) {
+        return false;
+    }
+    if (meets) {
+        sp.meet = xkv_mul_rows(sp.rows, old, sp.n, sp.n_old, dim, sp.n_thread);
+    }
+    return true;
 }
 
 bool xkv_online_bases::solve(space & sp) {
@@ -296,14 +299,15 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
     const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
     const uint32_t rank = rank_of(pr, next);
 
-    auto & rows = sp.basis; // the new basis [rank, dim]
-    rows.resize((size_t) rank*dim, 0.0f);
+    xkv_floats rows; // the new basis [rank, dim]
     {
         xkv_floats best = sp.unit ? std::move(sp.combos) : xkv_floats((size_t) sp.n_best*dim, 0.0f);
         if (!sp.unit) {
             xkv_add_mul(sp.combos, sp.rows, sp.n_best, sp.n, dim, 1.0f, best, sp.n_thread);
             sp.rows = {};
+            rows    = rows_of(stream, pr, sp.n_dir);
         }
+        rows.resize((size_t) rank*dim, 0.0f);
         for (uint32_t i = 0; i < sp.n_best; ++i) {
             std::copy_n(best.begin() + (size_t) i*dim, dim, rows.begin() + (size_t) sp.place(i)*dim);
         }

@@ -83,7 +83,7 @@ private:
         bool unit     = false; // all numbers of a plain store, without rows
         int  n_thread = 1;
 
-        xkv_floats basis;  // [n_dir, dim] as it was
+        xkv_floats basis;  // [n_dir, dim] as it was, while rows are built
         xkv_floats rows;   // [n, dim] orthonormal
         xkv_floats tokens; // [n_token, dim] at hand
         xkv_floats meet;   // [n, n_old] rows times old directions; not of a plain store
@@ -139,9 +139,6 @@ private:
     void build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
                     space & sp);
     bool orthonormalize(const problem & pr, space & sp) const;
-
-    // the directions of the old basis that take part [n_old, dim]
-    static xkv_floats old_rows(const space & sp, uint32_t dim);
 
     // directions that span what the tokens have outside the old basis (randomized range finder) [n_new, dim]
     xkv_floats sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
