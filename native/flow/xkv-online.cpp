@@ -266,6 +266,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
                 solved[i] = solve(spaces[i]);
             }
         });
+        xkv_trim(); // of what reading coefficients left, before the new basis and coefficients are made
         for (size_t i = 0; i < n; ++i) {
             const auto & pr = due[first + i];
             if (!solved[i]) {
