@@ -18,6 +18,7 @@ xkv_add_test(xkv-test-select
 
 xkv_add_test(xkv-test-layers "${PROJECT_SOURCE_DIR}/tests/native/layers.cpp")
 target_link_libraries(xkv-test-layers PRIVATE llama)
+target_include_directories(xkv-test-layers PRIVATE "${PROJECT_SOURCE_DIR}/native/include")
 
 # the op of the CPU backend against a plain reference, and its time beside flash attention
 set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
