@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xkv_gguf.plan.sizes import SLOT_PAD, CacheLayout
+from xkv_gguf.plan.sizes import CacheLayout, padded_ctx
 from xkv_gguf.runtime import loader, log, native
 from xkv_gguf.sidecar.read import read_sidecar
 
@@ -86,10 +86,17 @@ class Context:
 def places(params: native.ScopeParams, n_ctx: int, n_ubatch: int, n_seq: int) -> dict[str, int]:
     """Sizes of window and store for a stream of `n_seq` sequences that holds `n_ctx` tokens."""
     frame = read_sidecar(params.sidecar).info.frame if params.sidecar else params.frame
-    one = CacheLayout(n_ctx, params.n_sink, params.n_window, n_ubatch, frame, n_text_sink=params.n_text_sink)
-    more = (n_seq - 1) * one.n_cell
-    n_slot = one.n_slot + -(-(n_seq - 1) * frame // SLOT_PAD) * SLOT_PAD
-    return {"n_keep": one.n_cell + more, "n_cell": one.n_cell + one.n_transit + more, "n_slot": n_slot}
+    layout = CacheLayout(
+        padded_ctx(n_ctx),
+        params.n_sink,
+        params.n_window,
+        n_ubatch,
+        frame,
+        n_text_sink=params.n_text_sink,
+        n_seq_max=n_seq,
+        kv_unified=True,
+    )
+    return {"n_keep": layout.n_cell, "n_cell": layout.n_cell + layout.n_transit, "n_slot": layout.n_slot}
 
 
 @contextlib.contextmanager
