@@ -27,7 +27,7 @@ static const uint32_t XKV_ONLINE_NEW = 64;
 // Eigenproblems up to SMALL cost little; a larger one leaves out what the next basis will hardly have room for, and one beyond LARGE
 // what it has room for: its time grows with the third power, and what the main directions share with the others by then is little.
 static const uint32_t XKV_ONLINE_SMALL = 512;
-static const uint32_t XKV_ONLINE_LARGE = 448;
+static const uint32_t XKV_ONLINE_LARGE = 512;
 
 // x [n, dim] in a space of rows [n_row, dim]; in one of all numbers as it is
 static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool unit, int n, int n_row, int dim, int n_thread) {
