@@ -83,6 +83,14 @@ def test_lines_belong_to_their_thread(heard: list[str], fail: Callable[[], None]
         assert lines and not heard
 
 
+def test_an_outer_collector_goes_on_after_an_inner_one(fail: Callable[[], None]) -> None:
+    with log.collect(quiet=True) as outer:
+        with log.collect(quiet=True) as inner:
+            pass
+        fail()
+    assert outer and not inner
+
+
 def test_a_quiet_thread_silences_no_other(heard: list[str], fail: Callable[[], None]) -> None:
     def loud() -> None:
         with log.collect(quiet=False) as lines:

@@ -16,14 +16,13 @@ from typing import Any
 
 from .api import internals, llama_cpp, llama_cpp_logger, llama_cpp_module, suppress_stdout_stderr
 
-# enum ggml_log_level; llama_cpp's own table is of another version of it
-LEVEL_WARN = 3
+# of enum ggml_log_level; llama_cpp's own table is of another version of it
 LEVEL_ERROR = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class _Collector:
-    """Error lines of one thread, and whether its log goes no further."""
+    """Error lines of one thread, and whether its log goes no further. Two are never the same, whatever they hold."""
 
     quiet: bool
     lines: list[str] = field(default_factory=list)
