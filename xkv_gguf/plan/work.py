@@ -82,8 +82,8 @@ DEFAULT_ATTENTION = Attention()
 
 def plain_work(shape: ModelShape) -> Work:
     """Work of one query token over one token of an f16 cache: scores and values of every head, K and V read once."""
-    heads = range(len(shape.embd_k))
-    return Work(sum(shape.n_head(il) * (shape.head_k + shape.head_v) for il in heads), F16_BYTES * shape.numbers)
+    n_head = sum(map(shape.n_head, range(len(shape.embd_k))))
+    return Work(n_head * (shape.head_k + shape.head_v), F16_BYTES * shape.numbers)
 
 
 def decode_work(
