@@ -18,8 +18,8 @@ static const uint32_t XKV_ONLINE_BLOCK = 256;
 
 // Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
 // the window, onto which stored coefficients are projected. They are looked for at the end of each stage, and in the last one
-// when the number of a stream's stored tokens has doubled, where the bases lose more than calibration made expect: on all tokens
-// of a plain stage, which were rounded to its type only, else on those about to leave. Between stages with bases they are taken
+// when the number of a stream's stored tokens has doubled, where the bases lose more than calibration made expect: on tokens of
+// all of a plain stage, which were rounded to its type only, else on those about to leave. Between stages with bases they are taken
 // only if that takes away more than rounding once more costs; without calibration always.
 //
 // The new bases are looked for in the space of the old ones and of the main directions that the tokens add to it

@@ -44,7 +44,7 @@ struct xkv_segment {
     uint32_t rank; // a multiple of 32 and, for K, of the type's block; the last of a group and kind may end at its dimension
     int32_t  type; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0, Q2_0, Q1_0
     int32_t  type_basis; // ggml_type of the directions themselves: F32, F16, Q8_0, Q5_0, Q4_0
-    float    noise; // of type: mean squared error over variance of what is stored, 0 to 1
+    float    noise; // of type: mean squared error over variance of what is stored, 0 to below 1
 };
 
 // A division of the same bytes for at most n_slot tokens: they get more directions and bits than those of a full store.

@@ -17,7 +17,7 @@ from .test_segments import error
 # random bases don't fit any prompt
 RANK = 64
 WIDE_RANK = 1152
-"""Of 1536 numbers: a renewal turns some 1000 directions and leaves those in the middle as they are."""
+"""Of 1536 numbers: a renewal turns at most 512 directions and leaves those in the middle as they are."""
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
