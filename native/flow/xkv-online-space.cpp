@@ -24,9 +24,8 @@ static const size_t XKV_ONLINE_SKETCH = 4*1024*1024;
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 64;
 
-// Eigenproblems up to SMALL cost little; a larger one leaves out what the next basis will hardly have room for, and one beyond LARGE
-// what it has room for: its time grows with the third power, and what the main directions share with the others by then is little.
-static const uint32_t XKV_ONLINE_SMALL = 512;
+// Directions of the old basis in an eigenproblem, whose time grows with the third power. Of a wide basis, those in the middle are
+// left out: what the main directions share with them by then is little.
 static const uint32_t XKV_ONLINE_LARGE = 512;
 
 // x [n, dim] in a space of rows [n_row, dim]; in one of all numbers as it is
@@ -34,14 +33,14 @@ static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool u
     return unit ? x : xkv_mul_rows(x, rows, n, n_row, dim, n_thread);
 }
 
-// directions that a basis of a rank is looked for in, beside new ones
-static uint32_t xkv_n_kept(uint32_t rank, uint32_t dim) {
-    return std::min(dim, std::max(XKV_ONLINE_SMALL, rank + rank/4));
+// whether a basis of a rank, looked for among a quarter more directions than it has, needs more of them
+static bool xkv_is_wide(uint32_t rank, uint32_t dim) {
+    return std::min(dim, rank + rank/4) > XKV_ONLINE_LARGE;
 }
 
 size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const {
     const size_t dim   = store.groups()[pr.ig].dim[pr.kd];
-    const size_t n     = std::min(xkv_n_kept(rank, dim), XKV_ONLINE_LARGE) + XKV_ONLINE_NEW;
+    const size_t n     = std::min<size_t>(dim, XKV_ONLINE_LARGE) + XKV_ONLINE_NEW;
     const size_t n_dir = std::max<size_t>(rank, store.plain() ? n : store.groups()[pr.ig].rank[pr.kd]);
     // the basis as it was and will be, rows and what they are turned into, tokens; covariance, what is added to it, eigenvectors
     return ((n_dir + 2*n + n_token)*dim + 4*n*n)*sizeof(float);
@@ -60,14 +59,13 @@ xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32
 }
 
 void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
-    const uint32_t dim    = store.groups()[pr.ig].dim[pr.kd];
-    const bool     cold   = !setup.sidecar.calibrated();
-    const uint32_t n_kept = xkv_n_kept(rank, dim);
-    const bool     wide   = n_kept > XKV_ONLINE_LARGE;
+    const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
+    const bool     cold = !setup.sidecar.calibrated();
+    const bool     wide = xkv_is_wide(rank, dim);
 
     // the old basis: of a plain store, all numbers, or as many calibrated directions as are worth it
-    sp.unit   = store.plain() && n_kept == dim && !wide;
-    sp.n_dir  = std::min(store.plain() ? (cold && !sp.unit ? 0 : dim) : states[stream].n_dir[pr.kd][pr.ig], wide ? rank : n_kept);
+    sp.unit   = store.plain() && dim <= XKV_ONLINE_LARGE;
+    sp.n_dir  = std::min(store.plain() ? (cold && !sp.unit ? 0 : dim) : states[stream].n_dir[pr.kd][pr.ig], wide ? rank : XKV_ONLINE_LARGE);
     sp.n_main = sp.i_last = sp.n_old = sp.n = sp.n_dir;
     if (!sp.unit) {
         uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
