@@ -81,6 +81,9 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & bal
 llama_memory_context_ptr llama_kv_cache_xkv::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
     const auto fail = [](llama_memory_status status) { return std::make_unique<llama_kv_cache_xkv_context>(status); };
 
+    if (!spare) {
+        spare = fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
     if (broken) {
         report();
         return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
@@ -139,8 +142,8 @@ void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
         }
         try {
             flow->leave(lctx, seq_id);
-        } catch (const xkv_flow_error &) {
-            broken = true;
+        } catch (...) {
+            broken = flow->half_changed() || broken;
             throw;
         }
     }

@@ -11,14 +11,15 @@
 
 #include <algorithm>
 
-// what f throws may leave the store half changed
-template <typename F> static void xkv_change(const char * what, F && f) {
+template <typename F> void xkv_flow::change(const char * what, F && f) {
+    changing = true;
     try {
         f();
     } catch (...) {
         const auto failure = xkv_caught();
-        throw xkv_flow_error(failure.status, std::string(what) + ": " + failure.text);
+        throw xkv_error(failure.status, std::string(what) + ": " + failure.text);
     }
+    changing = false;
 }
 
 xkv_flow::xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables) :
@@ -38,7 +39,7 @@ void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
         return;
     }
     make_room(lctx, stream, jobs);
-    xkv_change("an update of the bases", [&] { adapt(lctx, stream, jobs); });
+    change("an update of the bases", [&] { adapt(lctx, stream, jobs); });
     flush.compress(lctx, stream, jobs);
     commit(stream, jobs);
     xkv_trim();
@@ -72,7 +73,7 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
         xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), n_used, table.size());
     }
     if (stage != store.stage()) {
-        xkv_change("a change of stage", [&] { n_used == 0 ? restart(stage) : enter_stage(lctx, stream, stage, jobs); });
+        change("a change of stage", [&] { n_used == 0 ? restart(stage) : enter_stage(lctx, stream, stage, jobs); });
     }
     const auto free = table.free(jobs.size());
     for (size_t i = 0; i < jobs.size(); ++i) {

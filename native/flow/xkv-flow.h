@@ -10,14 +10,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 class xkv_online_bases;
-
-// the store may be half changed: bases and coefficients may not belong together any more
-struct xkv_flow_error : xkv_error {
-    using xkv_error::xkv_error;
-};
 
 // How tokens leave the window for the store: select (which ones, into which chunks), adapt (bases), encode (coefficients),
 // commit (tables and cells). And how they come back.
@@ -26,8 +22,11 @@ public:
     xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables);
     ~xkv_flow();
 
-    // the oldest tokens of a sequence leave; throws xkv_error, and xkv_flow_error
+    // the oldest tokens of a sequence leave; throws xkv_error
     void leave(llama_context * lctx, llama_seq_id seq_id);
+
+    // whether what was thrown left the store half changed: bases and coefficients may not belong together any more
+    bool half_changed() { return std::exchange(changing, false); }
 
     // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence; throws xkv_error
     void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
@@ -57,6 +56,11 @@ private:
 
     xkv_flush                         flush;
     std::unique_ptr<xkv_online_bases> online; // empty while bases stay as calibrated
+
+    bool changing = false; // the store is between two states
+
+    // f changes the store
+    template <typename F> void change(const char * what, F && f);
 
     jobs_t select(llama_context * lctx, llama_seq_id seq_id);
     void   adapt (llama_context * lctx, uint32_t stream, const jobs_t & jobs);

@@ -40,7 +40,8 @@ static bool xkv_is_wide(uint32_t rank, uint32_t dim) {
 
 size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const {
     const size_t dim   = store.groups()[pr.ig].dim[pr.kd];
-    const size_t n     = std::min<size_t>(dim, XKV_ONLINE_LARGE) + XKV_ONLINE_NEW;
+    const size_t n_new = setup.sidecar.calibrated() ? XKV_ONLINE_NEW : std::max(rank, XKV_ONLINE_NEW);
+    const size_t n     = std::min<size_t>(dim, XKV_ONLINE_LARGE + n_new);
     const size_t n_dir = std::max<size_t>(rank, store.plain() ? n : store.groups()[pr.ig].rank[pr.kd]);
     // the basis as it was and will be, rows and what they are turned into, tokens; covariance, what is added to it, eigenvectors
     return ((n_dir + 2*n + n_token)*dim + 4*n*n)*sizeof(float);
@@ -76,7 +77,8 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
         const uint32_t n_cold = wide ? std::max(XKV_ONLINE_LARGE/2, n_most - std::min(n_most, sp.n_dir)) : rank;
         const uint32_t n_new  = std::min({ dim - sp.n_dir, n_token, cold ? n_cold : XKV_ONLINE_NEW });
         if (wide) {
-            const uint32_t n_last = n_new - std::min(n_new, rank - sp.n_dir);
+            // no more than there are: the first bases without calibration come from new directions alone
+            const uint32_t n_last = std::min(sp.n_dir, n_new - std::min(n_new, rank - sp.n_dir));
             sp.n_main = std::min(sp.n_dir - n_last, n_most - n_new - n_last);
             sp.i_last = sp.n_dir - n_last;
             sp.n_old  = sp.n_main + n_last;

@@ -119,7 +119,7 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
     std::vector<problem> due;
     for (const auto & pr : list) {
         wanted  .push_back(expect(groups, pr));
-        residual.push_back(cold && st.info.n_update == 0 ? 1.0f : measure(lctx, stream, jobs, pr, groups));
+        residual.push_back(cold && (store.plain() || st.info.n_update == 0) ? 1.0f : measure(lctx, stream, jobs, pr, groups));
         const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
         const float excess = std::max(share*wanted.back(), XKV_ONLINE_EXCESS_MIN);
         if (cold || residual.back() > wanted.back() + excess) {

@@ -172,14 +172,18 @@ def test_wide_follows_a_new_text(
     assert residuals[-1] < 0.9 * max(residuals), residuals
 
 
-def test_wide_without_calibration(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    """The first bases have as many directions as are turned; later ones are added to them."""
+@pytest.mark.parametrize(("rank", "n_token", "n_ubatch"), [(WIDE_RANK, 320, 32), (448, 768, 640)])
+def test_wide_without_calibration(
+    rank: int, n_token: int, n_ubatch: int, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """The first bases have as many directions as are turned, or as there are tokens; later ones are added to them."""
     one = tiny("llama-wide")
-    with open_context(one.model, flash_attn=False) as ctx:
-        plain = ctx.feed(tokens[:320], 32)
-    params = one.bases(4, 32, 1.5).params(rank=WIDE_RANK, online=True, calibrated=False)
-    with open_context(one.model, xkv=params) as ctx:
-        found = ctx.feed(tokens[:320], 32)
+    text = (tokens * 3)[:n_token]
+    with open_context(one.model, n_ctx=1024, n_ubatch=n_ubatch, flash_attn=False) as ctx:
+        plain = ctx.feed(text, n_ubatch)
+    params = one.bases(4, 32, 1.5).params(rank=rank, online=True, calibrated=False)
+    with open_context(one.model, n_ctx=1024, n_ubatch=n_ubatch, xkv=params) as ctx:
+        found = ctx.feed(text, n_ubatch)
         info = native.online_info(ctx.ptr, 0)
-    assert info.n_update == info.n_check > 1
-    assert error(found[256:], plain[256:]) < 1.0
+    assert info.n_update == info.n_check >= 1
+    assert error(found[-64:], plain[-64:]) < 1.0
