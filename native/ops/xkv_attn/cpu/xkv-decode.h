@@ -1,0 +1,93 @@
+// Decoding: buffers and partial sums, and the steps that its files share.
+
+#pragma once
+
+#include "xkv-attn-layer.h"
+
+// spans of exact tokens, and threads that share chunks, whose sums stand apart
+static const int64_t XKV_N_EXACT = 4;
+static const int64_t XKV_N_PART  = 16;
+
+static const int64_t XKV_PAD = 16;
+
+// exact tokens that are looked at together
+static const int64_t XKV_EXACT_BLOCK = 16;
+
+// sums of a query: n numbers weighted by exp(score - max), then max and sum of weights
+struct xkv_partials {
+    float * data;
+    int64_t n_query, n;
+
+    float * sums(int64_t part, int64_t i) const { return data + (part*n_query + i)*(n + XKV_PAD); }
+    float & max (int64_t part, int64_t i) const { return sums(part, i)[n]; }
+    float & sum (int64_t part, int64_t i) const { return sums(part, i)[n + 1]; }
+    // log of the sum of weights by the lead
+    float & lead(int64_t part, int64_t i) const { return sums(part, i)[n + 2]; }
+    // whether the sums hold more than the lead
+    bool deep(int64_t part, int64_t i) const { return sums(part, i)[n + 3] > 0.0f; }
+    void set_deep(int64_t part, int64_t i, bool deep) const { sums(part, i)[n + 3] = deep; }
+};
+
+// numbers of each query as they are and rounded, see xkv_rounded
+struct xkv_rows {
+    float *   x;
+    int8_t *  codes;
+    float *   scales;
+    int32_t * n;
+    int64_t   stride; // a multiple of 32
+
+    xkv_rounded at(int64_t row, int64_t col) const {
+        const int64_t i = row*stride + col;
+        return { x + i, codes + i, scales + i/32, n + i/32 };
+    }
+    float * row(int64_t i) const { return x + i*stride; }
+
+    // numbers [c0, c1)
+    void round(int64_t row, int64_t c0, int64_t c1) const {
+        const int64_t i = row*stride + c0;
+        xkv_round(x + i, (c1 - c0 + 31)/32*32, codes + i, scales + i/32, n + i/32);
+    }
+};
+
+struct xkv_decode_buffers {
+    xkv_partials exact;
+    xkv_partials parts;
+    float *      peak; // [n_query][n_frame] log of the largest sum of weights of a block of the chunk, by the lead
+
+    // of a thread
+    xkv_rows  q;      // queries in the chunk's frame
+    xkv_rows  y;      // and through the basis of K
+    xkv_rows  weight; // of the chunk's tokens
+    xkv_rows  change; // of the weights of refined blocks
+    float *   score;  // [n_query][n_chunk]
+    float *   rough;  // the same by the lead
+    float *   least;  // [n_query] log of the sum of weights beyond which a block is refined
+    uint8_t * fine;   // [n_query][n_chunk/XKV_ATTN_FINE]
+    float *   row_k;  // [XKV_EXACT_BLOCK][d_k]
+    float *   row_v;
+
+    size_t bytes;
+};
+
+static inline int64_t xkv_n_part(const xkv_attn_layer & l, int nth) {
+    return std::min(std::min(XKV_N_PART, (int64_t) nth), l.n_frame);
+}
+
+static inline void xkv_add_f32(int64_t n, float a, const float * x, float * y) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        xkv_store(y + i, xkv_load(y + i) + xkv_load(x + i)*a);
+    }
+    for (; i < n; ++i) {
+        y[i] += a*x[i];
+    }
+}
+
+static inline void xkv_scale_f32(int64_t n, float a, float * y) {
+    for (int64_t i = 0; i < n; ++i) {
+        y[i] *= a;
+    }
+}
+
+// the queries of a KV head over the exact tokens [j0, j1)
+void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t head, int64_t span, int64_t j0, int64_t j1);
