@@ -28,6 +28,12 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
     const uint32_t n_chunk  = view->store->n_chunk;
     const uint32_t n_stream = view->n_stream;
 
+    for (const ggml_tensor * t : { frame, origin }) {
+        if (t && t->buffer) {
+            *view->graph_memory = t->buffer;
+        }
+    }
+
     if (frame && frame->buffer) {
         std::vector<int32_t> data;
         for (uint32_t s = 0; s < n_stream; ++s) {

@@ -17,6 +17,8 @@ struct xkv_view {
     uint32_t stream_0 = 0;
     uint32_t n_stream = 0;
 
+    ggml_backend_buffer_t * graph_memory = nullptr; // to be told where the graph's tensors are
+
     // of the micro-batch's i-th stream
     const xkv_chunk_table & table(uint32_t i) const { return (*tables)[stream_0 + i]; }
 

@@ -1,7 +1,10 @@
 #include "base/xkv-memory.h"
 
+#include <cstdint>
+
 #if defined(__unix__) || defined(__APPLE__)
 #    include <sys/mman.h>
+#    include <unistd.h>
 #endif
 #if defined(__GLIBC__)
 #    include <malloc.h>
@@ -10,6 +13,20 @@
 void xkv_trim() {
 #if defined(__GLIBC__)
     malloc_trim(0);
+#endif
+}
+
+void xkv_drop(void * ptr, size_t n_byte) {
+#if defined(__linux__)
+    const uintptr_t page  = sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t) ptr + page - 1)/page*page;
+    const uintptr_t end   = ((uintptr_t) ptr + n_byte)/page*page;
+    if (begin < end) {
+        madvise((void *) begin, end - begin, MADV_DONTNEED);
+    }
+#else
+    (void) ptr;
+    (void) n_byte;
 #endif
 }
 

@@ -8,6 +8,9 @@
 // gives freed memory back to the system, where the C library keeps it
 void xkv_trim();
 
+// gives whole pages back to the system; their contents are lost
+void xkv_drop(void * ptr, size_t n_byte);
+
 // ggml ends the process where it gets no memory for its own records: throws std::bad_alloc beforehand
 void xkv_ask(size_t n_byte);
 

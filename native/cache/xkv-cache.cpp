@@ -141,6 +141,7 @@ void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
             continue;
         }
         try {
+            drop_graph_memory();
             flow->leave(lctx, seq_id);
         } catch (...) {
             broken = flow->half_changed() || broken;
@@ -149,7 +150,17 @@ void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
     }
 }
 
+void llama_kv_cache_xkv::drop_graph_memory() {
+    if (graph_memory && ggml_backend_buffer_get_usage(graph_memory) == GGML_BACKEND_BUFFER_USAGE_COMPUTE &&
+        ggml_backend_buffer_get_type(graph_memory) == ggml_backend_cpu_buffer_type()) {
+        xkv_drop(ggml_backend_buffer_get_base(graph_memory), ggml_backend_buffer_get_size(graph_memory));
+    }
+    graph_memory = nullptr;
+}
+
 llama_memory_context_ptr llama_kv_cache_xkv::init_full() noexcept {
+    graph_memory = nullptr;
+
     llama_memory_context_ptr res;
     return guard("a full cache", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(this); }) ? std::move(res) : failed_context();
 }

@@ -79,7 +79,7 @@ public:
     uint32_t get_n_slot(uint32_t s0, uint32_t s1) const;
 
     // what graphs read for the streams [s0, s1]
-    xkv_view view(uint32_t s0, uint32_t s1) const { return { &setup, store.get(), &tables, get_n_slot(s0, s1), s0, s1 - s0 + 1 }; }
+    xkv_view view(uint32_t s0, uint32_t s1) { return { &setup, store.get(), &tables, get_n_slot(s0, s1), s0, s1 - s0 + 1, &graph_memory }; }
 
     uint32_t get_stream(llama_seq_id seq_id) const { return window->get_stream(seq_id); }
 
@@ -116,6 +116,9 @@ private:
 
     llama_context * lctx = nullptr;
 
+    // where the last graph's tensors were: unused until the next one. Contexts replace it with init_full() at hand.
+    ggml_backend_buffer_t graph_memory = nullptr;
+
     xkv_failure refusal = { XKV_STATUS_OK, "" };
     bool        broken  = false; // an operation was refused that the caller could not see fail, or failed halfway
 
@@ -126,6 +129,9 @@ private:
     void report() noexcept;
 
     llama_memory_context_ptr failed_context() noexcept;
+
+    // gives back what graphs have taken, so that it does not add to what a flush takes for a moment
+    void drop_graph_memory();
 
     llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch);
 
