@@ -113,17 +113,20 @@ void xkv_mirror(xkv_floats & sum, int dim) {
     }
 }
 
-xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, int n_thread) {
-    xkv_floats res((size_t) n*m);
-    const float one  = 1.0f;
-    const float zero = 0.0f;
-    const auto  mul  = [&](int i, int ni, int j, int nj) {
-        XKV_LAPACK(sgemm)("T", "N", &nj, &ni, &dim, &one, b.data() + (size_t) j*dim, &dim, a.data() + (size_t) i*dim, &dim, &zero,
-                          res.data() + (size_t) i*m + j, &m);
+void xkv_add_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum, int n_thread) {
+    const float one = 1.0f;
+    const auto  mul = [&](int i, int ni, int j, int nj) {
+        XKV_LAPACK(sgemm)("T", "N", &nj, &ni, &dim, &one, b.data() + (size_t) j*dim, &dim, a.data() + (size_t) i*dim, &dim, &one,
+                          sum.data() + (size_t) i*m + j, &m);
     };
     if (n > 0 && m > 0 && dim > 0) {
         xkv_each_piece(std::max(n, m), n_thread, [&](int first, int k) { n > m ? mul(first, k, 0, m) : mul(0, n, first, k); });
     }
+}
+
+xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, int n_thread) {
+    xkv_floats res((size_t) n*m, 0.0f);
+    xkv_add_mul_rows(a, b, n, m, dim, res, n_thread);
     return res;
 }
 

@@ -27,3 +27,6 @@ void xkv_add_cross(const xkv_floats & a, const xkv_floats & b, int n, int m, int
 
 // a b^T [n, m] of a [n, dim] and b [m, dim]
 xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, int n_thread);
+
+// sum [n, m] += the same
+void xkv_add_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum, int n_thread);

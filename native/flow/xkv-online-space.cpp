@@ -157,6 +157,7 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
         }
     }
     xkv_add_gram(x, n_token, sp.n, sp.cov, sp.n_thread);
+    x = {};
     add_prior(pr, sp);
     add_stored(stream, pr, sp);
     xkv_mirror(sp.cov, sp.n);
@@ -217,9 +218,9 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
         xkv_add_gram(part, n, sp.n_old, sum, sp.n_thread);
     });
     xkv_mirror(sum, sp.n_old);
-    const auto t = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old, sp.n_thread);
-    sum = xkv_mul_rows(t, sp.meet, sp.n, sp.n, sp.n_old, sp.n_thread);
-    std::transform(sum.begin(), sum.end(), sp.cov.begin(), sp.cov.begin(), std::plus<float>());
+    const auto turned = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old, sp.n_thread);
+    sum = {};
+    xkv_add_mul_rows(turned, sp.meet, sp.n, sp.n, sp.n_old, sp.cov, sp.n_thread);
 }
 
 bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
@@ -318,8 +319,11 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
     if (store.plain()) {
         turn = xkv_turn_all(std::move(rows), rank, dim);
     } else if (sp.n_old > 0) {
+        rows = {};
         turn.rows.resize((size_t) sp.n_best*sp.n_old, 0.0f);
         xkv_add_mul(sp.combos, sp.meet, sp.n_best, sp.n, sp.n_old, 1.0f, turn.rows, sp.n_thread);
+        sp.combos = {};
+        sp.meet   = {};
         for (uint32_t i = 0; i < std::max(sp.n_best, sp.n_old); ++i) {
             if (i < sp.n_old) {
                 turn.from.push_back(sp.place(i));

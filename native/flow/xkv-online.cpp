@@ -195,7 +195,7 @@ xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, 
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         const std::vector<xkv_flush::job> part(jobs.begin() + i, jobs.begin() + std::min(jobs.size(), i + n_block));
 
-        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.layers().size());
+        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.groups()[pr.ig].layers.size());
         ggml_tensor * x = input_tokens(stream, part, pr); // [dim, n_token]
         graph.output(x);
         graph.run();
