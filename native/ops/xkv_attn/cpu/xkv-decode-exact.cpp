@@ -42,6 +42,17 @@ static float xkv_dot_f32(int64_t n, const float * x, const float * y) {
     return res;
 }
 
+// sums [dim] += n rows, each times its factor
+static void xkv_add_rows(int64_t n, int64_t dim, const float * f, const float * rows, float * sums) {
+    for (int64_t c = 0; c < dim; c += 16) {
+        f32r acc = xkv_load(sums + c);
+        for (int64_t k = 0; k < n; ++k) {
+            acc += xkv_load(rows + k*dim + c)*f[k];
+        }
+        xkv_store(sums + c, acc);
+    }
+}
+
 // the queries of a KV head over the exact tokens [j0, j1)
 void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t head, int64_t span, int64_t j0, int64_t j1) {
     const int64_t dk = l.dim[XKV_K];
@@ -95,9 +106,7 @@ void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int6
                 const f32r p = xkv_exp(score - max);
                 sum += xkv_sum(p);
                 xkv_store(list, p);
-                for (int64_t k = 0; k < n; ++k) {
-                    xkv_add_f32(dv, list[k], b.row_v + k*dv, sums);
-                }
+                xkv_add_rows(n, dv, list, b.row_v, sums);
             }
         }
     }

@@ -147,10 +147,16 @@ XKV_INLINE float xkv_f16(const void * p) {
 XKV_INLINE f32r xkv_load_i8(const void * p) {
     f32r res;
     for (int i = 0; i < f32r::n; ++i) {
+#if defined(__AVX512F__)
+        res.v[i] = (f32r::reg) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+#elif defined(__AVX2__)
+        res.v[i] = (f32r::reg) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) ((const char *) p + 8*i))));
+#else
         typedef int8_t part __attribute__((vector_size(XKV_LANE_BYTES/4)));
         part x;
         memcpy(&x, (const char *) p + i*sizeof(x), sizeof(x));
         res.v[i] = __builtin_convertvector(x, f32r::reg);
+#endif
     }
     return res;
 }
