@@ -26,7 +26,7 @@ template <typename T> struct xkv_page_allocator {
     xkv_page_allocator() = default;
     template <typename U> xkv_page_allocator(const xkv_page_allocator<U> &) {}
 
-    static constexpr size_t least = 1024*1024; // bytes; what is smaller comes and goes with every chunk
+    static constexpr size_t least = 128*1024; // bytes; what is smaller comes and goes with every chunk
 
     T * allocate(size_t n) {
         void * ptr = n*sizeof(T) < least ? malloc(n*sizeof(T)) : xkv_pages_new(n*sizeof(T));
