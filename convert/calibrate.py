@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,22 +13,25 @@ from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.estimate import F16, KV_BYTES, split_runs
 from xkv_gguf.convert.sample import write_text
 from xkv_gguf.convert.settings import Settings
-from xkv_gguf.convert.text import cut_texts, read_texts
+from xkv_gguf.convert.text import cut_texts, package_texts, read_texts
 from xkv_gguf.errors import CalibrationError
 from xkv_gguf.plan.groups import LayerGroups
 from xkv_gguf.plan.segments import KINDS, Kind
 from xkv_gguf.plan.sizes import padded_ctx
 
 FILE_LEN = 2048
-"""Tokens per sequence of text from files."""
+"""Tokens per sequence of text that is read."""
 
 SELF_LEN = 512
 """Tokens per sequence of text that the model writes."""
 
+LEAST_LEN = 128
+"""Fewest tokens of a sequence that the model writes, where it writes several."""
+
 SELF_SEQS = 32
 """Sequences that are written side by side."""
 
-N_LAST = 8
+N_KEPT = 8
 """Sequences that are kept for measurements after calibration."""
 
 Progress = Callable[[int], object]
@@ -36,48 +39,80 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class TextInfo:
-    """What was run: tokens in the sums, longest sequence in tokens, the hash of the text, and its last sequences."""
+    """What was run: tokens in the sums, longest sequence in tokens, the hash of the text, and some of its sequences."""
 
     n_tokens: int
     n_len: int
     sha256: str
-    last: tuple[tuple[int, ...], ...] = ()
+    kept: tuple[tuple[int, ...], ...] = ()
 
 
-def file_sequences(engine: Engine, settings: Settings, n_token: int) -> list[list[int]]:
-    """Token ids of the sequences that `settings.data` gives, about `n_token` in all.
+@dataclass(frozen=True)
+class TextPlan:
+    """What is to be run: sequences to read, and how many rounds of `n_seq` sequences of `n_len` tokens to write."""
+
+    read: tuple[tuple[int, ...], ...]
+    n_seq: int = 1
+    n_len: int = 0
+    n_round: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.n_len, *map(len, self.read), 0)
+
+    @property
+    def n_token(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.read)) + self.n_seq * self.n_len * self.n_round
+
+
+def plan_text(engine: Engine, settings: Settings, n_token: int, numbers: int) -> TextPlan:
+    """Choose about `n_token` tokens of text: the user's files; or the package's texts, and what lacks by the model.
+
+    Parameters
+    ----------
+    engine : Engine
+    settings : Settings
+    n_token : int
+    numbers : int
+        Of K and V per token: the more of them, the fewer sequences are written side by side.
 
     Raises
     ------
     OptionError, CalibrationError
         A file cannot be used, or there is too little text.
     """
-    n_len = min(FILE_LEN, engine.n_ctx_train)
-    texts = read_texts(settings.data)
-    return cut_texts(texts, engine.tokenize, engine.bos(), n_token, n_len, settings.seed)
+    limit = engine.n_ctx_train
+    texts = read_texts(settings.data) if settings.data else package_texts()
+    read = cut_texts(texts, engine.tokenize, engine.bos(), n_token, min(FILE_LEN, limit), settings.seed)
+    missing = n_token - sum(map(len, read))
+    if settings.data or missing < LEAST_LEN:
+        return TextPlan(tuple(map(tuple, read)))
+    longest = min(SELF_LEN, limit)
+    read = [text[i : i + longest] for text in read for i in range(0, len(text), longest)]
+    return TextPlan(tuple(map(tuple, read)), *_own_shape(missing, longest, numbers))
 
 
-def self_shape(engine: Engine, tokens: int, numbers: int) -> tuple[int, int, int]:
-    """Sequences side by side, tokens per sequence and rounds for text that the model writes.
-
-    `numbers` are those of K and V per token: the more of them, the fewer sequences.
-    """
-    longest = min(SELF_LEN, engine.n_ctx_train)
+def _own_shape(tokens: int, longest: int, numbers: int) -> tuple[int, int, int]:
+    """Sequences side by side, tokens per sequence and rounds for text that the model writes."""
     room = KV_BYTES // (F16 * numbers * padded_ctx(longest))
     # never one alone: attention of a single query is split over the threads, so its rounding depends on them
-    n_seq = max(2, min(SELF_SEQS, tokens // longest, room))
+    n_seq = max(2, min(SELF_SEQS, tokens // LEAST_LEN, room))
     n_round = -(-tokens // (n_seq * longest))
     return n_seq, tokens // (n_seq * n_round), n_round
 
 
-def _read(engine: Engine, text: list[int], seq: int, progress: Progress) -> None:
+def _read(engine: Engine, text: Sequence[int], seq: int, progress: Progress) -> None:
     for start in range(0, len(text), engine.n_batch):
         part = text[start : start + engine.n_batch]
         engine.decode(part, [seq] * len(part), list(range(start, start + len(part))), outputs=False)
         progress(len(part))
 
 
-def _run_texts(engine: Engine, capture: Capture, texts: list[list[int]], n_seq: int, progress: Progress) -> None:
+def _run_texts(
+    engine: Engine, capture: Capture, texts: Sequence[Sequence[int]], n_seq: int, progress: Progress
+) -> None:
     for first in range(0, len(texts), n_seq):
         for seq, text in enumerate(texts[first : first + n_seq]):
             _read(engine, text, seq, progress)
@@ -85,14 +120,11 @@ def _run_texts(engine: Engine, capture: Capture, texts: list[list[int]], n_seq: 
         engine.clear()
 
 
-def _write_texts(
-    engine: Engine, capture: Capture, shape: tuple[int, int, int], seed: int, progress: Progress
-) -> list[list[int]]:
-    n_seq, n_len, n_round = shape
+def _write_texts(engine: Engine, capture: Capture, plan: TextPlan, seed: int, progress: Progress) -> list[list[int]]:
     texts: list[list[int]] = []
-    for i in range(n_round):
-        texts += write_text(engine, n_seq, n_len, np.random.default_rng([seed, i]), progress)
-        for seq in range(n_seq):
+    for i in range(plan.n_round):
+        texts += write_text(engine, plan.n_seq, plan.n_len, np.random.default_rng([seed, i]), progress)
+        for seq in range(plan.n_seq):
             capture.add(seq)
         engine.clear()
     return texts
@@ -122,8 +154,7 @@ def collect(
     groups: LayerGroups,
     settings: Settings,
     frame: int,
-    n_token: int,
-    texts: list[list[int]] | None,
+    plan: TextPlan,
     progress: Progress,
     use: Callable[[int, Kind, Sums], object],
 ) -> TextInfo:
@@ -138,10 +169,7 @@ def collect(
     settings : Settings
     frame : int
         Tokens per chunk.
-    n_token : int
-        Tokens that the model writes, about.
-    texts : list of list of int, optional
-        Sequences from files, see `file_sequences`. None: the model writes its own.
+    plan : TextPlan
     progress : callable
         Gets the number of tokens after each batch; each run over the text counts.
     use : callable
@@ -156,19 +184,18 @@ def collect(
     CalibrationError
         The model fails on the text, or computes NaN or infinity; the text names the first layer that does.
     """
-    numbers = sum(map(sum, groups.embd.values()))
-    shape = self_shape(engine, n_token, numbers)
-    n_seq, n_len = (1, max(map(len, texts))) if texts is not None else shape[:2]
+    written: list[list[int]] | None = None
     n_tokens = 0
     for run in split_runs(groups):
-        engine.open_context(n_seq, n_len)
+        engine.open_context(plan.n_seq, plan.longest)
         part = slice(run.start, run.stop)
         dims: dict[Kind, list[int]] = {kind: groups.dims[kind][part] for kind in KINDS}
         with Capture(engine, groups.layers[part], dims, frame, settings.n_sink) as capture:
-            if texts is None:
-                texts = _write_texts(engine, capture, shape, settings.seed, progress)
+            _run_texts(engine, capture, plan.read, plan.n_seq, progress)
+            if written is None:
+                written = _write_texts(engine, capture, plan, settings.seed, progress)
             else:
-                _run_texts(engine, capture, texts, n_seq, progress)
+                _run_texts(engine, capture, written, plan.n_seq, progress)
             engine.close_context()
             for i, g in enumerate(run):
                 for kind in KINDS:
@@ -178,6 +205,8 @@ def collect(
                     capture.drop(i, kind)
                     n_tokens = sums.n_tokens
                     use(g, kind, sums)
-    assert texts is not None
+    texts = [*plan.read, *map(tuple, written or ())]
     digest = hashlib.sha256(b"".join(np.asarray(text, dtype="<i4").tobytes() for text in texts))
-    return TextInfo(n_tokens, n_len, digest.hexdigest(), tuple(map(tuple, texts[-N_LAST:])))
+    # of all kinds of text
+    kept = tuple(texts[i * len(texts) // N_KEPT] for i in range(min(N_KEPT, len(texts))))
+    return TextInfo(n_tokens, plan.longest, digest.hexdigest(), kept)

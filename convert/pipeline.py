@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from xkv_gguf import __version__
 from xkv_gguf.base.partial import Partial
-from xkv_gguf.convert.calibrate import collect, file_sequences, self_shape
+from xkv_gguf.convert.calibrate import TextPlan, collect, plan_text
 from xkv_gguf.convert.capture import Sums, model_layers
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.estimate import Work, measure_rate, n_solvers, split_runs
@@ -107,10 +107,10 @@ def convert(
         candidates = within_reach(candidates, shape, wishes, frame)
         biggest = max(max(dims) for dims in captured.dims.values())
         n_wanted = settings.n_token(biggest)
-        texts = file_sequences(engine, settings, n_wanted) if settings.data else None
+        plan = plan_text(engine, settings, n_wanted, sum(map(sum, captured.embd.values())))
         # of one layer in a group, a scale changes nothing
         by_layer = settings.weigh == "layers" and sizes[-1] > 1
-        work = _work(engine, captured, settings, n_wanted, texts, by_layer)
+        work = _work(captured, settings, plan, by_layer)
         work.check_memory(model)
         if show_progress:
             print(work.told(measure_rate(engine, work.n_seq)), file=sys.stderr)
@@ -142,7 +142,7 @@ def convert(
                 held[captured_group, kind] = sums
 
             use = hold if by_layer else submit
-            text = collect(engine, captured, settings, frame, n_wanted, texts, run_bar.update, use)
+            text = collect(engine, captured, settings, frame, plan, run_bar.update, use)
             info = SidecarInfo(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
@@ -154,7 +154,7 @@ def convert(
                 n_sink=settings.n_sink,
                 groups=(),
                 calibration=Calibration(
-                    "files" if settings.data else "self", text.n_tokens, settings.seed, text.n_len, text.sha256
+                    "files" if settings.data else "package", text.n_tokens, settings.seed, text.n_len, text.sha256
                 ),
                 settings=settings.record(sizes[-1], frame),
                 target=settings.target,
@@ -188,23 +188,11 @@ def convert(
     return Converted(out, info, tuple(notes))
 
 
-def _work(
-    engine: Engine,
-    captured: LayerGroups,
-    settings: Settings,
-    n_wanted: int,
-    texts: list[list[int]] | None,
-    by_layer: bool,
-) -> Work:
+def _work(captured: LayerGroups, settings: Settings, plan: TextPlan, by_layer: bool) -> Work:
     """What a conversion comes to, before it begins."""
-    if texts is not None:
-        n_seq, n_len, n_text = 1, max(map(len, texts)), sum(map(len, texts))
-    else:
-        n_seq, n_len, n_round = self_shape(engine, n_wanted, sum(map(sum, captured.embd.values())))
-        n_text = n_seq * n_len * n_round
     n_group = sum(captured.count) if by_layer else len(captured.first)
     n_weigh = 0 if settings.weigh == "none" else n_token(n_group, settings.n_score)
-    return Work(captured, settings.threads, n_seq, n_len, n_text, n_weigh, by_layer)
+    return Work(captured, settings.threads, plan.n_seq, plan.longest, plan.n_token, n_weigh, by_layer)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ Any change at all of the cache makes the model round otherwise, and where weight
 much as a moderate loss does, however small the change. This is measured once, and taken off; losses are large ones, so
 that much is left.
 
-There are two texts. One is calibration text as it is. The other ends with a repetition of tokens from its beginning, so
-that the model looks them up: text that it writes itself seldom makes it look far back, prompts of users do.
+There are four texts, from different places of the calibration text. Every other one ends with a repetition of tokens
+from its beginning, so that the model looks them up: few texts make it look far back, prompts of users do.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from xkv_gguf.plan.segments import (
     plan_segments,
 )
 
-N_TOKEN = 1024
+N_TOKEN = 512
 """Tokens of a text, of which the last ones are scored."""
 
-N_TEXT = 2
+N_TEXT = 4
 N_REPEAT_AT = 100
 N_WINDOW = 32
 N_TEXT_SINK = 32
@@ -215,7 +215,7 @@ def measure(
         total = np.array(remembered(coarse, lambda: bench.divergences(sources, coded))) - base
         progress(1)
     engine.close_context()
-    return _weights(slopes, losses, float(total[0]))
+    return _weights(slopes, losses, float(total[::2].mean()))
 
 
 def _noise(source: Source) -> np.random.Generator:
@@ -270,7 +270,7 @@ def _energies(bench: _Bench, seq: int, groups: LayerGroups, group: int) -> list[
 def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: float) -> Sensitivity:
     """Weights from divergence per distortion of each source and text.
 
-    Texts count the same. The scale comes from what all sources cost together on the first text.
+    Texts count the same. The scale comes from what all sources cost together on texts as they are.
     """
     n_group = len(slopes) // len(KINDS)
     table = np.array(list(slopes.values()))  # [source, text]
@@ -289,8 +289,12 @@ def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: f
 def _texts(sequences: Sequence[Sequence[int]], n_score: int) -> list[list[int]]:
     """`N_TEXT` texts of `N_TOKEN` tokens, see the top of this module."""
     tokens = [token for sequence in sequences for token in sequence]
-    plain, other = tokens[:N_TOKEN], tokens[N_TOKEN : N_TEXT * N_TOKEN]
-    return [plain, other[:-n_score] + other[N_REPEAT_AT : N_REPEAT_AT + n_score]]
+    step = len(tokens) // N_TEXT
+    texts = [tokens[i * step : i * step + N_TOKEN] for i in range(N_TEXT)]
+    return [
+        text if i % 2 == 0 else text[:-n_score] + text[N_REPEAT_AT : N_REPEAT_AT + n_score]
+        for i, text in enumerate(texts)
+    ]
 
 
 def _coarse(stats: Statistics, quantizable: bool) -> tuple[Segment, ...] | None:

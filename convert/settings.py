@@ -26,11 +26,11 @@ PER_NUMBER = 4
 THOROUGH_TOKENS = 24576
 """Calibration tokens of a thorough conversion, and the most by default."""
 
-N_SCORE = 128
+N_SCORE = 64
 """Tokens that are scored for a weight by default."""
 
-THOROUGH_SCORE = 256
-MAX_SCORE = 512
+THOROUGH_SCORE = 128
+MAX_SCORE = 256
 BASIS_TYPES = ("f16", "f32")
 WEIGH = ("groups", "layers", "none")
 

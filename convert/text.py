@@ -1,4 +1,4 @@
-"""Calibration text from plain text files."""
+"""Calibration text from plain text files: the user's, and those of the package."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
             raise OptionError(f"calibration text {path}: is empty")
         texts.append(text)
     return texts
+
+
+def package_texts() -> list[str]:
+    """Contents of the package's texts: code, documents, and prose of many kinds, a little of it in other languages."""
+    folder = Path(__file__).with_name("texts")
+    return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
 
 
 def spread(total: int, wanted: int, rng: np.random.Generator) -> list[int]:

@@ -126,7 +126,7 @@ def _measure(
         frame=info.frame,
         held={kind: tuple(len(bases[g, kind].basis) for g in range(len(info.groups))) for kind in KINDS},
     )
-    if not sensitivity.measurable(text.last, stats):
+    if not sensitivity.measurable(text.kept, stats):
         return None
 
     def remembered(segments: Sequence[Segment], compute: Callable[[], list[float]]) -> list[float]:
@@ -140,7 +140,7 @@ def _measure(
 
     with tqdm(total=sensitivity.n_run(stats), desc="weighing", unit="cache", disable=not show_progress) as bar:
         return sensitivity.measure(
-            engine, groups, bases, stats, info.n_sink, n_score, shape.quantizable, text.last, bar.update, remembered
+            engine, groups, bases, stats, info.n_sink, n_score, shape.quantizable, text.kept, bar.update, remembered
         )
 
 

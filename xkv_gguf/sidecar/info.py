@@ -37,7 +37,7 @@ class Calibration:
     Attributes
     ----------
     source : str
-        "self" (text written by the model) or "files".
+        "package" (the package's texts, and text by the model), "self" (by the model alone) or "files".
     tokens : int
         Tokens that were captured, sinks left out.
     seed, n_ctx : int
@@ -156,8 +156,8 @@ def check_info(info: SidecarInfo) -> None:
     # as it is read back: f32
     if not 0 <= np.float32(info.kld_scale) < np.inf:
         raise ValueError(f"has divergence scale {info.kld_scale:g}, 0 or a finite number above expected")
-    if info.calibration.source not in ("self", "files"):
-        raise ValueError(f"has calibration source {info.calibration.source!r}, 'self' or 'files' expected")
+    if info.calibration.source not in ("package", "self", "files"):
+        raise ValueError(f"has calibration source {info.calibration.source!r}, 'package', 'self' or 'files' expected")
     layer = 0
     for i, g in enumerate(info.groups):
         if g.first != layer or not 1 <= g.count <= info.group_size:
