@@ -1,6 +1,6 @@
 // Few queries: they go to each chunk's frame and through the lead of the basis of K, and meet the coefficients as integers. A first
 // pass counts all tokens by the lead, so that the size of each query's softmax is known; a second one takes back and counts again
-// the blocks that hold more than the tolerance of it. Threads take chunks in turn and sum apart; the sums are merged.
+// the blocks that hold more than the tolerance of it. Chunks are in parts that sum apart; the sums are merged.
 
 #include "xkv-decode-chunk.h"
 
@@ -9,10 +9,11 @@ static xkv_decode_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, int
     xkv_arena shared = { work };
 
     const int64_t n = l.n_query;
+    b.tickets = shared.take<xkv_ticket>(3);
     b.exact = { nullptr, n, l.dim[XKV_V] };
     b.parts = { nullptr, n, std::max(l.rank[XKV_V], l.dim[XKV_V]) };
     b.exact.data = shared.take<float>(XKV_N_EXACT*n*(b.exact.n + XKV_PAD));
-    b.parts.data = shared.take<float>(xkv_n_part(l, nth)*n*(b.parts.n + XKV_PAD));
+    b.parts.data = shared.take<float>(xkv_n_part(l)*n*(b.parts.n + XKV_PAD));
     b.peak       = shared.take<float>(n*l.n_frame);
 
     const auto own = [&](xkv_arena a) {
@@ -211,30 +212,35 @@ static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, in
 void xkv_attn_decode(const xkv_attn_layer & l, int ith, int nth, char * work, xkv_barrier_t barrier, void * user) {
     const xkv_decode_buffers b = xkv_lay_out(l, work, ith, nth);
 
-    const int64_t n_part = xkv_n_part(l, nth);
-    const bool    rest   = l.lead[XKV_K] < l.rank[XKV_K] || l.lead[XKV_V] < l.rank[XKV_V];
+    const int64_t n_part  = xkv_n_part(l);
+    const int64_t n_exact = l.n_head_kv*XKV_N_EXACT;
+    const bool    rest    = l.lead[XKV_K] < l.rank[XKV_K] || l.lead[XKV_V] < l.rank[XKV_V];
     for (int64_t s = 0; s < l.n_stream; ++s) {
-        int64_t u0, u1;
-        xkv_share(l.n_head_kv*XKV_N_EXACT, ith, nth, &u0, &u1);
-        for (int64_t u = u0; u < u1; ++u) {
-            const int64_t e = u % XKV_N_EXACT;
-            xkv_exact_span(l, b, s, u/XKV_N_EXACT, e, l.n_exact*e/XKV_N_EXACT, l.n_exact*(e + 1)/XKV_N_EXACT);
+        if (ith == 0) {
+            for (int i = 0; i < 3; ++i) {
+                b.tickets[i].reset();
+            }
         }
-        if (ith < n_part) {
-            xkv_decode_lead(l, b, s, ith, n_part);
+        barrier(user);
+        for (int64_t u = b.tickets[0].next(); u < n_part + n_exact; u = b.tickets[0].next()) {
+            if (u < n_part) {
+                xkv_decode_lead(l, b, s, u, n_part);
+            } else {
+                const int64_t e = (u - n_part) % XKV_N_EXACT;
+                xkv_exact_span(l, b, s, (u - n_part)/XKV_N_EXACT, e, l.n_exact*e/XKV_N_EXACT, l.n_exact*(e + 1)/XKV_N_EXACT);
+            }
         }
         barrier(user);
         if (n_part > 0 && rest) {
-            if (ith < n_part) {
-                for (int64_t i = 0; i < l.n_query; ++i) {
-                    b.least[i] = xkv_least(l, b, n_part, i);
-                }
-                xkv_decode_refine(l, b, s, ith, n_part);
+            for (int64_t i = 0; i < l.n_query; ++i) {
+                b.least[i] = xkv_least(l, b, n_part, i);
+            }
+            for (int64_t u = b.tickets[1].next(); u < n_part; u = b.tickets[1].next()) {
+                xkv_decode_refine(l, b, s, u, n_part);
             }
             barrier(user);
         }
-        xkv_share(l.n_query, ith, nth, &u0, &u1);
-        for (int64_t u = u0; u < u1; ++u) {
+        for (int64_t u = b.tickets[2].next(); u < l.n_query; u = b.tickets[2].next()) {
             xkv_merge(l, b, s, n_part, u);
         }
         if (s + 1 < l.n_stream) {

@@ -4,7 +4,8 @@
 
 #include "xkv-attn-layer.h"
 
-// spans of exact tokens, and threads that share chunks, whose sums stand apart
+// spans of exact tokens, and parts of the chunks (every XKV_N_PART-th), whose sums stand apart. Threads take the next one when they
+// are done with one; which thread that is changes nothing.
 static const int64_t XKV_N_EXACT = 4;
 static const int64_t XKV_N_PART  = 16;
 
@@ -49,7 +50,17 @@ struct xkv_rows {
     }
 };
 
+// a count that threads share
+struct xkv_ticket {
+    int64_t value;
+
+    void    reset()       { __atomic_store_n(&value, 0, __ATOMIC_RELAXED); }
+    int64_t next()        { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
+};
+
 struct xkv_decode_buffers {
+    xkv_ticket * tickets; // [3] of the pass by the lead, the refinement and the merge
+
     xkv_partials exact;
     xkv_partials parts;
     float *      peak; // [n_query][n_frame] log of the largest sum of weights of a block of the chunk, by the lead
@@ -69,8 +80,8 @@ struct xkv_decode_buffers {
     size_t bytes;
 };
 
-static inline int64_t xkv_n_part(const xkv_attn_layer & l, int nth) {
-    return std::min(std::min(XKV_N_PART, (int64_t) nth), l.n_frame);
+static inline int64_t xkv_n_part(const xkv_attn_layer & l) {
+    return std::min(XKV_N_PART, l.n_frame);
 }
 
 static inline void xkv_add_f32(int64_t n, float a, const float * x, float * y) {

@@ -27,9 +27,11 @@ static inline void xkv_round(const float * x, int64_t n, int8_t * codes, float *
 #if defined(__AVX512F__)
         const __m512i c0 = _mm512_cvtps_epi32((__m512) (x0*id).v[0]);
         const __m512i c1 = _mm512_cvtps_epi32((__m512) (x1*id).v[0]);
-        _mm_storeu_si128((__m128i *) (codes + 32*b),      _mm512_cvtepi32_epi8(c0));
-        _mm_storeu_si128((__m128i *) (codes + 32*b + 16), _mm512_cvtepi32_epi8(c1));
-        sums[b] = _mm512_reduce_add_epi32(_mm512_add_epi32(c0, c1));
+        const __m256i c = _mm256_set_m128i(_mm512_cvtepi32_epi8(c1), _mm512_cvtepi32_epi8(c0));
+        _mm256_storeu_si256((__m256i *) (codes + 32*b), c);
+        const __m256i s4 = _mm256_sad_epu8(_mm256_xor_si256(c, _mm256_set1_epi8((char) 0x80)), _mm256_setzero_si256());
+        const __m128i s2 = _mm_add_epi64(_mm256_castsi256_si128(s4), _mm256_extracti128_si256(s4, 1));
+        sums[b] = _mm_cvtsi128_si32(_mm_add_epi64(s2, _mm_unpackhi_epi64(s2, s2))) - 32*128;
 #elif defined(__AVX2__)
         const f32r y0 = x0*id;
         const f32r y1 = x1*id;
