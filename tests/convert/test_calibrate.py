@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xkv_gguf import Llama
-from xkv_gguf.convert import capture, pipeline, sensitivity
+from xkv_gguf.convert import calibrate, capture, pipeline, sensitivity
 from xkv_gguf.convert import settings as settings_module
 from xkv_gguf.convert.capture import Capture, model_layers
 from xkv_gguf.convert.engine import Engine
@@ -95,16 +95,30 @@ def test_files_give_a_valid_sidecar(tiny_model: Path, text_file: Path, tmp_path:
         np.testing.assert_allclose(basis @ basis.T, np.eye(dim), atol=2e-3)
 
 
-def test_self_written_text_gives_a_valid_sidecar(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_packages_texts_give_a_valid_sidecar(tiny_model: Path, tmp_path: Path) -> None:
     done = run(tiny_model, tmp_path / "s", tokens=1024, seed=3)
-    assert done.info.calibration.source == "self"
+    assert done.info.calibration.source == "package"
     assert done.info.calibration.seed == 3
-    assert done.info.calibration.tokens == 1024 - 2 * 4
+    assert done.info.calibration.tokens == 1024 - 4
     read_sidecar(tmp_path / "s").check_model(tiny_model)
 
 
-@pytest.mark.parametrize("source", ["self", "files"])
-def test_same_settings_same_bytes(tiny_model: Path, text_file: Path, tmp_path: Path, source: str) -> None:
+def test_the_model_writes_what_the_packages_texts_lack(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "package_texts", lambda: ["some text " * 30])
+    done = run(tiny_model, tmp_path / "s", tokens=1024)
+    # 421 tokens are read, 603 are written in 4 sequences of 150
+    assert (done.info.calibration.source, done.info.calibration.n_ctx) == ("package", 421)
+    assert done.info.calibration.tokens == 421 - 4 + 4 * (150 - 4)
+
+
+@pytest.mark.parametrize("source", ["package", "written", "files"])
+def test_same_settings_same_bytes(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    if source == "written":
+        monkeypatch.setattr(calibrate, "package_texts", lambda: ["some text " * 26])
     data = (text_file,) if source == "files" else ()
     for name, threads in (("a", 1), ("b", 1), ("c", 2)):
         run(tiny_model, tmp_path / name, data=data, threads=threads)
@@ -202,7 +216,7 @@ def test_few_tokens_are_noted(tiny_model: Path, text_file: Path, tmp_path: Path)
     assert any("256 calibration tokens are few for groups of 192" in note for note in done.notes)
 
 
-@pytest.mark.parametrize("source", ["self", "files"])
+@pytest.mark.parametrize("source", ["package", "files"])
 def test_ctrl_c_leaves_no_file(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
@@ -257,7 +271,7 @@ def test_impossible_settings(settings: dict[str, Any], match: str) -> None:
     assert "\n" not in str(err.value)
 
 
-@pytest.mark.parametrize("source", ["self", "files"])
+@pytest.mark.parametrize("source", ["package", "files"])
 @pytest.mark.parametrize(("layer", "kind"), [(0, "k"), (1, "v"), (2, "k")])
 def test_model_that_computes_nan(tmp_path: Path, text_file: Path, source: str, layer: int, kind: str) -> None:
     tensors = weights(0)
