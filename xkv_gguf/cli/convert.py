@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="plain text files (default: text by the model itself)",
+        help="plain text files (default: texts of the package, and text by the model where they are too few)",
     )
     text.add_argument(
         "--tokens",

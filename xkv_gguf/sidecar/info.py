@@ -37,7 +37,7 @@ class Calibration:
     Attributes
     ----------
     source : str
-        "package" (the package's texts, and text by the model), "self" (by the model alone) or "files".
+        "package" (texts of the package, and by the model where they are too few), "self" (by the model alone) or "files".
     tokens : int
         Tokens that were captured, sinks left out.
     seed, n_ctx : int
