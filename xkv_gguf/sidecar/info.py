@@ -37,7 +37,8 @@ class Calibration:
     Attributes
     ----------
     source : str
-        "package" (texts of the package, and by the model where they are too few), "self" (by the model alone) or "files".
+        "package" (texts of the package, and by the model where they are too few), "self" (by the model alone) or
+        "files".
     tokens : int
         Tokens that were captured, sinks left out.
     seed, n_ctx : int
