@@ -6,7 +6,7 @@ Modules (import them directly, this package imports nothing by itself):
 ``settings``     what a conversion can be asked for
 ``hf``           Hugging Face folder to GGUF, by upstream's converter
 ``engine``       the model on a plain f16 cache
-``text``         calibration text from files
+``text``         calibration text from files, the package's among them
 ``sample``       calibration text written by the model itself
 ``prompts``      what that text begins with
 ``calibrate``    runs the model and collects Gram sums

@@ -26,7 +26,7 @@ SELF_LEN = 512
 """Tokens per sequence of text that the model writes."""
 
 LEAST_LEN = 128
-"""Fewest tokens of a sequence that the model writes, where it writes several."""
+"""Fewest tokens that are worth writing, and of a sequence where more than two are written."""
 
 SELF_SEQS = 32
 """Sequences that are written side by side."""
@@ -83,15 +83,19 @@ def plan_text(engine: Engine, settings: Settings, n_token: int, numbers: int) ->
     OptionError, CalibrationError
         A file cannot be used, or there is too little text.
     """
-    limit = engine.n_ctx_train
+    limit, bos = engine.n_ctx_train, engine.bos()
     texts = read_texts(settings.data) if settings.data else package_texts()
-    read = cut_texts(texts, engine.tokenize, engine.bos(), n_token, min(FILE_LEN, limit), settings.seed)
+
+    def cut(n_len: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(tuple, cut_texts(texts, engine.tokenize, bos, n_token, n_len, settings.seed)))
+
+    read = cut(min(FILE_LEN, limit))
     missing = n_token - sum(map(len, read))
     if settings.data or missing < LEAST_LEN:
-        return TextPlan(tuple(map(tuple, read)))
+        return TextPlan(read)
     longest = min(SELF_LEN, limit)
-    read = [text[i : i + longest] for text in read for i in range(0, len(text), longest)]
-    return TextPlan(tuple(map(tuple, read)), *_own_shape(missing, longest, numbers))
+    read = cut(longest)
+    return TextPlan(read, *_own_shape(n_token - sum(map(len, read)), longest, numbers))
 
 
 def _own_shape(tokens: int, longest: int, numbers: int) -> tuple[int, int, int]:

@@ -274,10 +274,10 @@ def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: f
     """
     n_group = len(slopes) // len(KINDS)
     table = np.array(list(slopes.values()))  # [source, text]
-    largest = table.max(axis=0)
-    if not (largest > 0).all():  # nothing but noise: all count the same
+    table = table[:, table.max(axis=0) > 0]  # of other texts, nothing but noise was measured
+    if table.shape[1] == 0:  # all count the same
         return Sensitivity(dict.fromkeys(KINDS, (1.0,) * n_group), 0.0)
-    table = np.maximum(table, LEAST * largest)
+    table = np.maximum(table, LEAST * table.max(axis=0))
     means = (table / table.mean(axis=0)).mean(axis=1)
     # few digits, so that rounding in the model's arithmetic does not show
     weights = {source: float(f"{weight:.2g}") for source, weight in zip(slopes, means, strict=True)}

@@ -30,7 +30,7 @@ N_SCORE = 64
 """Tokens that are scored for a weight by default."""
 
 THOROUGH_SCORE = 128
-MAX_SCORE = 256
+MAX_SCORE = 160
 BASIS_TYPES = ("f16", "f32")
 WEIGH = ("groups", "layers", "none")
 
@@ -53,7 +53,7 @@ class Settings:
     n_sink : int
         First tokens of each sequence to leave out; the cache keeps them exact.
     data : tuple of Path
-        Plain text files. Empty: the model writes its own text.
+        Plain text files. Empty: the package's texts.
     tokens : int, optional
         Calibration tokens, about. None is `TOKENS`, or more for wide groups, see `n_token`.
     seed : int

@@ -129,7 +129,18 @@ llama_memory_context_ptr llama_kv_cache_xkv::prepare(llama_batch_allocr & balloc
     return std::make_unique<llama_kv_cache_xkv_context>(this, std::move(ubatches));
 }
 
+// gives back what graphs have taken, so that it does not add to what a flush takes for a moment
+static void xkv_drop_buffer(ggml_backend_buffer_t buf) {
+    if (buf && ggml_backend_buffer_get_usage(buf) == GGML_BACKEND_BUFFER_USAGE_COMPUTE &&
+        ggml_backend_buffer_get_type(buf) == ggml_backend_cpu_buffer_type()) {
+        xkv_drop(ggml_backend_buffer_get_base(buf), ggml_backend_buffer_get_size(buf));
+    }
+}
+
 void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
+    // the next graph says anew where it is: the scheduler may replace the buffer before
+    ggml_backend_buffer_t unused = std::exchange(graph_memory, nullptr);
+
     std::vector<uint32_t> n_new(tables.size(), 0);
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         n_new[get_stream(ubatch.seq_id[i][0])]++;
@@ -141,21 +152,13 @@ void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
             continue;
         }
         try {
-            drop_graph_memory();
+            xkv_drop_buffer(std::exchange(unused, nullptr));
             flow->leave(lctx, seq_id);
         } catch (...) {
             broken = flow->half_changed() || broken;
             throw;
         }
     }
-}
-
-void llama_kv_cache_xkv::drop_graph_memory() {
-    if (graph_memory && ggml_backend_buffer_get_usage(graph_memory) == GGML_BACKEND_BUFFER_USAGE_COMPUTE &&
-        ggml_backend_buffer_get_type(graph_memory) == ggml_backend_cpu_buffer_type()) {
-        xkv_drop(ggml_backend_buffer_get_base(graph_memory), ggml_backend_buffer_get_size(graph_memory));
-    }
-    graph_memory = nullptr;
 }
 
 llama_memory_context_ptr llama_kv_cache_xkv::init_full() noexcept {

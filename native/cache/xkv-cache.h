@@ -116,7 +116,7 @@ private:
 
     llama_context * lctx = nullptr;
 
-    // where the last graph's tensors were: unused until the next one. Contexts replace it with init_full() at hand.
+    // where the last graph's tensors were: unused until the next one
     ggml_backend_buffer_t graph_memory = nullptr;
 
     xkv_failure refusal = { XKV_STATUS_OK, "" };
@@ -129,9 +129,6 @@ private:
     void report() noexcept;
 
     llama_memory_context_ptr failed_context() noexcept;
-
-    // gives back what graphs have taken, so that it does not add to what a flush takes for a moment
-    void drop_graph_memory();
 
     llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch);
 

@@ -96,7 +96,7 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
             const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
             sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
         }
-        sp.basis = {}; // read again when it is needed: it is large
+        sp.basis = xkv_floats(); // read again when it is needed: it is large
     }
     sp.n_best = std::min(sp.n, sp.n_main + rank - sp.i_last);
 }
@@ -144,7 +144,7 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
     sp.cov.assign((size_t) sp.n*sp.n, 0.0f);
 
     auto x = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim, sp.n_thread); // [n_token, n]
-    sp.tokens = {};
+    sp.tokens = xkv_floats();
     // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
     // at hand stand for them.
     if (!store.plain()) {
@@ -157,7 +157,7 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
         }
     }
     xkv_add_gram(x, n_token, sp.n, sp.cov, sp.n_thread);
-    x = {};
+    x = xkv_floats();
     add_prior(pr, sp);
     add_stored(stream, pr, sp);
     xkv_mirror(sp.cov, sp.n);
@@ -219,7 +219,7 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
     });
     xkv_mirror(sum, sp.n_old);
     const auto turned = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old, sp.n_thread);
-    sum = {};
+    sum = xkv_floats();
     xkv_add_mul_rows(turned, sp.meet, sp.n, sp.n, sp.n_old, sp.cov, sp.n_thread);
 }
 
@@ -292,7 +292,7 @@ bool xkv_online_bases::solve(space & sp) {
     if (!xkv_eigen(x, sp.n, sp.n_best, sp.values, sp.combos)) {
         return false;
     }
-    x = {};
+    x = xkv_floats();
     return std::all_of(sp.combos.begin(), sp.combos.end(), [](float v) { return std::isfinite(v); });
 }
 
@@ -305,7 +305,7 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
         xkv_floats best = sp.unit ? std::move(sp.combos) : xkv_floats((size_t) sp.n_best*dim, 0.0f);
         if (!sp.unit) {
             xkv_add_mul(sp.combos, sp.rows, sp.n_best, sp.n, dim, 1.0f, best, sp.n_thread);
-            sp.rows = {};
+            sp.rows = xkv_floats();
             rows    = rows_of(stream, pr, sp.n_dir);
         }
         rows.resize((size_t) rank*dim, 0.0f);
@@ -319,11 +319,11 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
     if (store.plain()) {
         turn = xkv_turn_all(std::move(rows), rank, dim);
     } else if (sp.n_old > 0) {
-        rows = {};
+        rows = xkv_floats();
         turn.rows.resize((size_t) sp.n_best*sp.n_old, 0.0f);
         xkv_add_mul(sp.combos, sp.meet, sp.n_best, sp.n, sp.n_old, 1.0f, turn.rows, sp.n_thread);
-        sp.combos = {};
-        sp.meet   = {};
+        sp.combos = xkv_floats();
+        sp.meet   = xkv_floats();
         for (uint32_t i = 0; i < std::max(sp.n_best, sp.n_old); ++i) {
             if (i < sp.n_old) {
                 turn.from.push_back(sp.place(i));

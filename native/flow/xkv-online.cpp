@@ -273,7 +273,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
                 LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
                                pr.kd == kind::K ? 'K' : 'V', pr.ig);
             }
-            spaces[i].cov      = {};
+            spaces[i].cov      = xkv_floats();
             spaces[i].n_thread = n_thread;
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 apply(lctx, stream, pr, spaces[i], next);

@@ -60,7 +60,7 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     model = found["model"]
     if found["kind"] == "sidecar":
         calibration, made_for = found["calibration"], found["made_for"]
-        source = "text of its own" if calibration["source"] == "self" else "files"
+        source = {"self": "text of its own", "package": "the package's texts"}.get(calibration["source"], "files")
         yield f"sidecar     {found['path']} ({format_bytes(found['bytes'])}, format version {found['format_version']})"
         yield f"model       {model['architecture']} {model['name']!r}, fingerprint {model['fingerprint'][:16]}"
         yield (
