@@ -28,11 +28,7 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
     const uint32_t n_chunk  = view->store->n_chunk;
     const uint32_t n_stream = view->n_stream;
 
-    for (const ggml_tensor * t : { frame, origin }) {
-        if (t && t->buffer) {
-            *view->graph_memory = t->buffer;
-        }
-    }
+    *view->graph_memory = out ? out->buffer : nullptr;
 
     if (frame && frame->buffer) {
         std::vector<int32_t> data;
@@ -286,6 +282,7 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
         mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
     }
     out = ggml_add(gctx.ctx0, out, mean);
+    inp->out = out;
     out = xkv_times(gctx.ctx0, out, 1.0f/scale[xkv_sidecar::V][il]);
     out = ggml_reshape_2d(gctx.ctx0, out, gctx.hparams.n_embd_head_v(il)*q->ne[1], q->ne[2]);
     ggml_build_forward_expand(gctx.gf, out);

@@ -26,6 +26,8 @@ public:
 
     std::map<const ggml_tensor *, ggml_tensor *> coef; // per segment: f32 [rank, n_slot, 1, n_stream]
 
+    ggml_tensor * out = nullptr; // attention of the last layer: where it is, what the graph computes is
+
     // of packed groups
     ggml_tensor * frame = nullptr; // I32 [n_frame*n_stream] minus the chunk's position
     ggml_tensor * fill  = nullptr; // I32 [n_frame, n_tokens/n_stream, n_stream] tokens of the chunk that a query sees

@@ -145,10 +145,14 @@ void xkv_flow::restart(uint32_t stage) {
 }
 
 void xkv_flow::reset(uint32_t stream) {
-    if (online) {
+    // the first stage begins before the next tokens are stored: the bases of a later one are not needed again
+    if (tables.size() == 1 && store.stage() > 0) {
+        restart(0);
+    } else if (online) {
         store.reset_bases(stream);
         online->reset(stream);
     }
+    xkv_trim();
 }
 
 void xkv_flow::copy(uint32_t src, uint32_t dst) {

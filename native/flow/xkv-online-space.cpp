@@ -85,17 +85,15 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
         }
         sp.n     = sp.n_old + n_new;
         sp.basis = rows_of(stream, pr, sp.n_dir);
+
+        // the main directions of what it misses in the tokens
+        const auto fresh = n_new > 0 ? sketch(lctx, stream, jobs, pr, n_new, sp) : xkv_floats();
         sp.rows.reserve((size_t) sp.n*dim);
         for (uint32_t i = 0; i < sp.n_old; ++i) {
             const auto row = sp.basis.begin() + (size_t) sp.place(i)*dim;
             sp.rows.insert(sp.rows.end(), row, row + dim);
         }
-
-        // the main directions of what it misses in the tokens
-        if (n_new > 0) {
-            const auto rows = sketch(lctx, stream, jobs, pr, n_new, sp);
-            sp.rows.insert(sp.rows.end(), rows.begin(), rows.end());
-        }
+        sp.rows.insert(sp.rows.end(), fresh.begin(), fresh.end());
         sp.basis = xkv_floats(); // read again when it is needed: it is large
     }
     sp.n_best = std::min(sp.n, sp.n_main + rank - sp.i_last);
@@ -129,6 +127,7 @@ xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const
 
 xkv_floats xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
     xkv_floats res;
+    res.reserve(n*store.n_chunk*store.groups()[pr.ig].rank[pr.kd]);
     for (size_t j = first; j < first + n; ++j) {
         auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
         part.resize((size_t) tables[stream][chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);

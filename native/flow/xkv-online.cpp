@@ -187,11 +187,9 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     return total > 0.0 ? std::max(0.0, 1.0 - keep/total) : 0.0;
 }
 
-xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
-    xkv_floats res;
-    res.reserve((size_t) xkv_job_cells(jobs).size()*store.groups()[pr.ig].dim[pr.kd]);
-
-    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/2/store.n_chunk);
+void xkv_online_bases::each_token(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, const use_t & use) {
+    const uint32_t dim     = store.groups()[pr.ig].dim[pr.kd];
+    const size_t   n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/2/store.n_chunk);
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         const std::vector<xkv_flush::job> part(jobs.begin() + i, jobs.begin() + std::min(jobs.size(), i + n_block));
 
@@ -200,17 +198,22 @@ xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, 
         graph.output(x);
         graph.run();
         const auto data = graph.read(x);
-        res.insert(res.end(), data.begin(), data.end());
+        use(data, data.size()/dim);
     }
+}
+
+xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
+    xkv_floats res;
+    res.reserve((size_t) xkv_job_cells(jobs).size()*store.groups()[pr.ig].dim[pr.kd]);
+    each_token(lctx, stream, jobs, pr, [&](const xkv_floats & x, uint32_t) { res.insert(res.end(), x.begin(), x.end()); });
     return res;
 }
 
 void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                  size_t n_chunk, const std::function<void(const xkv_floats & z, uint32_t n)> & use) {
+                                  size_t n_chunk, const use_t & use) {
     const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
 
-    const auto tokens = read_tokens(lctx, stream, jobs, pr);
-    use(tokens, tokens.size()/dim);
+    each_token(lctx, stream, jobs, pr, use);
 
     auto         chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
     const size_t n_used  = chunks.size();
@@ -251,18 +254,18 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             spaces[i].n_thread = n_thread;
             build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
-        for (size_t i = 0; i < n; ++i) {
-            spaces[i].tokens = read_tokens(lctx, stream, jobs, due[first + i]);
-        }
-        graph.release();
         for (auto & sp : spaces) {
             sp.n_thread = n_thread/n;
         }
         std::vector<char> solved(n);
+        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = orthonormalize(due[first + i], spaces[i]); });
+        for (size_t i = 0; i < n; ++i) {
+            spaces[i].tokens = read_tokens(lctx, stream, jobs, due[first + i]);
+        }
+        graph.release();
         xkv_parallel(n, n_thread, [&](size_t i) {
-            const auto & pr = due[first + i];
-            if (orthonormalize(pr, spaces[i])) {
-                build_cov(stream, pr, spaces[i]);
+            if (solved[i]) {
+                build_cov(stream, due[first + i], spaces[i]);
                 solved[i] = solve(spaces[i]);
             }
         });

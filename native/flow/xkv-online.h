@@ -117,13 +117,16 @@ private:
     float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                   const std::vector<xkv_store::group> & groups);
 
-    // the tokens of the jobs [n, dim]
+    using use_t = std::function<void(const xkv_floats & x, uint32_t n)>; // of tokens [n, dim]
+
+    // the tokens of the jobs, some at a time, and all
+    void       each_token (llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, const use_t & use);
     xkv_floats read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
 
-    // the tokens [n, dim] that are known as they are, some at a time: those of the jobs, and of a plain store those in up to n_chunk
-    // of the chunks
+    // the tokens that are known as they are, some at a time: those of the jobs, and of a plain store those in up to n_chunk of the
+    // chunks
     void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, size_t n_chunk,
-                    const std::function<void(const xkv_floats & z, uint32_t n)> & use);
+                    const use_t & use);
 
     // those whose bases lose more than expected in the next stage, or in the present one
     std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & list,

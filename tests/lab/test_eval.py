@@ -31,10 +31,11 @@ class MadeUp:
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.runs: list[str] = []
+        self.steps: list[int] = []
         self.stop_at: int | None = None
 
     @contextlib.contextmanager
-    def open(self, plan: lab_eval.Plan, spec: CacheSpec) -> Iterator[Any]:
+    def open(self, plan: lab_eval.Plan, spec: CacheSpec, n_least: int = 0) -> Iterator[Any]:
         self.opened.append(spec.name)
         report = KvReport(spec.kv_mode, plan.n_ctx, (KvPart("K and V", SIZES[spec.kv_mode]),))
         yield SimpleNamespace(
@@ -50,6 +51,7 @@ class MadeUp:
         if self.stop_at == len(self.runs):
             raise KeyboardInterrupt
         self.runs.append(llm.name)
+        self.steps.append(n_step)
         rng = np.random.default_rng(0)
         noise = {"f16": 0.0, "q8_0": 0.1, "q4_0": 1.0}[llm.name]
         for start in range(n_prefill, len(tokens), n_step):
@@ -61,7 +63,7 @@ class MadeUp:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     found = MadeUp()
-    monkeypatch.setattr(lab_eval.Plan, "open", lambda plan, spec: found.open(plan, spec))
+    monkeypatch.setattr(lab_eval.Plan, "open", lambda plan, spec, n_least=0: found.open(plan, spec, n_least))
     monkeypatch.setattr("xkv_gguf.lab.score.expectations", found.expectations)
     return found
 
@@ -97,8 +99,8 @@ def test_the_result_has_a_row_per_text_and_cache(
     assert len(result["model"]["fingerprint"]) == 64
     assert result["settings"]["n_prefill"] == 156 and result["settings"]["threads"] == 3
     assert "--n-ctx 256" in result["command"]
-    # the f16 cache runs once per text, and each cache is tried before the first run
-    assert made_up.runs == ["f16", "q8_0", "q4_0"] * 2
+    # the reference and each cache run once per text, and each cache is tried before the first run
+    assert made_up.runs == ["f16", "f16", "q8_0", "q4_0"] * 2
     assert made_up.opened == ["f16", "q8_0", "q4_0", *made_up.runs]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "out.json", "plot.svg"]
     assert capsys.readouterr().out.count("\n") == 4
@@ -113,6 +115,15 @@ def test_f16_is_run_but_not_told_when_it_is_not_listed(made_up: MadeUp, words: l
     assert made_up.runs == ["f16", "q4_0"] * 2
 
 
+@pytest.mark.parametrize(("n_step", "steps"), [(8, [64, 8, 8]), (80, [80, 80])])
+def test_the_reference_is_scored_in_larger_batches(
+    n_step: int, steps: list[int], made_up: MadeUp, words: list[str]
+) -> None:
+    words[words.index("--caches") + 1] = "f16,q4_0"
+    assert main([*words, "--score-batch", str(n_step)]) == 0
+    assert made_up.steps == steps * 2
+
+
 def test_an_interrupted_run_goes_on(
     made_up: MadeUp, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +132,7 @@ def test_an_interrupted_run_goes_on(
     (tmp_path / "out.json").unlink()
 
     made_up.runs.clear()
-    made_up.stop_at = 5  # while q4_0 is at the second text
+    made_up.stop_at = 7  # while q4_0 is at the second text
     assert main(words) == 130
     assert "5 of 6 rows are done; the same command goes on from" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
@@ -138,7 +149,7 @@ def test_an_interrupted_run_goes_on(
 
 @pytest.mark.parametrize("change", ["text", "n_score", "score_batch"])
 def test_rows_of_something_else_are_not_taken(change: str, made_up: MadeUp, words: list[str], tmp_path: Path) -> None:
-    made_up.stop_at = 5
+    made_up.stop_at = 7
     assert main(words) == 130
     made_up.runs.clear()
     made_up.stop_at = None
@@ -149,8 +160,8 @@ def test_rows_of_something_else_are_not_taken(change: str, made_up: MadeUp, word
     else:
         words += ["--score-batch", "32"]
     assert main(words) == 0
-    assert made_up.runs[:3] == ["f16", "q8_0", "q4_0"]
-    assert len(made_up.runs) == (5 if change == "text" else 6)
+    assert made_up.runs[:4] == ["f16", "f16", "q8_0", "q4_0"]
+    assert len(made_up.runs) == (6 if change == "text" else 8)
 
 
 def test_without_anything_done_there_is_nothing_to_go_on_from(

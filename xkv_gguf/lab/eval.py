@@ -1,4 +1,4 @@
-"""Scores caches on texts, against the f16 cache on the same tokens."""
+"""Scores caches on texts, against the f16 cache on the same tokens, which then pass in larger batches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 REFERENCE = CacheSpec("f16", "f16")
+
+N_REFERENCE = 64
+"""Scored tokens in a batch of the reference, at least.
+
+With fewer queries, llama.cpp's attention on a CPU sums values of f16 in f16, which costs as much as a good cache does.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,24 +79,36 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What the figures depend on besides model, text and cache."""
         names = ("n_ctx", "n_prefill", "n_score", "n_step", "n_ubatch", "threads")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "n_reference": self.n_reference}
+
+    @property
+    def n_reference(self) -> int:
+        """Scored tokens in a batch of the reference."""
+        return max(self.n_step, N_REFERENCE)
+
+    def is_reference(self, spec: CacheSpec) -> bool:
+        """Whether a cache is scored as the reference is."""
+        return spec.kv_mode == REFERENCE.kv_mode and self.n_step == self.n_reference
 
     @contextlib.contextmanager
-    def open(self, spec: CacheSpec) -> Iterator[Llama]:
-        """The model with an empty cache, freed at the end; errors name the cache that cannot be had."""
+    def open(self, spec: CacheSpec, n_least: int = 0) -> Iterator[Llama]:
+        """The model with an empty cache, freed at the end; errors name the cache that cannot be had.
+
+        `n_least` tokens fit a micro-batch.
+        """
         from .. import Llama
 
         given: dict[str, Any] = {}
         if self.threads is not None:
             given |= dict.fromkeys(("n_threads", "n_threads_batch"), self.threads)
         if self.n_ubatch is not None:
-            given["n_ubatch"] = self.n_ubatch
+            given["n_ubatch"] = max(self.n_ubatch, n_least)
         try:
             llm = Llama(
                 self.model,
                 **spec.arguments,
                 n_ctx=self.n_ctx,
-                n_batch=max(self.n_ubatch or N_BATCH, self.n_step),
+                n_batch=max(self.n_ubatch or N_BATCH, self.n_step, n_least),
                 verbose=False,
                 **given,
             )
@@ -132,7 +150,7 @@ def evaluate(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text], part
 
         log.silence()
         todo = prepare(plan, [spec for spec in specs if any(spec in some for some in missing.values())], todo)
-        n_runs = sum(1 + sum(spec.kv_mode != "f16" for spec in missing[text.name]) for text in todo)
+        n_runs = sum(1 + sum(not plan.is_reference(spec) for spec in missing[text.name]) for text in todo)
         with tqdm(total=n_runs * plan.n_needed, unit="tok", disable=None) as bar:
             for text in todo:
                 score_text(plan, missing[text.name], text, partial, bar)
@@ -165,20 +183,20 @@ def prepare(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text]) -> li
 
 
 def score_text(plan: Plan, specs: Sequence[CacheSpec], text: Text, partial: Partial, bar: Any) -> None:
-    """Run f16 and then each cache over a text, one context at a time, and keep the rows."""
+    """Run the reference and then each cache over a text, one context at a time, and keep the rows."""
     from .metrics import summarize
     from .score import Reference, expectations
 
     scored = text.tokens[plan.n_prefill :]
     with contextlib.ExitStack() as stack:
-        bar.set_description(f"{text.name}, f16")
-        with plan.open(REFERENCE) as llm:
+        bar.set_description(f"{text.name}, reference")
+        with plan.open(REFERENCE, plan.n_reference) as llm:
             reference = stack.enter_context(Reference(plan.n_score, llm.n_vocab(), plan.scratch))
-            reference.fill(expectations(llm, text.tokens, plan.n_prefill, plan.n_step, bar.update))
+            reference.fill(expectations(llm, text.tokens, plan.n_prefill, plan.n_reference, bar.update))
             report = llm.kv_report()
         f16_bytes = report.total_bytes
         for spec in specs:
-            if spec.kv_mode == "f16":
+            if plan.is_reference(spec):
                 scores = reference.compare(iter([reference.logits]), scored)
             else:
                 bar.set_description(f"{text.name}, {spec.name}")
