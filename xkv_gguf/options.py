@@ -114,7 +114,7 @@ class XkvOptions:
     online: bool = True
     n_prior: int = 2000
     fused: bool = True
-    tolerance: float = 0.0025
+    tolerance: float = 0.001
     lead: int = 128
     work_price: float | None = None
     max_rank: int | None = None

@@ -1,6 +1,8 @@
 // Few queries: they go to each chunk's frame and through the lead of the basis of K, and meet the coefficients as integers. A first
 // pass counts all tokens by the lead, so that the size of each query's softmax is known; a second one takes back and counts again
-// the blocks that hold more than the tolerance of it. Chunks are in parts that sum apart; the sums are merged.
+// the blocks that hold more than the tolerance of it. Where that makes the softmax much smaller, since the lead had taken some
+// tokens for more than they are, others hold more than the tolerance and are counted again as well. Chunks are in parts that sum
+// apart; the sums are merged.
 
 #include "xkv-decode-chunk.h"
 
@@ -9,7 +11,7 @@ static xkv_decode_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, int
     xkv_arena shared = { work };
 
     const int64_t n = l.n_query;
-    b.tickets = shared.take<xkv_ticket>(3);
+    b.tickets = shared.take<xkv_ticket>(2 + XKV_N_ROUND);
     b.exact = { nullptr, n, l.dim[XKV_V] };
     b.parts = { nullptr, n, std::max(l.rank[XKV_V], l.dim[XKV_V]) };
     b.exact.data = shared.take<float>(XKV_N_EXACT*n*(b.exact.n + XKV_PAD));
@@ -29,10 +31,11 @@ static xkv_decode_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, int
         b.q      = rows(l.dim[XKV_K]);
         b.y      = rows(std::max(std::max(l.rank[XKV_K], l.rank[XKV_V]), l.dim[XKV_V]));
         b.weight = rows(l.n_chunk);
-        b.change = rows(l.n_chunk);
+        b.taken  = rows(l.n_chunk);
         b.score  = a.take<float>(n*l.n_chunk);
         b.rough  = a.take<float>(n*l.n_chunk);
         b.least  = a.take<float>(n);
+        b.above  = a.take<float>(n);
         b.fine   = a.take<uint8_t>(n*(l.n_chunk/XKV_ATTN_FINE + 1));
         b.row_k  = a.take<float>(XKV_EXACT_BLOCK*l.dim[XKV_K]);
         b.row_v  = a.take<float>(XKV_EXACT_BLOCK*l.dim[XKV_V]);
@@ -136,27 +139,43 @@ static void xkv_decode_lead(const xkv_attn_layer & l, const xkv_decode_buffers &
         xkv_decode_lead_chunk(l, b, s, part).run(ic);
     }
     for (int64_t i = 0; i < l.n_query; ++i) {
-        b.parts.lead(part, i) = logf(b.parts.sum(part, i)) + b.parts.max(part, i);
+        b.parts.add_up(part, i, 0);
     }
 }
 
-// log of the sum of weights from which on a block is refined
-static float xkv_least(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t n_part, int64_t i) {
+// log of the sum of weights by the lead from which on a block is refined
+static float xkv_least(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t n_part, int64_t i, int round) {
     float max = -INFINITY;
     float sum = 0.0f;
     for (int64_t k = 0; k < XKV_N_EXACT; ++k) {
         max = std::max(max, b.exact.max(k, i));
     }
     for (int64_t k = 0; k < n_part; ++k) {
-        max = std::max(max, b.parts.lead(k, i));
+        max = std::max(max, b.parts.all(k, i, round));
     }
     for (int64_t k = 0; k < XKV_N_EXACT; ++k) {
         sum += b.exact.sum(k, i) > 0.0f ? b.exact.sum(k, i)*expf(b.exact.max(k, i) - max) : 0.0f;
     }
     for (int64_t k = 0; k < n_part; ++k) {
-        sum += b.parts.lead(k, i) > -INFINITY ? expf(b.parts.lead(k, i) - max) : 0.0f;
+        sum += b.parts.all(k, i, round) > -INFINITY ? expf(b.parts.all(k, i, round) - max) : 0.0f;
     }
     return logf(sum*l.par.tolerance) + max;
+}
+
+// which blocks the round refines; false when none is left
+static bool xkv_next_round(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t n_part, int round) {
+    bool any = false;
+    for (int64_t i = 0; i < l.n_query && round < XKV_N_ROUND; ++i) {
+        const float least = xkv_least(l, b, n_part, i, round);
+        if (round == 0 || least < b.least[i] - XKV_ROUND_LESS) {
+            b.above[i] = round == 0 ? INFINITY : b.least[i];
+            b.least[i] = least;
+            any = true;
+        } else {
+            b.above[i] = b.least[i];
+        }
+    }
+    return any;
 }
 
 // sums of all parts of a query, through the basis of V
@@ -217,7 +236,7 @@ void xkv_attn_decode(const xkv_attn_layer & l, int ith, int nth, char * work, xk
     const bool    rest    = l.lead[XKV_K] < l.rank[XKV_K] || l.lead[XKV_V] < l.rank[XKV_V];
     for (int64_t s = 0; s < l.n_stream; ++s) {
         if (ith == 0) {
-            for (int i = 0; i < 3; ++i) {
+            for (int i = 0; i < 2 + XKV_N_ROUND; ++i) {
                 b.tickets[i].reset();
             }
         }
@@ -231,16 +250,14 @@ void xkv_attn_decode(const xkv_attn_layer & l, int ith, int nth, char * work, xk
             }
         }
         barrier(user);
-        if (n_part > 0 && rest) {
-            for (int64_t i = 0; i < l.n_query; ++i) {
-                b.least[i] = xkv_least(l, b, n_part, i);
-            }
-            for (int64_t u = b.tickets[1].next(); u < n_part; u = b.tickets[1].next()) {
-                xkv_decode_refine(l, b, s, u, n_part);
+        // all threads find the same rounds
+        for (int round = 0; n_part > 0 && rest && xkv_next_round(l, b, n_part, round); ++round) {
+            for (int64_t u = b.tickets[2 + round].next(); u < n_part; u = b.tickets[2 + round].next()) {
+                xkv_decode_refine(l, b, s, u, n_part, round);
             }
             barrier(user);
         }
-        for (int64_t u = b.tickets[2].next(); u < l.n_query; u = b.tickets[2].next()) {
+        for (int64_t u = b.tickets[1].next(); u < l.n_query; u = b.tickets[1].next()) {
             xkv_merge(l, b, s, n_part, u);
         }
         if (s + 1 < l.n_stream) {

@@ -166,5 +166,5 @@ struct xkv_decode_chunk {
     }
 };
 
-// the rest of the directions, for blocks of the part's chunks that b.least lets in
-void xkv_decode_refine(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t part, int64_t n_part);
+// the rest of the directions, for blocks of the part's chunks that b.least and b.above let in
+void xkv_decode_refine(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t part, int64_t n_part, int round);

@@ -14,31 +14,38 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         bool        any   = false;
         for (int64_t f = 0; f < n_fine; ++f) {
             const float sum = xkv_sum(xkv_exp(xkv_load(score(i) + 16*f) - max));
-            b.fine[i*n_fine + f] = logf(sum) + max > b.least[i];
+            const float all = logf(sum) + max;
+            b.fine[i*n_fine + f] = all > b.least[i] && all <= b.above[i];
             any = any || b.fine[i*n_fine + f];
         }
         return any;
     }
 
-    // weights of refined blocks, and what they change
+    // weights of refined blocks, and those by the lead, rounded as they were when they were added
     void weigh(int64_t i) const {
         const float max = b.parts.max(part, i);
         float * w = b.weight.row(i);
-        float * c = b.change.row(i);
+        float * r = b.taken.row(i);
         f32r sum = {};
         for (int64_t f = 0; f < n_fine; ++f) {
-            f32r p = {}, d = {};
+            const f32r rough = xkv_exp(xkv_load(b.rough + i*n_chunk + 16*f) - max);
+            f32r p = {};
             if (fine(i)[f]) {
                 p = xkv_exp(xkv_load(score(i) + 16*f) - max);
-                d = p - xkv_exp(xkv_load(b.rough + i*n_chunk + 16*f) - max);
+                sum += p - rough;
             }
             xkv_store(w + 16*f, p);
-            xkv_store(c + 16*f, d);
-            sum += d;
+            xkv_store(r + 16*f, rough);
         }
         b.parts.sum(part, i) += xkv_sum(sum);
         b.weight.round(i, 0, n_chunk);
-        b.change.round(i, 0, n_chunk);
+        b.taken.round(i, 0, n_chunk);
+        b.taken.negate(i, n_chunk);
+        for (int64_t f = 0; f < n_fine; ++f) {
+            if (!fine(i)[f]) {
+                b.taken.clear(i, 16*f);
+            }
+        }
     }
 
     // those of list whose blocks in tokens [t0, t1) are refined
@@ -65,7 +72,7 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
             for (int64_t t = 0; t < l.n_tps; ++t) {
                 for (int64_t g = 0; g < l.n_gqa; ++g) {
                     const int64_t i = t*l.n_head + h*l.n_gqa + g;
-                    if (b.peak[i*l.n_frame + ic] > b.least[i]) {
+                    if (b.peak[i*l.n_frame + ic] > b.least[i] && b.above[i] > b.least[i]) {
                         list[n++] = i;
                         turn_query(ic, i);
                     }
@@ -109,15 +116,18 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
             const int64_t cols = xkv_tile_cols(seg.type);
             for (int64_t t = 0; t < n_chunk; t += cols) {
                 const int m = some(list, n, t, t + cols, some_of);
-                add_values(ic, seg, b.change, some_of, m, 0, t, t + cols, 0, l.lead[XKV_V]);
-                add_values(ic, seg, b.weight, some_of, m, 0, t, t + cols, l.lead[XKV_V], l.rank[XKV_V]);
+                add_values(ic, seg, b.taken,  some_of, m, 0, t, t + cols, 0, l.lead[XKV_V]);
+                add_values(ic, seg, b.weight, some_of, m, 0, t, t + cols, 0, l.rank[XKV_V]);
             }
         }
     }
 };
 
-void xkv_decode_refine(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t part, int64_t n_part) {
+void xkv_decode_refine(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t part, int64_t n_part, int round) {
     for (int64_t ic = part; ic < l.n_frame; ic += n_part) {
         xkv_decode_refine_chunk(l, b, s, part).run(ic);
+    }
+    for (int64_t i = 0; i < l.n_query; ++i) {
+        b.parts.add_up(part, i, round + 1);
     }
 }

@@ -4,10 +4,16 @@
 
 #include "xkv-attn-layer.h"
 
+#include <cmath>
+
 // spans of exact tokens, and parts of the chunks (every XKV_N_PART-th), whose sums stand apart. Threads take the next one when they
 // are done with one; which thread that is changes nothing.
 static const int64_t XKV_N_EXACT = 4;
 static const int64_t XKV_N_PART  = 16;
+
+// Rounds of refinement, and by how much, as a logarithm, a query's softmax has to become smaller for another one. Most have one.
+static const int   XKV_N_ROUND    = 3;
+static const float XKV_ROUND_LESS = 0.5f;
 
 static const int64_t XKV_PAD = 16;
 
@@ -22,11 +28,14 @@ struct xkv_partials {
     float * sums(int64_t part, int64_t i) const { return data + (part*n_query + i)*(n + XKV_PAD); }
     float & max (int64_t part, int64_t i) const { return sums(part, i)[n]; }
     float & sum (int64_t part, int64_t i) const { return sums(part, i)[n + 1]; }
-    // log of the sum of weights by the lead
-    float & lead(int64_t part, int64_t i) const { return sums(part, i)[n + 2]; }
     // whether the sums hold more than the lead
-    bool deep(int64_t part, int64_t i) const { return sums(part, i)[n + 3] > 0.0f; }
-    void set_deep(int64_t part, int64_t i, bool deep) const { sums(part, i)[n + 3] = deep; }
+    bool deep(int64_t part, int64_t i) const { return sums(part, i)[n + 2] > 0.0f; }
+    void set_deep(int64_t part, int64_t i, bool deep) const { sums(part, i)[n + 2] = deep; }
+    // log of the sum of weights that a round of refinement begins with: those of later rounds change while some thread still reads it
+    float all(int64_t part, int64_t i, int round) const { return sums(part, i)[n + 3 + round]; }
+    void  add_up(int64_t part, int64_t i, int round) const {
+        sums(part, i)[n + 3 + round] = sum(part, i) > 0.0f ? logf(sum(part, i)) + max(part, i) : -INFINITY;
+    }
 };
 
 // numbers of each query as they are and rounded, see xkv_rounded
@@ -48,6 +57,26 @@ struct xkv_rows {
         const int64_t i = row*stride + c0;
         xkv_round(x + i, (c1 - c0 + 31)/32*32, codes + i, scales + i/32, n + i/32);
     }
+
+    void negate(int64_t row, int64_t n_col) const {
+        const int64_t i = row*stride;
+        for (int64_t c = 0; c < n_col; c += 16) {
+            xkv_store(x + i + c, xkv_load(x + i + c)*-1.0f);
+        }
+        for (int64_t c = 0; c < n_col; c += 32) {
+            scales[(i + c)/32] *= -1.0f;
+        }
+    }
+
+    // 16 rounded numbers become 0
+    void clear(int64_t row, int64_t col) const {
+        const int64_t i = row*stride + col;
+        xkv_store(x + i, f32r());
+        for (int64_t c = i; c < i + 16; ++c) {
+            n[i/32] -= codes[c];
+        }
+        memset(codes + i, 0, 16);
+    }
 };
 
 // a count that threads share
@@ -59,7 +88,7 @@ struct xkv_ticket {
 };
 
 struct xkv_decode_buffers {
-    xkv_ticket * tickets; // [3] of the pass by the lead, the refinement and the merge
+    xkv_ticket * tickets; // of the pass by the lead, the merge, and the rounds of refinement
 
     xkv_partials exact;
     xkv_partials parts;
@@ -69,10 +98,11 @@ struct xkv_decode_buffers {
     xkv_rows  q;      // queries in the chunk's frame
     xkv_rows  y;      // and through the basis of K
     xkv_rows  weight; // of the chunk's tokens
-    xkv_rows  change; // of the weights of refined blocks
+    xkv_rows  taken;  // weights by the lead of refined blocks, negative
     float *   score;  // [n_query][n_chunk]
     float *   rough;  // the same by the lead
-    float *   least;  // [n_query] log of the sum of weights beyond which a block is refined
+    float *   least;  // [n_query] log of the sum of weights by the lead beyond which a block is refined
+    float *   above;  // [n_query] and up to which: those beyond it have been
     uint8_t * fine;   // [n_query][n_chunk/XKV_ATTN_FINE]
     float *   row_k;  // [XKV_EXACT_BLOCK][d_k]
     float *   row_v;

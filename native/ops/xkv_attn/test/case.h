@@ -25,6 +25,7 @@ struct xkv_case {
     bool full   = false; // all chunks are full
     bool causal = true;
     float decay = 16.0f; // directions over which sizes halve
+    float mislead = 0.0f; // size of K of every 16th token in a first segment, that a second one of the same rank takes back
 };
 
 static inline void xkv_encode_rows(ggml_type type, const float * x, void * dst, int64_t n) {
@@ -118,13 +119,17 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
     for (int64_t s = 0; s < c.n_stream; ++s) {
         for (int64_t f = 0; f < n_frame; ++f) {
             uint8_t * p = (uint8_t *) coef->data + f*coef->nb[1] + s*coef->nb[2];
+            const auto again = rng;
             for (int kd = 0; kd < 2; ++kd) {
                 for (int64_t part = 0; part < n_part; ++part) {
                     for (int is = 0; is < l.n_segment[kd]; ++is) {
                         const auto & seg = l.segments[kd][is];
                         const auto   at  = p + seg.coef + part*l.head_coef[kd];
                         if (kd == XKV_K) {
-                            xkv_random_tiles(rng, seg.type, at, c.n_chunk, seg.rank, [&](int64_t, int64_t d) { return decay(seg.first + d); });
+                            rng = c.mislead > 0.0f ? again : rng;
+                            xkv_random_tiles(rng, seg.type, at, c.n_chunk, seg.rank, [&](int64_t t, int64_t d) {
+                                return c.mislead > 0.0f && t % 16 == 5 ? (is == 0 ? c.mislead : -c.mislead) : decay(seg.first + d);
+                            });
                         } else {
                             xkv_random_tiles(rng, seg.type, at, seg.rank, c.n_chunk, [&](int64_t d, int64_t) { return decay(seg.first + d); });
                         }
@@ -143,10 +148,12 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
     const auto size = [](int64_t, int64_t) { return 0.25f; };
     for (int kd = 0; kd < 2 && !plain; ++kd) {
         for (int64_t h = 0; h < c.n_head_kv; ++h) {
+            const auto again = rng;
             for (int is = 0; is < l.n_segment[kd]; ++is) {
                 const auto & seg = l.segments[kd][is];
                 uint8_t *    at  = (uint8_t *) basis->data + l.kind_basis[kd] + h*l.head_basis[kd] + seg.basis;
                 if (kd == XKV_K) {
+                    rng = c.mislead > 0.0f ? again : rng;
                     xkv_random_tiles(rng, seg.type_basis, at, seg.rank, c.dim_k, size);
                 } else {
                     xkv_random_tiles(rng, seg.type_basis, at, c.dim_v, seg.rank, size);

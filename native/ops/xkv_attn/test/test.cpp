@@ -157,6 +157,17 @@ int main() {
         c.lead[0] = c.lead[1] = 128; // inside the blocks of 64 directions
         c.tolerance = 0.03f;
         check("quantized, lead ends in a tile" + at, c, 5e-2);
+
+        // what the lead gives most of the softmax gets next to none of it
+        c = with(xkv_case());
+        c.rank[XKV_K][0]  = c.rank[XKV_K][1] = c.lead[XKV_K] = 32;
+        c.basis[XKV_K][1] = GGML_TYPE_F16;
+        c.rank[XKV_V][2]  = c.lead[XKV_V] = 64;
+        c.basis[XKV_V][2] = GGML_TYPE_Q8_0;
+        c.n_stored  = 1024;
+        c.mislead   = 3.0f;
+        c.tolerance = 0.005f;
+        check("misled by the lead" + at, c, 3e-2);
     }
     printf("%d passed, %d failed\n", n_pass, n_fail);
     return n_fail > 0;
