@@ -43,8 +43,11 @@ size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t
     const size_t n_new = setup.sidecar.calibrated() ? XKV_ONLINE_NEW : std::max(rank, XKV_ONLINE_NEW);
     const size_t n     = std::min<size_t>(dim, XKV_ONLINE_LARGE + n_new);
     const size_t n_dir = std::max<size_t>(rank, store.plain() ? n : store.groups()[pr.ig].rank[pr.kd]);
-    // the basis as it was and will be, rows and what they are turned into, tokens; covariance, what is added to it, eigenvectors
-    return ((n_dir + 2*n + n_token)*dim + 4*n*n)*sizeof(float);
+    // The old basis and what is looked for outside it; rows before and after they are orthonormal; rows and tokens; the new
+    // directions and the basis that takes them up, a layer of it twice. Beside them covariance, what is added to it or
+    // eigenvectors, what rows and old directions share, and tokens in terms of rows.
+    const size_t rows = std::max({ n_dir + 2*n_new + XKV_ONLINE_BLOCK, 2*n, n + n_token, n + n_dir + n_dir/store.groups()[pr.ig].layers.size() });
+    return (rows*dim + 3*n*n + n_token*n)*sizeof(float);
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {

@@ -17,8 +17,8 @@ from .sizes import ModelShape
 REFINED = 0.1
 """Share of pairs of a query head and a block of 16 tokens whose directions beyond the lead count.
 
-0.09 was found at 4096 tokens with a lead of 128 and a tolerance of 0.0025, and less in longer contexts. The default tolerance
-is smaller; what work is priced at changes plans next to nothing.
+0.09 was found at 4096 tokens with a lead of 128 and a tolerance of 0.0025, and less in longer contexts. The default
+tolerance is smaller; what work is priced at changes plans next to nothing.
 """
 
 REFINED_BY_ANY = 0.25
