@@ -38,7 +38,7 @@ def table(bench: dict[str, Any], evals: list[dict[str, Any]]) -> str:
     lines = [head]
     for name, row in rows.items():
         speeds = [
-            f"{row[key]:.0f} ({row[key] / plain[key]:.2f}x)" for key in ("prefill_tps", "prompt_tps", "decode_tps")
+            f"{row[key]:.3g} ({row[key] / plain[key]:.2f}x)" for key in ("prefill_tps", "prompt_tps", "decode_tps")
         ]
         texts = lost.get(name, [])
         quality = (
