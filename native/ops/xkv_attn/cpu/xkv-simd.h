@@ -277,7 +277,7 @@ XKV_INLINE f32r xkv_exp(const f32r & x) {
 // codes of 8 bits are met as unsigned where the instruction set allows, else with 128 taken off first
 #if defined(__AVX512VNNI__)
 #    define XKV_Q8_OFFSET 128
-#elif (defined(__AVX2__) && !defined(__AVX512F__)) || defined(__ARM_FEATURE_DOTPROD)
+#elif (defined(__AVX2__) && !defined(__AVX512F__)) || (defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8))
 #    define XKV_Q8_OFFSET 0
 #else
 #    define XKV_Q8_OFFSET 128
@@ -328,6 +328,11 @@ template <bool WIDE> XKV_INLINE void xkv_dot4(i32r & acc, const u8r & x, const i
 #    else
         acc.v[i] = (i32r::reg) _mm256_add_epi32((__m256i) acc.v[i], _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #    endif
+    }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    const int8x16_t yv = vreinterpretq_s8_s32(vdupq_n_s32(w));
+    for (int i = 0; i < 4; ++i) {
+        acc.v[i] = (i32r::reg) vusdotq_s32((int32x4_t) acc.v[i], (uint8x16_t) x.v[i], yv);
     }
 #elif defined(__ARM_FEATURE_DOTPROD)
     const int8x16_t yv = vreinterpretq_s8_s32(vdupq_n_s32(w));
