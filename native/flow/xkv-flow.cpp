@@ -87,18 +87,21 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
     if (online) {
         online->begin_stage(stream, jobs);
     }
+    const auto chunks   = tables[stream].used();
+    const int  n_thread = lctx->get_cparams().n_threads_batch;
     for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
         store.begin_group(next, ig);
+        xkv_turns turns;
         if (online) {
-            online->enter_stage(lctx, stream, jobs, next, ig);
-        }
-        for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-            if (!online) {
+            turns = online->enter_stage(lctx, stream, jobs, next, ig);
+        } else if (store.plain()) {
+            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
                 const uint32_t rank = next.groups[ig].rank[kd];
-                const auto     turn = store.plain() ? xkv_turn_all(setup.sidecar.basis(ig, kd, rank), rank, store.groups()[ig].dim[kd]) : xkv_turn();
-                xkv_carry_over(store, kd, ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
+                turns[kd] = xkv_turn_all(setup.sidecar.basis(ig, kd, rank), rank, store.groups()[ig].dim[kd]);
             }
         }
+        waiting_peak = std::max(waiting_peak, xkv_carry_stage(store, ig, stream, chunks, turns, next, n_thread));
+        turns = {};
         store.end_group(next, ig);
         xkv_trim();
     }
@@ -163,7 +166,7 @@ void xkv_flow::copy(uint32_t src, uint32_t dst) {
 }
 
 size_t xkv_flow::peak() const {
-    return std::max(flush.peak(), store.staged_peak() + (online ? online->peak() : 0));
+    return std::max(flush.peak(), store.staged_peak() + waiting_peak + (online ? online->peak() : 0));
 }
 
 xkv_online_info xkv_flow::info(uint32_t stream) const {

@@ -57,7 +57,8 @@ private:
     xkv_flush                         flush;
     std::unique_ptr<xkv_online_bases> online; // empty while bases stay as calibrated
 
-    bool changing = false; // the store is between two states
+    bool   changing     = false; // the store is between two states
+    size_t waiting_peak = 0;     // most bytes of chunks that waited for their place in the next stage
 
     // f changes the store
     template <typename F> void change(const char * what, F && f);

@@ -4,7 +4,6 @@
 
 #include "base/xkv-error.h"
 #include "base/xkv-lapack.h"
-#include "store/xkv-carry.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -248,7 +247,7 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
     return gain*store.stage_slots()[next.stage] > lost*tables[stream].n_token();
 }
 
-void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next) {
+xkv_turn xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next) {
     const uint32_t rank = rank_of(pr, &next);
     xkv_turn       turn;
     if (store.plain()) {
@@ -261,10 +260,9 @@ void xkv_online_bases::carry_over(llama_context * lctx, uint32_t stream, const p
     } else {
         store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
     }
-    xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, &next, lctx->get_cparams().n_threads_batch);
-
     auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
     n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
+    return turn;
 }
 
 bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
@@ -298,7 +296,7 @@ bool xkv_online_bases::solve(space & sp) {
     return std::all_of(sp.combos.begin(), sp.combos.end(), [](float v) { return std::isfinite(v); });
 }
 
-void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next) {
+xkv_turn xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next) {
     const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
     const uint32_t rank = rank_of(pr, next);
 
@@ -335,8 +333,6 @@ void xkv_online_bases::apply(llama_context * lctx, uint32_t stream, const proble
             }
         }
     }
-    if (!turn.rows.empty()) {
-        xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, next, lctx->get_cparams().n_threads_batch);
-    }
     states[stream].n_dir[pr.kd][pr.ig] = std::max(std::min(rank, sp.n_dir), sp.place(sp.n_best - 1) + 1);
+    return turn;
 }

@@ -3,7 +3,6 @@
 #include "base/xkv-lapack.h"
 #include "base/xkv-parallel.h"
 #include "format/xkv-sidecar.h"
-#include "store/xkv-carry.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -96,18 +95,20 @@ void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush:
     wanted.clear();
 }
 
-void xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig) {
+xkv_turns xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig) {
     std::vector<problem> list;
     std::copy_if(problems.begin(), problems.end(), std::back_inserter(list), [&](const problem & pr) { return pr.ig == ig; });
 
+    xkv_turns  turns;
     const auto due = find_due(lctx, stream, jobs, list, &next);
+    update(lctx, stream, jobs, due, &next, &turns);
     for (const auto & pr : list) {
         if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd; })) {
-            carry_over(lctx, stream, pr, next);
+            turns[pr.kd] = carry_over(stream, pr, next);
         }
     }
-    update(lctx, stream, jobs, due, &next);
     graph.release();
+    return turns;
 }
 
 std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
@@ -145,7 +146,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
         return;
     }
     begin_stage(stream, jobs);
-    update(lctx, stream, jobs, find_due(lctx, stream, jobs, problems, nullptr), nullptr);
+    update(lctx, stream, jobs, find_due(lctx, stream, jobs, problems, nullptr), nullptr, nullptr);
     graph.release();
 }
 
@@ -229,7 +230,7 @@ void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const s
 }
 
 void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                              const std::vector<problem> & due, const xkv_store::layout * next) {
+                              const std::vector<problem> & due, const xkv_store::layout * next, xkv_turns * turns) {
     if (due.empty()) {
         return;
     }
@@ -279,11 +280,16 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             spaces[i].cov      = xkv_floats();
             spaces[i].n_thread = n_thread;
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
-                apply(lctx, stream, pr, spaces[i], next);
+                auto turn = apply(stream, pr, spaces[i], next);
                 n_applied++;
                 states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
+                if (next) {
+                    (*turns)[pr.kd] = std::move(turn);
+                } else if (!turn.rows.empty()) {
+                    xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, n_thread);
+                }
             } else if (next) {
-                carry_over(lctx, stream, pr, *next);
+                (*turns)[pr.kd] = carry_over(stream, pr, *next);
             }
             spaces[i] = {};
         }

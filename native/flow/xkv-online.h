@@ -1,6 +1,7 @@
 #pragma once
 
 #include "flow/xkv-flush.h"
+#include "store/xkv-carry.h"
 #include "store/xkv-config.h"
 #include "store/xkv-store.h"
 #include "window/xkv-chunks.h"
@@ -31,9 +32,9 @@ public:
     // before the jobs' tokens are compressed; throws xkv_error
     void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
 
-    // before the bases and stored coefficients of the store's next stage are made, group by group; throws xkv_error
-    void begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
-    void enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig);
+    // makes the bases of the store's next stage, group by group, and tells what becomes of stored coefficients; throws xkv_error
+    void      begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+    xkv_turns enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig);
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
@@ -132,8 +133,9 @@ private:
     std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & list,
                                   const xkv_store::layout * next);
 
+    // turns: of the next stage, for the caller to carry out
     void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
-                const xkv_store::layout * next);
+                const xkv_store::layout * next, xkv_turns * turns);
 
     // what an update to bases of a rank needs at most, about
     size_t space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const;
@@ -159,11 +161,11 @@ private:
     // whether the solution takes away more error than there is in rounding stored coefficients once more
     bool pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const;
 
-    // the old basis and coefficients as they are, in the next stage
-    void carry_over(llama_context * lctx, uint32_t stream, const problem & pr, const xkv_store::layout & next);
+    // the old basis as it is, in the next stage
+    xkv_turn carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next);
 
-    // writes bases and coefficients to the next stage, or to the present one
-    void apply(llama_context * lctx, uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next);
+    // writes the new basis to the next stage, or to the present one
+    xkv_turn apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next);
 
     // the directions in use; of a plain store the calibrated ones
     xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;

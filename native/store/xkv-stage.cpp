@@ -222,13 +222,40 @@ xkv_store::layout xkv_store::begin(uint32_t stage, uint32_t n_used) const {
     return make_layout(stage, n_used);
 }
 
+// where a context's tensors lie in a buffer from an offset on, and where the last one ends
+static std::vector<size_t> xkv_places(ggml_context * ctx, ggml_backend_buffer_t buf, size_t begin) {
+    std::vector<size_t> res;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        res.push_back(GGML_PAD(begin, ggml_backend_buffer_get_alignment(buf)));
+        begin = res.back() + ggml_backend_buffer_get_alloc_size(buf, t);
+    }
+    res.push_back(begin);
+    return res;
+}
+
+static void xkv_put(ggml_tensor * t, ggml_backend_buffer_t buf, size_t at) {
+    t->buffer = nullptr;
+    t->data   = nullptr;
+    GGML_ASSERT(ggml_backend_tensor_alloc(buf, t, (char *) ggml_backend_buffer_get_base(buf) + at) == GGML_STATUS_SUCCESS);
+}
+
 void xkv_store::begin_group(layout & next, uint32_t ig) const {
+    auto & gr = next.groups[ig];
+    if (gr.pack) {
+        // where chunks do not shrink, or do not fit, they wait in host memory
+        auto * buf = arena.at(buft(gr.layers[0])).get();
+        const auto [begin, end] = region(now, ig);
+        const auto places = xkv_places(next.ctxs[ig].get(), buf, begin);
+        if (places.back() <= end && gr.packed->ne[0] <= now.groups[ig].packed->ne[0]) {
+            xkv_put(gr.packed, buf, places[places.size() - 2]); // the last tensor
+        }
+    }
     ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(next.ctxs[ig].get(), ggml_backend_cpu_buffer_type());
     if (!buf) {
         xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the next stage of the xkv store (for %u tokens)", stages[next.stage].n_slot);
     }
     next.bufs[ig].reset(buf);
-    if (!next.groups[ig].pack) {
+    if (!gr.pack) {
         ggml_backend_buffer_clear(buf, 0); // stock ops read all slots
     }
     fill_bases(next, ig);
@@ -238,6 +265,16 @@ void xkv_store::begin_group(layout & next, uint32_t ig) const {
         n += b ? ggml_backend_buffer_get_size(b.get()) : 0;
     }
     n_staged = std::max(n_staged, n);
+}
+
+uint32_t xkv_store::n_free(const layout & next, uint32_t ig, uint32_t unread) const {
+    const ggml_tensor * from = now.groups[ig].packed;
+    const ggml_tensor * to   = next.groups[ig].packed;
+    if (to->buffer != from->buffer) {
+        return to->ne[1];
+    }
+    const ptrdiff_t room = (char *) from->data + unread*from->nb[1] - (char *) to->data;
+    return room <= 0 ? 0 : std::min<size_t>(to->ne[1], room/to->nb[1]);
 }
 
 std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const {
@@ -254,55 +291,38 @@ std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const
     return { at(ig), ggml_backend_buffer_get_size(const_cast<ggml_backend_buffer_t>(buf)) };
 }
 
-// a context's tensors in a buffer from an offset on; false, and nothing is changed, when they do not fit before end
-static bool xkv_put(ggml_context * ctx, ggml_backend_buffer_t buf, size_t begin, size_t end) {
-    const size_t align = ggml_backend_buffer_get_alignment(buf);
-
-    std::vector<size_t> list;
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        list.push_back(GGML_PAD(begin, align));
-        begin = list.back() + ggml_backend_buffer_get_alloc_size(buf, t);
-    }
-    if (begin > end) {
-        return false;
-    }
-    size_t i = 0;
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        t->buffer = nullptr;
-        t->data   = nullptr;
-        GGML_ASSERT(ggml_backend_tensor_alloc(buf, t, (char *) ggml_backend_buffer_get_base(buf) + list[i++]) == GGML_STATUS_SUCCESS);
-    }
-    return true;
-}
-
 void xkv_store::end_group(layout & next, uint32_t ig) const {
-    if (!next.groups[ig].pack) {
+    const auto & gr  = next.groups[ig];
+    auto *       buf = arena.at(buft(gr.layers[0])).get();
+    if (!gr.pack || gr.packed->buffer != buf) {
         return;
     }
-    // the bytes of the tensors, in the place of what the store had of the group; what has no room there waits in host memory
-    auto * ctx = next.ctxs[ig].get();
-    auto * buf = arena.at(buft(next.groups[ig].layers[0])).get();
-
-    std::vector<void *> from;
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        from.push_back(t->data);
-    }
-    const auto [begin, end] = region(now, ig);
-    if (!xkv_put(ctx, buf, begin, end)) {
-        return;
-    }
+    // the bases before the coefficients
+    const auto places = xkv_places(next.ctxs[ig].get(), buf, region(now, ig).first);
     size_t i = 0;
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        ggml_backend_tensor_set(t, from[i++], 0, ggml_nbytes(t));
+    for (ggml_tensor * t = ggml_get_first_tensor(next.ctxs[ig].get()); t != gr.packed; t = ggml_get_next_tensor(next.ctxs[ig].get(), t)) {
+        const void * from = t->data;
+        xkv_put(t, buf, places[i++]);
+        ggml_backend_tensor_set(t, from, 0, ggml_nbytes(t));
     }
     next.bufs[ig].reset();
 }
 
-// src's bytes at the begin of dst
+// src's bytes at the begin of dst, which may overlap
 static void xkv_move(const ggml_tensor * src, ggml_tensor * dst) {
-    std::vector<uint8_t> data(ggml_nbytes(src));
-    ggml_backend_tensor_get(src, data.data(), 0, data.size());
-    ggml_backend_tensor_set(dst, data.data(), 0, data.size());
+    static const size_t XKV_MOVE_BYTES = 256*1024;
+
+    const size_t n_byte = ggml_nbytes(src);
+    const bool   up     = dst->data > src->data;
+
+    std::vector<uint8_t> data(std::min(n_byte, XKV_MOVE_BYTES));
+    for (size_t done = 0; done < n_byte;) {
+        const size_t n  = std::min(data.size(), n_byte - done);
+        const size_t at = up ? n_byte - done - n : done;
+        ggml_backend_tensor_get(src, data.data(), at, n);
+        ggml_backend_tensor_set(dst, data.data(), at, n);
+        done += n;
+    }
 }
 
 void xkv_store::commit(layout && next) {

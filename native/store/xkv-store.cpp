@@ -148,24 +148,45 @@ xkv_floats xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t i
     return res;
 }
 
+// those of a segment as they stand
+static void xkv_gather(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n_chunk, uint32_t rank, const float * coef, xkv_floats & x) {
+    x.resize((size_t) n_chunk*seg.rank);
+    xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { x[at] = coef[(size_t) i*rank + seg.first + r]; });
+}
+
+void xkv_store::pack_coef(const group & gr, kind kd, const float * coef, uint8_t * chunk) const {
+    xkv_floats x;
+    for (const auto & seg : gr.segments[kd]) {
+        xkv_gather(seg, kd, n_chunk, gr.rank[kd], coef, x);
+        const uint32_t n = seg.rank/seg.n_head;
+        for (uint32_t h = 0; h < seg.n_head; ++h) {
+            uint8_t * to = chunk + seg.offset + h*ggml_row_size(seg.type, (int64_t) n*n_chunk);
+            xkv_pack(seg.type, x.data() + (size_t) h*n*n_chunk, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, to);
+        }
+    }
+}
+
+void xkv_store::set_packed(const group & gr, uint32_t stream, uint32_t ic, const std::vector<uint8_t> & chunk) const {
+    ggml_backend_tensor_set(gr.packed, chunk.data(), stream*gr.packed->nb[2] + ic*gr.packed->nb[1], chunk.size());
+}
+
 void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) const {
     const group & gr = (next ? *next : now).groups[ig];
 
     std::vector<uint8_t> data;
-    xkv_floats   x;
-    for (const auto & seg : gr.segments[kd]) {
-        x.resize((size_t) n_chunk*seg.rank);
-        data.resize(ggml_row_size(seg.type, x.size()));
-        xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { x[at] = coef[(size_t) i*gr.rank[kd] + seg.first + r]; });
-        if (gr.packed) {
-            const uint32_t n = seg.rank/seg.n_head;
-            for (uint32_t h = 0; h < seg.n_head; ++h) {
-                uint8_t * to = data.data() + h*data.size()/seg.n_head;
-                xkv_pack(seg.type, x.data() + (size_t) h*n*n_chunk, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, to);
-            }
-            ggml_backend_tensor_set(gr.packed, data.data(), stream*gr.packed->nb[2] + ic*gr.packed->nb[1] + seg.offset, data.size());
-            continue;
+    if (gr.packed) {
+        data.resize(gr.packed->ne[0]);
+        pack_coef(gr, kd, coef, data.data());
+        for (const auto & seg : gr.segments[kd]) {
+            ggml_backend_tensor_set(gr.packed, data.data() + seg.offset, stream*gr.packed->nb[2] + ic*gr.packed->nb[1] + seg.offset,
+                                    ggml_row_size(seg.type, (int64_t) n_chunk*seg.rank));
         }
+        return;
+    }
+    xkv_floats x;
+    for (const auto & seg : gr.segments[kd]) {
+        xkv_gather(seg, kd, n_chunk, gr.rank[kd], coef, x);
+        data.resize(ggml_row_size(seg.type, x.size()));
         ggml_tensor * t = seg.coef;
         xkv_encode(seg.type, x.data(), data.data(), x.size());
         if (kd == kind::K) {

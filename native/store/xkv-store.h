@@ -111,13 +111,17 @@ public:
     // an empty store in another stage, with the calibrated bases
     void restart(uint32_t stage);
 
-    // Another stage with room for n_used slots, to be filled group by group by set_basis and set_coef; a group begins with the
-    // calibrated bases. Once it has ended, what the store had of the group is gone, so that no more than one group's bytes are
-    // allocated beside the store (all of those that are not packed). begin and begin_group throw xkv_error.
+    // Another stage with room for n_used slots, to be filled group by group, first by set_basis, then by xkv_carry_stage; a group
+    // begins with the calibrated bases. What is packed has its coefficients in the place of those that the store has of the group
+    // now, so that no more than one group's bases are allocated beside the store; what is not is made in host memory until the
+    // commit. begin and begin_group throw xkv_error.
     layout begin(uint32_t stage, uint32_t n_used) const;
     void   begin_group(layout & next, uint32_t ig) const;
     void   end_group  (layout & next, uint32_t ig) const;
     void   commit(layout && next);
+
+    // chunks of the next stage that can be written while those of the present one from `unread` on are still to be read
+    uint32_t n_free(const layout & next, uint32_t ig, uint32_t unread) const;
 
     // most bytes of groups in host memory at once
     size_t staged_peak() const { return n_staged; }
@@ -153,6 +157,10 @@ public:
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     xkv_floats get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
     void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
+
+    // the same as bytes of a packed chunk
+    void pack_coef(const group & gr, kind kd, const float * coef, uint8_t * chunk) const;
+    void set_packed(const group & gr, uint32_t stream, uint32_t ic, const std::vector<uint8_t> & chunk) const;
 
     void copy_stream(uint32_t src, uint32_t dst);
 
