@@ -85,7 +85,7 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
 }
 
 // products are dealt in pieces of this many rows or columns, whatever the number of threads is, so that results are the same
-static const int XKV_LAPACK_BLOCK = 256;
+static const int XKV_LAPACK_BLOCK = 128;
 
 // f(first, n) for pieces of 0 .. size - 1
 template <typename F> static void xkv_each_piece(int size, int n_thread, F && f) {

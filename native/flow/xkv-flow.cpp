@@ -94,11 +94,15 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
         xkv_turns turns;
         if (online) {
             turns = online->enter_stage(lctx, stream, jobs, next, ig);
-        } else if (store.plain()) {
-            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-                const uint32_t rank = next.groups[ig].rank[kd];
-                turns[kd] = xkv_turn_all(setup.sidecar.basis(ig, kd, rank), rank, store.groups()[ig].dim[kd]);
+        }
+        for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+            if (online) {
+                break;
             }
+            const uint32_t rank = next.groups[ig].rank[kd];
+            auto           rows = setup.sidecar.basis(ig, kd, rank);
+            store.set_basis(kd, ig, stream, rows, &next, n_thread);
+            turns[kd] = store.plain() ? xkv_turn_all(std::move(rows), rank, store.groups()[ig].dim[kd]) : xkv_turn();
         }
         waiting_peak = std::max(waiting_peak, xkv_carry_stage(store, ig, stream, chunks, turns, next, n_thread));
         turns = {};

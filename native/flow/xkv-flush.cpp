@@ -12,7 +12,7 @@
 #include <numeric>
 
 // tokens that are compressed in one graph: bounds its scratch
-static const uint32_t XKV_FLUSH_BLOCK = 256;
+static const uint32_t XKV_FLUSH_BLOCK = 512;
 
 static size_t xkv_n_node(const xkv_store::group & gr) {
     return 64 + gr.layers.size()*(32 + 16);
@@ -124,7 +124,7 @@ xkv_floats xkv_flush::project_group(llama_context * lctx, xkv_store::kind kd, ui
         ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, cells);
         ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, origin);
         ggml_tensor * x          = build_layer(graph.ctx(), kd, il, stream, inp_cells, inp_origin);
-        ggml_tensor * basis      = graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream));
+        ggml_tensor * basis      = graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch));
         ggml_tensor * part       = ggml_mul_mat(graph.ctx(), basis, x);
         graph.output(part);
         graph.run();

@@ -4,6 +4,7 @@
 
 #include "base/xkv-error.h"
 #include "base/xkv-lapack.h"
+#include "base/xkv-parallel.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -18,7 +19,7 @@
 static const float XKV_ONLINE_PRIOR = 0.98f;
 
 // numbers of a plain store in which new directions are looked for; the covariance has all
-static const size_t XKV_ONLINE_SKETCH = 4*1024*1024;
+static const size_t XKV_ONLINE_SKETCH = 2*1024*1024;
 
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 64;
@@ -53,10 +54,10 @@ uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout *
     return (next ? next->groups : store.groups())[pr.ig].rank[pr.kd];
 }
 
-xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const {
+xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row, int n_thread) const {
     const auto & gr    = store.groups()[pr.ig];
 
-    auto res = store.plain() ? setup.sidecar.basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream);
+    auto res = store.plain() ? setup.sidecar.basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream, n_thread);
     res.resize((size_t) n_row*gr.dim[pr.kd], 0.0f);
     return res;
 }
@@ -86,7 +87,7 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
             sp.n_old  = sp.n_main + n_last;
         }
         sp.n     = sp.n_old + n_new;
-        sp.basis = rows_of(stream, pr, sp.n_dir);
+        sp.basis = rows_of(stream, pr, sp.n_dir, sp.n_thread);
 
         // the main directions of what it misses in the tokens
         const auto fresh = n_new > 0 ? sketch(lctx, stream, jobs, pr, n_new, sp) : xkv_floats();
@@ -127,14 +128,18 @@ xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const
     return res;
 }
 
-xkv_floats xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const {
-    xkv_floats res;
-    res.reserve(n*store.n_chunk*store.groups()[pr.ig].rank[pr.kd]);
-    for (size_t j = first; j < first + n; ++j) {
-        auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[j]);
-        part.resize((size_t) tables[stream][chunks[j]].n*store.groups()[pr.ig].rank[pr.kd]);
-        res.insert(res.end(), part.begin(), part.end());
+xkv_floats xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n,
+                                         int n_thread) const {
+    const size_t        rank = store.groups()[pr.ig].rank[pr.kd];
+    std::vector<size_t> begin(n + 1, 0); // of a chunk's tokens
+    for (size_t j = 0; j < n; ++j) {
+        begin[j + 1] = begin[j] + tables[stream][chunks[first + j]].n;
     }
+    xkv_floats res(begin[n]*rank);
+    xkv_parallel(n, n_thread, [&](size_t j) {
+        const auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[first + j]);
+        std::copy_n(part.begin(), (begin[j + 1] - begin[j])*rank, res.begin() + begin[j]*rank);
+    });
     return res;
 }
 
@@ -198,7 +203,7 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
     const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
     const auto   each    = [&](auto && use) { // coefficients [n, rank]
         for (size_t i = 0; i < chunks.size(); i += n_block) {
-            const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+            const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i), sp.n_thread);
             use(coef, (int) (coef.size()/rank));
         }
     };
@@ -247,18 +252,17 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
     return gain*store.stage_slots()[next.stage] > lost*tables[stream].n_token();
 }
 
-xkv_turn xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next) {
+xkv_turn xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread) {
     const uint32_t rank = rank_of(pr, &next);
     xkv_turn       turn;
+    if (store.plain() && !setup.sidecar.calibrated()) {
+        xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
+                  pr.kd == kind::K ? 'K' : 'V', pr.ig);
+    }
+    auto rows = rows_of(stream, pr, rank, n_thread);
+    store.set_basis(pr.kd, pr.ig, stream, rows, &next, n_thread);
     if (store.plain()) {
-        if (!setup.sidecar.calibrated()) {
-            xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
-                      pr.kd == kind::K ? 'K' : 'V', pr.ig);
-        }
-        // which the next stage begins with
-        turn = xkv_turn_all(setup.sidecar.basis(pr.ig, pr.kd, rank), rank, store.groups()[pr.ig].dim[pr.kd]);
-    } else {
-        store.set_basis(pr.kd, pr.ig, stream, rows_of(stream, pr, rank), &next);
+        turn = xkv_turn_all(std::move(rows), rank, store.groups()[pr.ig].dim[pr.kd]);
     }
     auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
     n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
@@ -306,14 +310,14 @@ xkv_turn xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp
         if (!sp.unit) {
             xkv_add_mul(sp.combos, sp.rows, sp.n_best, sp.n, dim, 1.0f, best, sp.n_thread);
             sp.rows = xkv_floats();
-            rows    = rows_of(stream, pr, sp.n_dir);
+            rows    = rows_of(stream, pr, sp.n_dir, sp.n_thread);
         }
         rows.resize((size_t) rank*dim, 0.0f);
         for (uint32_t i = 0; i < sp.n_best; ++i) {
             std::copy_n(best.begin() + (size_t) i*dim, dim, rows.begin() + (size_t) sp.place(i)*dim);
         }
     }
-    store.set_basis(pr.kd, pr.ig, stream, rows, next);
+    store.set_basis(pr.kd, pr.ig, stream, rows, next, sp.n_thread);
 
     xkv_turn turn;
     if (store.plain()) {

@@ -24,7 +24,7 @@ static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 static const size_t XKV_ONLINE_BYTES = 8*1024*1024;
 
 // of a plain store are measured: a share of the variance needs no more
-static const size_t XKV_ONLINE_MEASURE = 2*1024*1024;
+static const size_t XKV_ONLINE_MEASURE = 1024*1024;
 
 static float xkv_mean(const xkv_floats & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
@@ -104,7 +104,7 @@ xkv_turns xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, c
     update(lctx, stream, jobs, due, &next, &turns);
     for (const auto & pr : list) {
         if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd; })) {
-            turns[pr.kd] = carry_over(stream, pr, next);
+            turns[pr.kd] = carry_over(stream, pr, next, lctx->get_cparams().n_threads_batch);
         }
     }
     graph.release();
@@ -170,19 +170,23 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     auto weight = kept(groups, pr);
     weight.resize(rank);
 
-    const auto   rows     = rows_of(stream, pr, rank);
     const int    n_thread = lctx->get_cparams().n_threads_batch;
+    const auto   rows     = rows_of(stream, pr, rank, n_thread);
     const size_t n_chunk  = XKV_ONLINE_MEASURE/((size_t) store.n_chunk*dim);
 
     double total = 0.0;
     double keep  = 0.0;
     each_exact(lctx, stream, jobs, pr, n_chunk, [&](const xkv_floats & z, uint32_t n) {
         const auto coef = xkv_mul_rows(z, rows, n, rank, dim, n_thread);
-        for (float v : z) {
-            total += v*v;
-        }
-        for (size_t i = 0; i < coef.size(); ++i) {
-            keep += coef[i]*coef[i]*weight[i % rank];
+        for (uint32_t i = 0; i < n; ++i) {
+            for (uint32_t j = 0; j < dim; ++j) {
+                const float v = z[(size_t) i*dim + j];
+                total += v*v;
+            }
+            for (uint32_t r = 0; r < rank; ++r) {
+                const float c = coef[(size_t) i*rank + r];
+                keep += c*c*weight[r];
+            }
         }
     });
     return total > 0.0 ? std::max(0.0, 1.0 - keep/total) : 0.0;
@@ -212,7 +216,8 @@ xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, 
 
 void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                   size_t n_chunk, const use_t & use) {
-    const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
+    const int      n_thread = lctx->get_cparams().n_threads_batch;
 
     each_token(lctx, stream, jobs, pr, use);
 
@@ -224,7 +229,7 @@ void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const s
     chunks.resize(std::min(n_chunk, n_used));
     const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
     for (size_t i = 0; i < chunks.size(); i += n_block) {
-        const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i));
+        const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i), n_thread);
         use(coef, coef.size()/dim);
     }
 }
@@ -289,7 +294,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
                     xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, n_thread);
                 }
             } else if (next) {
-                (*turns)[pr.kd] = carry_over(stream, pr, *next);
+                (*turns)[pr.kd] = carry_over(stream, pr, *next, n_thread);
             }
             spaces[i] = {};
         }

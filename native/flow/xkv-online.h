@@ -150,7 +150,8 @@ private:
                       const space & sp);
 
     // of the tokens in n chunks [tokens, rank]
-    xkv_floats stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n) const;
+    xkv_floats stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n,
+                           int n_thread) const;
     void build_cov(uint32_t stream, const problem & pr, space & sp) const;
     // adds the covariance of the calibration, and of the tokens in the store
     void add_prior (const problem & pr, space & sp) const;
@@ -162,13 +163,13 @@ private:
     bool pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const;
 
     // the old basis as it is, in the next stage
-    xkv_turn carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next);
+    xkv_turn carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread);
 
     // writes the new basis to the next stage, or to the present one
     xkv_turn apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next);
 
     // the directions in use; of a plain store the calibrated ones
-    xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row) const;
+    xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row, int n_thread) const;
 
     uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
 

@@ -1,6 +1,7 @@
 // Bases and means of the store: from the sidecar, and a stream's own once they have been adapted.
 
 #include "base/xkv-codec.h"
+#include "base/xkv-parallel.h"
 #include "store/xkv-pack.h"
 #include "store/xkv-store.h"
 
@@ -9,6 +10,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <tuple>
 
 ggml_tensor * xkv_store::basis(kind kd, uint32_t il, uint32_t is, uint32_t stream) const {
     GGML_ASSERT(!plain());
@@ -23,19 +25,26 @@ uint32_t xkv_store::n_head_dim(kind kd, uint32_t il) const {
     return kd == kind::K ? model.hparams.n_embd_head_k(il) : model.hparams.n_embd_head_v(il);
 }
 
-void xkv_store::each_basis(const group & gr, kind kd, uint32_t il, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const {
+void xkv_store::each_basis(const group & gr, kind kd, uint32_t il, int n_thread,
+                           const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const {
+    std::vector<std::tuple<const segment *, uint32_t, size_t>> pieces;
+
     size_t at = 0;
     for (auto k : { kind::K, kind::V }) {
         for (uint32_t h = 0; h < model.hparams.n_head_kv(il); ++h) {
             for (const auto & seg : gr.segments[k]) {
                 if (k == kd) {
-                    f(seg, h, at);
+                    pieces.emplace_back(&seg, h, at);
                 }
                 const uint32_t n = n_head_dim(k, il);
                 at += k == kind::K ? xkv_packed_size(seg.type_basis, seg.rank, n) : xkv_packed_size(seg.type_basis, n, seg.rank);
             }
         }
     }
+    xkv_parallel(pieces.size(), n_thread, [&](size_t i) {
+        const auto & [seg, head, begin] = pieces[i];
+        f(*seg, head, begin);
+    });
 }
 
 const xkv_store::segment & xkv_store::plain_segment(kind kd, uint32_t il) const {
@@ -87,7 +96,8 @@ static size_t xkv_basis_index(const xkv_store::segment & seg, xkv_store::kind kd
     return kd == xkv_store::kind::K ? (size_t) r*n + i : (size_t) i*seg.rank + r;
 }
 
-void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows) const {
+void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows,
+                            int n_thread) const {
     const group &  gr  = groups[ig];
     const uint32_t dim = gr.dim[kd];
     GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
@@ -102,15 +112,14 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
         }
         return x;
     };
-    std::vector<uint8_t> data;
     for (uint32_t il : gr.layers) {
         const uint32_t off = layer_of(il).off[kd];
         if (gr.pack) {
             ggml_tensor *  t = bases.packed[slot_of.at(il)];
             const uint32_t n = n_head_dim(kd, il);
-            each_basis(gr, kd, il, [&](const segment & seg, uint32_t head, size_t at) {
-                const auto x = part(seg, off + head*n, n);
-                data.resize(ggml_row_size(seg.type_basis, x.size()));
+            each_basis(gr, kd, il, n_thread, [&](const segment & seg, uint32_t head, size_t at) {
+                const auto           x = part(seg, off + head*n, n);
+                std::vector<uint8_t> data(ggml_row_size(seg.type_basis, x.size()));
                 xkv_pack(seg.type_basis, x.data(), kd == kind::K ? seg.rank : n, kd == kind::K ? n : seg.rank, data.data());
                 ggml_backend_tensor_set(t, data.data(), at, data.size());
             });
@@ -119,21 +128,19 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
             ggml_tensor * t = bases.tensors[kd][slot_of.at(il)][is];
             const auto    x = part(gr.segments[kd][is], off, sidecar.n_embd[kd][il]);
-            data.resize(ggml_nbytes(t));
+            std::vector<uint8_t> data(ggml_nbytes(t));
             xkv_encode(t->type, x.data(), data.data(), x.size());
             ggml_backend_tensor_set(t, data.data(), 0, data.size());
         }
     }
 }
 
-xkv_floats xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream) const {
+xkv_floats xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream, int n_thread) const {
     const group &  gr     = now.groups[layer_of(il).ig];
     const uint32_t n_embd = sidecar.n_embd[kd][il];
 
-    xkv_floats   rows((size_t) gr.rank[kd]*n_embd);
-    std::vector<uint8_t> data;
-    xkv_floats   x;
-    const auto put = [&](const segment & seg, uint32_t first, uint32_t n) {
+    xkv_floats rows((size_t) gr.rank[kd]*n_embd);
+    const auto put = [&](const xkv_floats & x, const segment & seg, uint32_t first, uint32_t n) {
         for (uint32_t r = 0; r < seg.rank; ++r) {
             for (uint32_t i = 0; i < n; ++i) {
                 rows[(size_t) (seg.first + r)*n_embd + first + i] = x[xkv_basis_index(seg, kd, n, r, i)];
@@ -143,33 +150,33 @@ xkv_floats xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream) con
     if (gr.pack) {
         const ggml_tensor * t = packed_basis(il, stream);
         const uint32_t      n = n_head_dim(kd, il);
-        each_basis(gr, kd, il, [&](const segment & seg, uint32_t head, size_t at) {
-            x.resize((size_t) seg.rank*n);
-            data.resize(ggml_row_size(seg.type_basis, x.size()));
+        each_basis(gr, kd, il, n_thread, [&](const segment & seg, uint32_t head, size_t at) {
+            xkv_floats           x((size_t) seg.rank*n);
+            std::vector<uint8_t> data(ggml_row_size(seg.type_basis, x.size()));
             ggml_backend_tensor_get(t, data.data(), at, data.size());
             xkv_unpack(seg.type_basis, data.data(), kd == kind::K ? seg.rank : n, kd == kind::K ? n : seg.rank, x.data());
-            put(seg, head*n, n);
+            put(x, seg, head*n, n);
         });
         return rows;
     }
     for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
         const ggml_tensor * t = basis(kd, il, is, stream);
-        data.resize(ggml_nbytes(t));
-        x.resize(ggml_nelements(t));
+        xkv_floats           x(ggml_nelements(t));
+        std::vector<uint8_t> data(ggml_nbytes(t));
         ggml_backend_tensor_get(t, data.data(), 0, data.size());
         xkv_decode(t->type, data.data(), x.data(), x.size());
-        put(gr.segments[kd][is], 0, n_embd);
+        put(x, gr.segments[kd][is], 0, n_embd);
     }
     return rows;
 }
 
-xkv_floats xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
+xkv_floats xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream, int n_thread) const {
     const group &  gr  = now.groups[ig];
     const uint32_t dim = gr.dim[kd];
 
     xkv_floats rows((size_t) gr.rank[kd]*dim);
     for (uint32_t il : gr.layers) {
-        const auto     part = get_basis_layer(kd, il, stream);
+        const auto     part = get_basis_layer(kd, il, stream, n_thread);
         const uint32_t n    = sidecar.n_embd[kd][il];
         for (uint32_t r = 0; r < gr.rank[kd]; ++r) {
             std::copy_n(part.begin() + (size_t) r*n, n, rows.begin() + (size_t) r*dim + layer_of(il).off[kd]);
@@ -178,13 +185,13 @@ xkv_floats xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream) const {
     return rows;
 }
 
-void xkv_store::set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next) {
+void xkv_store::set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next, int n_thread) {
     if (next) {
-        write_basis(next->groups, next->bases, kd, ig, rows);
+        write_basis(next->groups, next->bases, kd, ig, rows, n_thread);
         return;
     }
     changed = changed || !own[stream];
-    write_basis(now.groups, bases_of(stream), kd, ig, rows);
+    write_basis(now.groups, bases_of(stream), kd, ig, rows, n_thread);
 }
 
 void xkv_store::own_bases(uint32_t stream) {
@@ -229,15 +236,12 @@ void xkv_store::reset_bases(uint32_t stream) {
 }
 
 void xkv_store::fill_bases(const layout & l) const {
-    for (uint32_t ig = 0; ig < l.groups.size(); ++ig) {
-        fill_bases(l, ig);
+    if (stages[l.stage].plain()) {
+        return;
     }
-}
-
-void xkv_store::fill_bases(const layout & l, uint32_t ig) const {
-    for (auto kd : { kind::K, kind::V }) {
-        if (!stages[l.stage].plain()) {
-            write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, l.groups[ig].rank[kd]));
+    for (uint32_t ig = 0; ig < l.groups.size(); ++ig) {
+        for (auto kd : { kind::K, kind::V }) {
+            write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, l.groups[ig].rank[kd]), 1);
         }
     }
 }

@@ -258,7 +258,6 @@ void xkv_store::begin_group(layout & next, uint32_t ig) const {
     if (!gr.pack) {
         ggml_backend_buffer_clear(buf, 0); // stock ops read all slots
     }
-    fill_bases(next, ig);
 
     size_t n = 0;
     for (const auto & b : next.bufs) {

@@ -111,8 +111,7 @@ public:
     // an empty store in another stage, with the calibrated bases
     void restart(uint32_t stage);
 
-    // Another stage with room for n_used slots, to be filled group by group, first by set_basis, then by xkv_carry_stage; a group
-    // begins with the calibrated bases. What is packed has its coefficients in the place of those that the store has of the group
+    // Another stage with room for n_used slots, to be filled group by group, first by set_basis, then by xkv_carry_stage. What is packed has its coefficients in the place of those that the store has of the group
     // now, so that no more than one group's bases are allocated beside the store; what is not is made in host memory until the
     // commit. begin and begin_group throw xkv_error.
     layout begin(uint32_t stage, uint32_t n_used) const;
@@ -142,8 +141,8 @@ public:
     uint32_t n_change() const { return n_tensor_change; }
 
     // directions of a group as rows [rank, dim]
-    xkv_floats get_basis(kind kd, uint32_t ig, uint32_t stream) const;
-    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next = nullptr);
+    xkv_floats get_basis(kind kd, uint32_t ig, uint32_t stream, int n_thread = 1) const;
+    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next = nullptr, int n_thread = 1);
 
     // before set_basis: bases of the stream's own where several streams share the calibrated ones; throws xkv_error
     void own_bases(uint32_t stream);
@@ -152,7 +151,7 @@ public:
     void reset_bases(uint32_t stream);
 
     // the part of a layer, [rank, n_embd]
-    xkv_floats get_basis_layer(kind kd, uint32_t il, uint32_t stream) const;
+    xkv_floats get_basis_layer(kind kd, uint32_t il, uint32_t stream, int n_thread = 1) const;
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     xkv_floats get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
@@ -238,14 +237,14 @@ private:
 
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
-    void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows) const;
+    void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows,
+                     int n_thread) const;
 
-    // f(segment, KV head, bytes from the begin of the layer's packed bases) for what is packed of one kind
-    void each_basis(const group & gr, kind kd, uint32_t il, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const;
+    // f(segment, KV head, bytes from the begin of the layer's packed bases) for what is packed of one kind, on n_thread threads
+    void each_basis(const group & gr, kind kd, uint32_t il, int n_thread, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const;
 
     uint32_t n_head_dim(kind kd, uint32_t il) const; // numbers of a head
     void fill_bases(const layout & l) const;
-    void fill_bases(const layout & l, uint32_t ig) const;
     void copy_bases(const basis_set & src, const basis_set & dst) const;
     void fill_means();
 };
