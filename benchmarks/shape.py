@@ -236,7 +236,7 @@ def write_random_sidecar(model: Path, name: str, n_layer: int, group_size: int, 
         The shape is unknown, or the group size does not fit the number of layers.
     """
     embd = find_shape(name).embd_kv
-    groups = tuple(Group(*row) for row in zip(*group_layers(n_layer, group_size), strict=True))
+    groups = tuple(map(Group, group_layers(range(n_layer), group_size)))
     info = SidecarInfo(
         fingerprint=model_fingerprint(model),
         architecture=find_shape(name).arch,
@@ -255,7 +255,7 @@ def write_random_sidecar(model: Path, name: str, n_layer: int, group_size: int, 
     arrays: dict[str, Array] = {}
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         for g, group in enumerate(tqdm(groups, desc="bases", unit="group", disable=None)):
-            dim = group.count * embd
+            dim = len(group.layers) * embd
             spectrum = np.arange(1, dim + 1, dtype=np.float64) ** -exponent
             for kind in KINDS:
                 file = Path(folder) / f"{g}{kind}"
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= args.exponent <= 10:
             raise OptionError(f"--exponent: {args.exponent:g}, expected 0 to 10")
         group_size = min(GROUP_SIZE, n_layer) if args.group_size is None else args.group_size
-        group_layers(n_layer, group_size)
+        group_layers(range(n_layer), group_size)
         out = Path(args.out)
         check_writable(out)
         write_model(out, args.shape, n_layer, args.vocab, args.seed)

@@ -141,10 +141,10 @@ def is_finite(sums: Sums) -> bool:
 
 def _not_finite(groups: LayerGroups, group: int, sums: Mapping[Kind, Sums]) -> str:
     """What is wrong with sums that are not finite: the first layer of the group that shows it."""
-    for layer in range(groups.first[group], groups.first[group] + groups.count[group]):
+    for i, layer in enumerate(groups.layers[group]):
         for kind in KINDS:
-            start = sum(groups.embd[kind][groups.first[group] : layer])
-            own = slice(start, start + groups.embd[kind][layer])
+            sizes = groups.sizes(group, kind)
+            own = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
             if not (np.isfinite(sums[kind].total[own]).all() and np.isfinite(sums[kind].gram[own, own]).all()):
                 return (
                     f"{kind.upper()} of layer {layer}: the captured sums are not finite; the model computes NaN or "

@@ -55,13 +55,13 @@ def n_solvers(widest: int, threads: int) -> int:
 def split_runs(groups: LayerGroups) -> Iterator[range]:
     """Consecutive groups whose sums fit into memory together, at least one at a time."""
     start, taken = 0, 0
-    for g in range(len(groups.first)):
+    for g in range(len(groups.layers)):
         own = sum(sum_bytes(groups.dims[kind][g]) for kind in KINDS)
         if g > start and taken + own > SUM_BYTES:
             yield range(start, g)
             start, taken = g, 0
         taken += own
-    yield range(start, len(groups.first))
+    yield range(start, len(groups.layers))
 
 
 @dataclass(frozen=True)

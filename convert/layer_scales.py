@@ -61,6 +61,6 @@ def group_weights(
     weights: Mapping[Kind, Sequence[float]], groups: Sequence[Group]
 ) -> tuple[dict[Kind, tuple[float, ...]], float]:
     """Weights of groups of scaled layers: the sums of their layers', of mean 1; and what they were divided by."""
-    table = np.array([[sum(weights[kind][g.first : g.first + g.count]) for g in groups] for kind in KINDS])
+    table = np.array([[sum(weights[kind][il] for il in g.layers) for g in groups] for kind in KINDS])
     mean = float(table.mean())
     return {kind: tuple(float(f"{w:.2g}") for w in row / mean) for kind, row in zip(KINDS, table, strict=True)}, mean

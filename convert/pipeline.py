@@ -101,7 +101,7 @@ def convert(
         shape = known_shape(find_shape(header), embd_k, embd_v)
         wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.target, settings.n_sink)
         sizes = settings.group_sizes(embd_k, embd_v)
-        captured = LayerGroups.of(*group_layers(len(embd_k), sizes[-1]), embd_k, embd_v)
+        captured = LayerGroups.of(group_layers(range(len(embd_k)), sizes[-1]), embd_k, embd_v)
         candidates = [Candidate.of(size, captured, shape) for size in sizes]
         frame = settings.frame if settings.frame is not None else default_frame(shape.head_k)
         candidates = within_reach(candidates, shape, wishes, frame)
@@ -120,7 +120,7 @@ def convert(
                 f"{work.n_token} calibration tokens are few for groups of {biggest} numbers, {4 * biggest} are advised"
             )
         n_run = work.n_token * len(list(split_runs(captured)))
-        n_basis = sum(2 * len(candidate.groups.first) for candidate in candidates)
+        n_basis = sum(2 * len(candidate.groups.layers) for candidate in candidates)
         with (
             tqdm(total=n_run, desc="calibrating", unit="tok", disable=not show_progress) as run_bar,
             tqdm(total=n_basis, desc="solving", unit="basis", disable=not show_progress) as solve_bar,
@@ -177,7 +177,7 @@ def convert(
         chosen, tried = _choose(candidates, bases, shape, wishes, frame)
         notes += tried
         taken = {(g, kind): basis for (size, g, kind), basis in bases.items() if size == chosen.size}
-        groups = tuple(Group(*row) for row in zip(chosen.groups.first, chosen.groups.count, strict=True))
+        groups = tuple(map(Group, chosen.groups.layers))
         info = replace(info, group_size=chosen.size, groups=groups)
         if layers:
             info = layers.add_to(info)
@@ -190,7 +190,7 @@ def convert(
 
 def _work(captured: LayerGroups, settings: Settings, plan: TextPlan, by_layer: bool) -> Work:
     """What a conversion comes to, before it begins."""
-    n_group = sum(captured.count) if by_layer else len(captured.first)
+    n_group = sum(map(len, captured.layers)) if by_layer else len(captured.layers)
     n_weigh = 0 if settings.weigh == "none" else n_token(n_group, settings.n_score)
     return Work(captured, settings.threads, plan.n_seq, plan.longest, plan.n_token, n_weigh, by_layer)
 

@@ -78,7 +78,7 @@ def measurable(sequences: Sequence[Sequence[int]], stats: Statistics) -> bool:
 
 def n_run(stats: Statistics) -> int:
     """Times that `measure` exchanges something in the cache."""
-    return 2 + len(stats.first) * len(KINDS)
+    return 2 + len(stats.layers) * len(KINDS)
 
 
 def n_token(n_group: int, n_score: int) -> int:
@@ -180,10 +180,10 @@ def measure(
     Sensitivity
     """
     texts = _texts(sequences, n_score)
-    equal = replace(stats, weights={kind: (1.0,) * len(stats.first) for kind in KINDS})
+    equal = replace(stats, weights={kind: (1.0,) * len(stats.layers) for kind in KINDS})
     coarse = _coarse(equal, quantizable)
     assert coarse is not None
-    sources: list[Source] = [(g, kind) for g in range(len(stats.first)) for kind in KINDS]
+    sources: list[Source] = [(g, kind) for g in range(len(stats.layers)) for kind in KINDS]
     codes = {source: _of(coarse, source) for source in sources}
 
     def coded(source: Source, x: F32) -> F32:
@@ -197,7 +197,7 @@ def measure(
     with Capture(engine, groups.layers, groups.dims, stats.frame, n_sink) as capture:
         bench = _Bench(engine, capture, texts, n_score, stats.frame, n_sink)
         for seq in range(len(texts)):
-            bench.keep_sinks([e for g in range(len(stats.first)) for e in _energies(bench, seq, groups, g)], seq)
+            bench.keep_sinks([e for g in range(len(stats.layers)) for e in _energies(bench, seq, groups, g)], seq)
         base = np.array(remembered((), lambda: bench.divergences(sources, nearly)))
         progress(1)
         slopes: dict[Source, Floats] = {}
@@ -262,9 +262,7 @@ def mean_divergence(exact: F32, other: F32) -> float:
 def _energies(bench: _Bench, seq: int, groups: LayerGroups, group: int) -> list[Floats]:
     """Energy of V by token, of each layer of a group."""
     squares = np.square(bench.get(seq, (group, "v")).astype(np.float64))
-    first = groups.first[group]
-    sizes = groups.embd["v"][first : first + groups.count[group]]
-    return [part.sum(axis=1) for part in np.split(squares, np.cumsum(sizes)[:-1], axis=1)]
+    return [part.sum(axis=1) for part in np.split(squares, np.cumsum(groups.sizes(group, "v"))[:-1], axis=1)]
 
 
 def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: float) -> Sensitivity:
@@ -310,5 +308,5 @@ def _of(segments: Sequence[Segment], source: Source) -> list[Segment]:
 
 def _only(stats: Statistics, source: Source) -> Statistics:
     """Statistics in which nothing else counts."""
-    weights = {kind: tuple(float((g, kind) == source) for g in range(len(stats.first))) for kind in KINDS}
+    weights = {kind: tuple(float((g, kind) == source) for g in range(len(stats.layers))) for kind in KINDS}
     return replace(stats, weights=weights)

@@ -149,5 +149,5 @@ class Settings:
 
 def _widest_group(size: int, embd_k: Sequence[int], embd_v: Sequence[int]) -> int:
     """Most numbers per token of K or of V among groups of at most `size` layers."""
-    groups = list(zip(*group_layers(len(embd_k), size), strict=True))
-    return max(sum(embd[f : f + c]) for embd in (embd_k, embd_v) for f, c in groups)
+    groups = group_layers(range(len(embd_k)), size)
+    return max(sum(embd[il] for il in layers) for embd in (embd_k, embd_v) for layers in groups)

@@ -37,8 +37,7 @@ class LayerWeights:
 
     def scale(self, groups: LayerGroups, group: int, kind: Kind, sums: Sums) -> Sums:
         """Sums of scaled numbers, of a captured group."""
-        layers = slice(groups.first[group], groups.first[group] + groups.count[group])
-        return scaled(sums, self.scales[kind][layers], groups.embd[kind][layers])
+        return scaled(sums, [self.scales[kind][il] for il in groups.layers[group]], groups.sizes(group, kind))
 
     def add_to(self, info: SidecarInfo) -> SidecarInfo:
         """The information with scales, and with the weights of its groups."""
@@ -98,7 +97,7 @@ def weigh_layers(
                 part = sums[inside, kind].cut(single.part(layer, kind))
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
-    alone = replace(info, group_size=1, groups=tuple(Group(layer, 1) for layer in range(info.n_layer)))
+    alone = replace(info, group_size=1, groups=tuple(Group((layer,)) for layer in range(info.n_layer)))
     found = _measure(engine, alone, bases, shape, text, n_score, partial, show_progress)
     if found is None or not found.kld_scale > 0:
         return None
@@ -116,11 +115,10 @@ def _measure(
     partial: Partial,
     show_progress: bool,
 ) -> Sensitivity | None:
-    groups = LayerGroups.of([g.first for g in info.groups], [g.count for g in info.groups], info.embd_k, info.embd_v)
+    groups = LayerGroups.of([g.layers for g in info.groups], info.embd_k, info.embd_v)
     weights = (1.0,) * len(info.groups)
     stats = Statistics(
-        first=tuple(groups.first),
-        count=tuple(groups.count),
+        layers=groups.layers,
         spectra={kind: tuple(bases[g, kind].spectrum for g in range(len(info.groups))) for kind in KINDS},
         weights=dict.fromkeys(KINDS, weights),
         frame=info.frame,

@@ -26,7 +26,7 @@ def small_info(**changes: Any) -> SidecarInfo:
         group_size=2,
         frame=32,
         n_sink=4,
-        groups=(Group(0, 2, 1.5, 0.25), Group(2, 1, 1.0, 2.0)),
+        groups=(Group((0, 1), 1.5, 0.25), Group((2,), 1.0, 2.0)),
         calibration=Calibration("self", 1000, 7, 128, "cd" * 32),
         settings={"tokens": 1000, "data": []},
         target=SizeTarget("ratio", "6.5"),

@@ -158,7 +158,7 @@ def scope_params(
         fused=options.fused,
         tolerance=options.tolerance,
         n_lead=options.lead,
-        layers=tuple(tuple(range(f, f + c)) for f, c in zip(stats.first, stats.count, strict=True)) if alone else (),
+        layers=stats.layers if alone else (),
         frame=stats.frame if alone else 0,
         stages=plan.stages,
     )
@@ -176,12 +176,10 @@ def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:
     n_layer = len(shape.embd_k)
     if options.group_size is not None and options.group_size > n_layer:
         raise OptionError(f"xkv option group_size: {options.group_size}, expected 1 to {n_layer} (the model's layers)")
-    first, count = group_layers(n_layer, options.group_size or default_group_size(shape.embd_k, shape.embd_v))
-    groups = list(zip(first, count, strict=True))
+    groups = group_layers(range(n_layer), options.group_size or default_group_size(shape.embd_k, shape.embd_v))
     return Statistics(
-        first=tuple(first),
-        count=tuple(count),
-        spectra={kind: tuple(assumed_spectrum(shape.dim(kind, f, c)) for f, c in groups) for kind in KINDS},
+        layers=groups,
+        spectra={kind: tuple(assumed_spectrum(shape.dim(kind, layers)) for layers in groups) for kind in KINDS},
         weights={kind: (1.0,) * len(groups) for kind in KINDS},
         frame=options.frame or default_frame(shape.head_k),
     )

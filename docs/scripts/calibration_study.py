@@ -144,8 +144,7 @@ def main() -> None:
         for i, (name, settings) in enumerate(runs.items()):
             sidecars[name] = read_sidecar(convert(args.model, Path(temp) / f"{i}.xkv.gguf", settings).path)
         info = next(iter(sidecars.values())).info
-        first, count = [g.first for g in info.groups], [g.count for g in info.groups]
-        groups = LayerGroups.of(first, count, info.embd_k, info.embd_v)
+        groups = LayerGroups.of([g.layers for g in info.groups], info.embd_k, info.embd_v)
         with Engine(args.model, args.threads) as engine:
             held_out = [
                 measure_text(engine, groups, replace(base, tokens=args.held_out_tokens, data=data), name, args.context)

@@ -2,7 +2,7 @@
 
 Each stage computes bases of what is left of the tokens before it and of the calibrated covariance, and codes these
 tokens and the next ones in the segments that the planner gives it. Printed: the distortion that plans minimize, over
-all tokens and over the last tenth; attention sinks are left out. docs/quality.md reports it.
+all tokens and over the last tenth; attention sinks are left out. docs/lab/2026-11-quality.md reports it.
 
     python docs/scripts/stage_study.py MODEL.gguf SIDECAR TEXT.txt --ratio 7 --ends 1792,5376 1792,4096 static prompt
 
@@ -129,11 +129,11 @@ def segments_for(n_slot: int, stats: Statistics, shape: ModelShape, plan: CacheP
 def studies(sidecar: Sidecar, captured: dict[Kind, list[F32]], n_prior: float) -> dict[tuple[int, Kind], Study]:
     """By group and kind."""
     stats, rng, result = sidecar.statistics(), np.random.default_rng(0), {}
-    for g, (first, count) in enumerate(zip(stats.first, stats.count, strict=True)):
+    for g, layers in enumerate(stats.layers):
         for kind in KINDS:
             bases = np.array(sidecar.basis(g, kind), np.float32)
             prior = (bases.T * np.asarray(stats.spectra[kind][g][: len(bases)], np.float64)) @ bases * n_prior
-            x = np.concatenate(captured[kind][first : first + count], 1) - np.asarray(sidecar.mean(g, kind))
+            x = np.concatenate([captured[kind][il] for il in layers], 1) - np.asarray(sidecar.mean(g, kind))
             result[g, kind] = Study(x, stats.weights[kind][g], bases, prior, rng)
     return result
 

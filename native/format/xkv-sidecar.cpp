@@ -15,7 +15,7 @@
 
 #include <sys/stat.h>
 
-static const uint32_t XKV_FORMAT_VERSION = 4;
+static const uint32_t XKV_FORMAT_VERSION = 5;
 
 static int64_t xkv_find_key(const xkv_sidecar & sc, const gguf_context * ctx, const char * key, gguf_type type) {
     const int64_t id = gguf_find_key(ctx, key);
@@ -84,6 +84,9 @@ void xkv_sidecar::fill_groups(const std::string & what) {
             if (il >= n_layer || seen[il] || (i > 0 && il < gr.layers[i - 1])) {
                 xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, expected ascending ones below %zu, each in one group", what.c_str(), g, il, n_layer);
             }
+            if (n_embd[K][il] == 0 || n_embd[V][il] == 0) {
+                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, which has no K and V", what.c_str(), g, il);
+            }
             seen[il] = true;
             gr.dim[K] += n_embd[K][il];
             gr.dim[V] += n_embd[V][il];
@@ -140,21 +143,17 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
     }
 
-    const auto first = xkv_get_u32s(*this, ctx.get(), "xkv.group.first");
-    const auto count = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
-
-    if (first.empty() || count.size() != first.size()) {
-        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group lists of %zu and %zu entries, expected equal lengths", path.c_str(),
-                  first.size(), count.size());
+    const auto     count  = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
+    const auto     layers = xkv_get_u32s(*this, ctx.get(), "xkv.group.layers");
+    const uint64_t n_all  = std::accumulate(count.begin(), count.end(), (uint64_t) 0);
+    if (count.empty() || n_all != layers.size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: %zu groups of %llu layers, but %zu layers are listed", path.c_str(), count.size(),
+                  (unsigned long long) n_all, layers.size());
     }
-    for (size_t g = 0; g < first.size(); ++g) {
-        if ((uint64_t) first[g] + count[g] > n_embd[K].size()) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: group %zu holds layers %u + %u, expected to end within %zu layers", path.c_str(), g,
-                      first[g], count[g], n_embd[K].size());
-        }
-        std::vector<uint32_t> layers(count[g]);
-        std::iota(layers.begin(), layers.end(), first[g]);
-        groups.push_back({ layers, { 0, 0 } });
+    auto next = layers.begin();
+    for (uint32_t n : count) {
+        groups.push_back({ std::vector<uint32_t>(next, next + n), { 0, 0 } });
+        next += n;
     }
     fill_groups("sidecar " + path);
 

@@ -48,7 +48,7 @@ def test_the_sidecar_has_orthonormal_bases_and_the_spectrum(tmp_path: Path) -> N
     assert shape.main(words) == 0
     sidecar = read_sidecar(tmp_path / "model.xkv.gguf")
     sidecar.check_model(out)
-    assert [group.count for group in sidecar.info.groups] == [3, 2]
+    assert [len(group.layers) for group in sidecar.info.groups] == [3, 2]
     found = []
     for g, dim in enumerate((384, 256)):
         for kind in ("k", "v"):

@@ -88,7 +88,7 @@ def test_files_give_a_valid_sidecar(tiny_model: Path, text_file: Path, tmp_path:
     assert found.info.calibration.source == "files"
     assert found.info.calibration.tokens == 2000 - 4
     assert found.info.settings["data"] == ["text.txt"]
-    assert [(g.first, g.count, g.weight_k, g.weight_v) for g in found.info.groups] == [(0, 2, 1, 1), (2, 1, 1, 1)]
+    assert [(g.layers, g.weight_k, g.weight_v) for g in found.info.groups] == [((0, 1), 1, 1), ((2,), 1, 1)]
     assert (found.info.target, found.info.n_ctx, found.info.kld_scale) == (SizeTarget("quality", "medium"), 2048, 0)
     for g, dim in ((0, 2 * EMBD_KV), (1, EMBD_KV)):
         basis = found.basis(g, "k").astype(np.float64)
@@ -151,7 +151,7 @@ def test_layers_are_scaled_by_what_they_cost(
         scales = np.array(scaled.info.scales(kind))
         assert np.prod(scales) == pytest.approx(1.0, rel=0.02) and scales.std() > 0.01
         for g, group in enumerate(plain.info.groups):
-            by_number = np.repeat(scales[group.first : group.first + group.count], EMBD_KV)
+            by_number = np.repeat([scales[il] for il in group.layers], EMBD_KV)
             np.testing.assert_allclose(scaled.mean(g, kind), by_number * plain.mean(g, kind), rtol=1e-4, atol=1e-6)
             basis = np.asarray(plain.basis(g, kind), np.float64)
             cov = (basis.T * plain.spectrum(g, kind)) @ basis
@@ -206,7 +206,7 @@ def test_group_sizes_are_compared(
     run(tiny_model, tmp_path / "t", data=(text_file,), group_size=done.info.group_size)
     expected = read_sidecar(tmp_path / "t")
     # three layers are captured as one group, which splits as the model itself does
-    assert [(g.first, g.count) for g in found.info.groups] == [(g.first, g.count) for g in expected.info.groups]
+    assert [g.layers for g in found.info.groups] == [g.layers for g in expected.info.groups]
     for g in range(len(found.info.groups)):
         np.testing.assert_allclose(found.spectrum(g, "k"), expected.spectrum(g, "k"), rtol=1e-5, atol=1e-6)
 

@@ -18,7 +18,7 @@ from xkv_gguf.sidecar.read import read_sidecar
 
 def work(embd: int, n_layer: int, n_seq: int = 2) -> Work:
     size = default_group_size([embd], [embd]) if embd > 4096 else min(5, max(1, 4096 // embd), n_layer)
-    groups = LayerGroups.of(*group_layers(n_layer, size), [embd] * n_layer, [embd] * n_layer)
+    groups = LayerGroups.of(group_layers(range(n_layer), size), [embd] * n_layer, [embd] * n_layer)
     return Work(groups, 2, n_seq, 512, 16384, 18432, False)
 
 

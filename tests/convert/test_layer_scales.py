@@ -46,7 +46,7 @@ def test_what_a_group_costs_is_what_its_layers_cost() -> None:
     weights = {kind: tuple(rng.uniform(0.1, 5.0, 4)) for kind in ("k", "v")}
     variances = {kind: tuple(rng.uniform(0.1, 5.0, 4)) for kind in ("k", "v")}
     scales = layer_scales(weights, variances)
-    by_group, factor = group_weights(weights, [Group(0, 2), Group(2, 2)])
+    by_group, factor = group_weights(weights, [Group((0, 1)), Group((2, 3))])
     for kind in ("k", "v"):
         lost = rng.uniform(0.0, 0.1, 4)  # energy, by layer
         cost = np.array(weights[kind]) * lost / np.array(variances[kind])

@@ -111,7 +111,7 @@ def write_random(
         group_size=group_size,
         frame=frame,
         n_sink=N_SINK,
-        groups=tuple(Group(f, c) for f, c in zip(first, count, strict=True)),
+        groups=tuple(Group(tuple(range(f, f + c))) for f, c in zip(first, count, strict=True)),
         calibration=Calibration("self", 1, 0, 1, "0" * 64),
         scale_k=scale["k"],
         scale_v=scale["v"],

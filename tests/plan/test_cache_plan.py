@@ -35,9 +35,9 @@ def shape(head: int = 64, embd: int = EMBD) -> ModelShape:
 
 
 def statistics(frame: int = 64, embd: int = EMBD, kld_scale: float = 0.0) -> Statistics:
-    first, count = group_layers(N_LAYER, 4)
-    stats = random_statistics([c * embd for c in count], frame=frame)
-    return dataclasses.replace(stats, first=tuple(first), count=tuple(count), kld_scale=kld_scale)
+    groups = group_layers(range(N_LAYER), 4)
+    stats = random_statistics([len(layers) * embd for layers in groups], frame=frame)
+    return dataclasses.replace(stats, layers=groups, kld_scale=kld_scale)
 
 
 def plan(kind: str, value: Any, n_ctx: int = 8192, **wishes: Any) -> CachePlan:
@@ -103,7 +103,7 @@ def test_sizes_by_hand() -> None:
     assert plain_bytes_per_token([32, 32], [16, 16], "f16") == 192
     assert coef_bytes_per_token(segments) == 34 + 18 + 22
     assert (layout.n_cell, layout.n_transit, layout.n_slot, layout.n_exact) == (160, 64, 1024, 96)
-    assert predict_parts(tiny, [0], [2], segments, layout) == {
+    assert predict_parts(tiny, [(0, 1)], segments, layout) == {
         "K coefficients": (34 + 18) * 1024,
         "V coefficients": 22 * 1024,
         "bases and means": 2 * (64 * 32 + 32 * 32) + 64 * 34 + 4 * (96 + 96),
@@ -319,7 +319,7 @@ def test_streams_have_all_of_their_own() -> None:
     assert transit_bytes(shape(), found) == 4 * transit_bytes(shape(), alone)
     segments = plan("ratio", 4).segments
     stats = statistics()
-    many, one = (predict_parts(shape(), stats.first, stats.count, segments, x) for x in (found, alone))
+    many, one = (predict_parts(shape(), stats.layers, segments, x) for x in (found, alone))
     assert many["K coefficients"] == 4 * one["K coefficients"]
     means = 4 * (2 * EMBD + N_HEAD * 64) * N_LAYER
     assert many["bases and means"] - means == 5 * (one["bases and means"] - means)
@@ -359,15 +359,14 @@ def test_groups_are_at_most_4096_numbers_wide() -> None:
 
 def candidates(sizes: list[int], n_layer: int = 12) -> tuple[ModelShape, list[Candidate]]:
     whole = ModelShape((32,) * n_layer, (64,) * n_layer, (64,) * n_layer, 32, 32)
-    captured = LayerGroups.of(*group_layers(n_layer, sizes[-1]), whole.embd_k, whole.embd_v)
+    captured = LayerGroups.of(group_layers(range(n_layer), sizes[-1]), whole.embd_k, whole.embd_v)
     return whole, [Candidate.of(size, captured, whole) for size in sizes]
 
 
 def test_smaller_groups_lie_inside_captured_ones() -> None:
     _, (two, five, ten) = candidates([2, 5, 10], 32)
-    assert ten.groups.count == [8, 8, 8, 8]
-    assert five.groups.count == [4] * 8
-    assert two.groups.count == [2] * 16
+    for found, n in ((ten, 8), (five, 4), (two, 2)):
+        assert found.groups.layers == tuple(tuple(range(il, il + n)) for il in range(0, 32, n))
     assert five.inside == (0, 0, 1, 1, 2, 2, 3, 3)
     assert five.start == {"k": (0, 128) * 4, "v": (0, 256) * 4}
 

@@ -11,7 +11,7 @@ import pytest
 from xkv_gguf.errors import OptionError
 from xkv_gguf.plan import segments as plan
 from xkv_gguf.plan.coef_types import DEFAULT_TYPES, TYPES, basis_types, bytes_per_coef, sort_types
-from xkv_gguf.plan.groups import group_layers
+from xkv_gguf.plan.groups import group_layers, name_layers
 from xkv_gguf.plan.segments import KINDS, Prices, Segment, Statistics, distortion, plan_segments, stored_rank
 
 from .quantizers import stored
@@ -25,8 +25,7 @@ def spectrum(dim: int, decay: float) -> plan.Spectrum:
 def statistics(k: list[Any], v: list[Any], frame: int = 64, weights: Any = None) -> Statistics:
     ones = (1.0,) * len(k)
     return Statistics(
-        first=tuple(range(len(k))),
-        count=(1,) * len(k),
+        layers=tuple((il,) for il in range(len(k))),
         spectra={"k": tuple(k), "v": tuple(v)},
         weights=weights or {"k": ones, "v": ones},
         frame=frame,
@@ -49,14 +48,14 @@ def cost(stats: Statistics, segments: tuple[Segment, ...], prices: Prices) -> fl
 
 def full_cost(stats: Statistics) -> float:
     """Bytes per token of f16."""
-    return 2.0 * sum(stats.dim(g, kind) for g in range(len(stats.first)) for kind in KINDS)
+    return 2.0 * sum(stats.dim(g, kind) for g in range(len(stats.layers)) for kind in KINDS)
 
 
 def check_rules(stats: Statistics, segments: tuple[Segment, ...], max_segments: int = 4) -> None:
     """What the native library expects of segments."""
     assert segments == tuple(sorted(segments, key=lambda s: (s.group, s.kind)))  # sorted() keeps the order inside
     order = list(TYPES)
-    for g in range(len(stats.first)):
+    for g in range(len(stats.layers)):
         for kind in KINDS:
             own = [s for s in segments if (s.group, s.kind) == (g, kind)]
             dim = stats.dim(g, kind)
@@ -111,15 +110,21 @@ def test_unknown_coefficient_type() -> None:
 
 
 def test_groups_are_even_and_cover_all_layers() -> None:
-    assert group_layers(32, 5) == ([0, 5, 10, 15, 20, 24, 28], [5, 5, 5, 5, 4, 4, 4])
-    assert group_layers(30, 5) == ([0, 5, 10, 15, 20, 25], [5] * 6)
-    assert group_layers(3, 3) == ([0], [3])
+    groups = group_layers(range(32), 5)
+    assert [len(layers) for layers in groups] == [5, 5, 5, 5, 4, 4, 4]
+    assert [il for layers in groups for il in layers] == list(range(32))
+    assert group_layers(range(3), 3) == ((0, 1, 2),)
+    assert group_layers([3, 7, 11], 2) == ((3, 7), (11,))
+
+
+def test_names_of_layers() -> None:
+    assert (name_layers([4, 5, 6]), name_layers([3]), name_layers([3, 7, 11])) == ("4-6", "3", "3, 7, 11")
 
 
 @pytest.mark.parametrize("size", [0, -1, 31])
 def test_impossible_group_size(size: int) -> None:
     with pytest.raises(OptionError, match=f"group size {size}: 1 to 30"):
-        group_layers(30, size)
+        group_layers(range(30), size)
 
 
 # ---- segments

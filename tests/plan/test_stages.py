@@ -24,7 +24,7 @@ def test_they_take_no_more_than_the_full_store(kind: str, value: Any, n_ctx: int
     stats = statistics()
     found = plan(kind, value, n_ctx)
     assert found.stages
-    full = found.total_bytes - predict_parts(shape(), stats.first, stats.count, (), found.layout)["sinks and window"]
+    full = found.total_bytes - predict_parts(shape(), stats.layers, (), found.layout)["sinks and window"]
     losses = []
     for stage in found.stages:
         assert stage.n_slot % SLOT_PAD == 0
@@ -33,7 +33,7 @@ def test_they_take_no_more_than_the_full_store(kind: str, value: Any, n_ctx: int
             assert stage is found.stages[0]
             assert stage.n_slot * shape().numbers * TYPES[stage.type].bytes < full
             continue
-        parts = predict_parts(shape(), stats.first, stats.count, stage.segments, found.layout)
+        parts = predict_parts(shape(), stats.layers, stage.segments, found.layout)
         coef = (parts["K coefficients"] + parts["V coefficients"]) * stage.n_slot / found.layout.n_slot
         assert coef + parts["bases and means"] <= full
     sizes = [stage.n_slot for stage in found.stages] + [found.layout.n_slot]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from xkv_gguf.sidecar.write import write_sidecar
 
 from ..small_sidecar import small_arrays, small_info
 
-GOLDEN = Path(__file__).parent / "data" / "golden-v4.sidecar"
+GOLDEN = Path(__file__).parent / "data" / "golden-v5.sidecar"
 
 Reseal = Callable[[Path, bytes], None]
 
@@ -88,7 +89,7 @@ def test_f32_basis_and_empty_name(tmp_path: Path) -> None:
 def test_statistics() -> None:
     found = read_sidecar(GOLDEN)
     stats = found.statistics()
-    assert (stats.first, stats.count, stats.frame, stats.kld_scale) == ((0, 2), (2, 1), 32, 0.125)
+    assert (stats.layers, stats.frame, stats.kld_scale) == (((0, 1), (2,)), 32, 0.125)
     assert stats.weights == {"k": (1.5, 1.0), "v": (0.25, 2.0)}
     sources = [(g, kind) for g in range(2) for kind in KINDS]
     assert [stats.dim(*source) for source in sources] == [48, 32, 24, 16]
@@ -159,15 +160,15 @@ def test_appended_bytes(sidecar_file: Path) -> None:
 
 def test_newer_version(sidecar_file: Path, reseal: Reseal) -> None:
     data = sidecar_file.read_bytes()
-    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 5))
-    refused(sidecar_file, "format version 5, this xkv-gguf reads 4; update xkv-gguf", SidecarVersionError)
+    reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), 6))
+    refused(sidecar_file, "format version 6, this xkv-gguf reads 5; update xkv-gguf", SidecarVersionError)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4])
 def test_older_version(sidecar_file: Path, reseal: Reseal, version: int) -> None:
     data = sidecar_file.read_bytes()
     reseal(sidecar_file, put(data, field_at(data, "xkv.format_version"), version))
-    match = f"format version {version}, which is older than 4, .*make it again with `xkv-gguf convert MODEL`"
+    match = f"format version {version}, which is older than 5, .*make it again with `xkv-gguf convert MODEL`"
     refused(sidecar_file, match, SidecarVersionError)
 
 
@@ -179,7 +180,7 @@ def test_older_version(sidecar_file: Path, reseal: Reseal, version: int) -> None
         ("xkv.frame", 512, "frame 512, one of 32"),
         ("xkv.group_size", 0, "group size 0"),
         ("xkv.group_size", 4, "group size 4"),
-        ("xkv.group_size", 1, "group 0 has layers 0 to 1"),
+        ("xkv.group_size", 1, "group 0 has layers 0, 1"),
         ("xkv.layer_count", 0, "expected"),
         ("xkv.layer_count", 4, "field xkv.embd_k has 3 entries, 4 expected"),
         ("xkv.plan.n_ctx", 0, "a plan for a context of 0 tokens"),
@@ -194,10 +195,10 @@ def test_impossible_value(sidecar_file: Path, reseal: Reseal, key: str, value: i
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("xkv.group.first", 1, "group 0 has layers 1 to 2"),
-        ("xkv.group.count", 0, "group 0 has layers"),
-        ("xkv.group.count", 1, "group 1 has layers 2 to 2"),
-        ("xkv.embd_k", 0, "layers without K or V"),
+        ("xkv.group.layers", 1, "group 0 has layers 1, 1, 1 to 2 ascending ones"),
+        ("xkv.group.layers", 9, "group 0 has layers 9, 1"),
+        ("xkv.group.count", 0, "field xkv.group.layers has 3 entries, 1 expected"),
+        ("xkv.embd_k", 0, "layers with K or V alone"),
         ("xkv.embd_k", 25, "tensor group.0.k.basis is F16"),
     ],
 )
@@ -205,6 +206,27 @@ def test_impossible_array(sidecar_file: Path, reseal: Reseal, key: str, value: i
     data = sidecar_file.read_bytes()
     reseal(sidecar_file, put(data, array_at(data, key), value))
     refused(sidecar_file, match)
+
+
+def test_layers_in_any_groups(tmp_path: Path) -> None:
+    """Groups need not be neighbours, and a layer without K and V is in none."""
+    info = small_info(
+        embd_k=(24, 0, 16, 24), embd_v=(8, 0, 8, 8), groups=(Group((0, 3)), Group((2,))), scale_k=(), scale_v=()
+    )
+    arrays = small_arrays(info)
+    path = tmp_path / "s.xkv.gguf"
+    write_sidecar(path, info, arrays)
+    found = read_sidecar(path)
+    assert found.info == info
+    assert found.info.dim(0, "k") == 48
+    for groups, match in (
+        ((Group((0, 3)),), "no group for layer 2"),
+        ((Group((0, 3)), Group((1, 2))), "group 1 has layers 1, 2"),
+        ((Group((3, 0)), Group((2,))), "group 0 has layers 3, 0"),
+        ((Group((0, 3)), Group((2,)), Group(())), "group 2 has layers none"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            write_sidecar(path, dataclasses.replace(info, groups=groups), arrays)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -367,9 +389,9 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     "changes",
     [
         {"frame": 33},
-        {"groups": (Group(0, 2),)},
-        {"groups": (Group(0, 2, 0.0), Group(2, 1))},
-        {"groups": (Group(0, 2), Group(2, 1, 1.0, float("nan")))},
+        {"groups": (Group((0, 1)),)},
+        {"groups": (Group((0, 1), 0.0), Group((2,)))},
+        {"groups": (Group((0, 1)), Group((2,), 1.0, float("nan")))},
         {"calibration": Calibration("web", 1, 0, 1, "")},
         {"kld_scale": float("nan")},
         {"n_ctx": 0},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.text import format_bytes, format_table
+from ..plan.groups import name_layers
 from ._args import add_size, size_values
 
 
@@ -111,7 +112,7 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     yield ""
     rows = [["layers", "K directions", "of", "kept", "V directions", "of", "kept"]]
     for group in plan["groups"]:
-        row = [f"{group['layers'][0]}-{group['layers'][1]}"]
+        row = [name_layers(group["layers"])]
         for kind in ("k", "v"):
             row += [segment_text(group[f"segments_{kind}"]), str(group[f"dim_{kind}"]), f"{group[f'kept_{kind}']:.2%}"]
         rows.append(row)

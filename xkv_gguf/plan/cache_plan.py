@@ -353,7 +353,7 @@ def _prices(stats: Statistics, shape: ModelShape, wishes: Wishes, layout: CacheL
         slots=layout.n_slot * layout.n_stream,
         bases=_bases(shape, wishes),
         basis_sets=layout.n_basis_set,
-        charges=work_charges(shape, stats.count, stats.frame, wishes.attention, layout.n_ubatch),
+        charges=work_charges(shape, stats.layers, stats.frame, wishes.attention, layout.n_ubatch),
         work_price=wishes.work_price,
     )
 
@@ -367,7 +367,7 @@ def _finish(stats: Statistics, shape: ModelShape, layout: CacheLayout, segments:
     return CachePlan(
         segments=segments,
         layout=layout,
-        parts=predict_parts(shape, stats.first, stats.count, segments, layout),
+        parts=predict_parts(shape, stats.layers, segments, layout),
         distortion=lost,
         kld=stats.kld_scale * lost if stats.kld_scale > 0 else None,
         f16_bytes=2 * shape.numbers * layout.n_ctx,

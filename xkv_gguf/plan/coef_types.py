@@ -42,7 +42,7 @@ TYPES: dict[str, CoefType] = {
 BASIS_TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
 WINDOW_TYPES = ("f32", "f16", "q8_0")
 DEFAULT_TYPES = ("q8_0", "q5_0", "q4_0", "q2_0")
-"""Without q1_0: its directions cost work and are worth nothing beside more bits for the others (docs/quality.md)."""
+"""Without q1_0: its directions cost work and are worth nothing beside more bits for the others (docs/lab)."""
 QUANT_BLOCK = 32
 """Numbers of a head that quantized windows and bases need a multiple of."""
 

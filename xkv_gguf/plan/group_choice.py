@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import OptionError
 from .cache_plan import Wishes, plan_cache
 from .groups import LayerGroups, group_layers
-from .segments import KINDS, Kind, Statistics
+from .segments import KINDS, Kind, Layers, Statistics
 from .sizes import ModelShape
 
 NEAR_BEST = 1.25
@@ -39,19 +39,16 @@ class Candidate:
     @classmethod
     def of(cls, size: int, captured: LayerGroups, shape: ModelShape) -> Candidate:
         """Split captured groups evenly into groups of at most `size` layers."""
-        first, count, inside = [], [], []
-        for g, (f, c) in enumerate(zip(captured.first, captured.count, strict=True)):
-            split_first, split_count = group_layers(c, min(size, c))
-            first += [f + s for s in split_first]
-            count += split_count
-            inside += [g] * len(split_first)
-        start: dict[Kind, tuple[int, ...]] = {
-            kind: tuple(
-                shape.dim(kind, captured.first[g], f - captured.first[g]) for f, g in zip(first, inside, strict=True)
-            )
-            for kind in KINDS
-        }
-        return cls(size, LayerGroups.of(first, count, shape.embd_k, shape.embd_v), tuple(inside), start)
+        groups: list[Layers] = []
+        inside: list[int] = []
+        start: dict[Kind, tuple[int, ...]] = {"k": (), "v": ()}
+        for g, layers in enumerate(captured.layers):
+            parts = group_layers(layers, min(size, len(layers)))
+            groups += parts
+            inside += [g] * len(parts)
+            for kind in KINDS:
+                start[kind] += tuple(shape.dim(kind, layers[: layers.index(part[0])]) for part in parts)
+        return cls(size, LayerGroups.of(groups, shape.embd_k, shape.embd_v), tuple(inside), start)
 
     def part(self, group: int, kind: Kind) -> slice:
         """The group's numbers among those of the captured group that holds it."""
@@ -60,11 +57,10 @@ class Candidate:
 
     def statistics(self, spectra: Mapping[tuple[int, Kind], np.ndarray] | None, frame: int) -> Statistics:
         """What a plan needs; flat spectra where there are none yet. Groups weigh as much as they have layers."""
-        n_layer = sum(self.groups.count)
-        weights = tuple(c / n_layer for c in self.groups.count)
+        n_layer = sum(map(len, self.groups.layers))
+        weights = tuple(len(layers) / n_layer for layers in self.groups.layers)
         return Statistics(
-            first=tuple(self.groups.first),
-            count=tuple(self.groups.count),
+            layers=self.groups.layers,
             spectra={
                 kind: tuple(
                     np.ones(dim) if spectra is None else spectra[g, kind]

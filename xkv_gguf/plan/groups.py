@@ -1,12 +1,13 @@
-"""Groups of consecutive layers that share coefficients, and the chunks that their keys are rotated by."""
+"""Groups of layers that share coefficients, and the chunks that their keys are rotated by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ..errors import OptionError
-from .segments import Kind
+from .segments import Kind, Layers
 
 GROUP_SIZE = 5
 MAX_DIM = 4096
@@ -33,51 +34,52 @@ def default_group_size(embd_k: Sequence[int], embd_v: Sequence[int]) -> int:
     return max(1, min(GROUP_SIZE, len(embd_k), MAX_DIM // widest))
 
 
-def group_layers(n_layer: int, group_size: int) -> tuple[list[int], list[int]]:
-    """Split layers into consecutive groups of at most `group_size`, as even as can be.
+def group_layers(layers: Sequence[int], group_size: int) -> tuple[Layers, ...]:
+    """Split layers, in their order, into groups of at most `group_size`, as even as can be.
 
-    Returns
-    -------
-    first, count : list of int
-        First layer and number of layers of each group. 32 layers in groups of 5 give 5 5 5 5 4 4 4.
+    32 layers in groups of 5 give 5 5 5 5 4 4 4.
 
     Raises
     ------
     OptionError
-        `group_size` is not in 1 .. `n_layer`.
+        `group_size` is not between 1 and the number of layers.
     """
-    if not 1 <= group_size <= n_layer:
-        raise OptionError(f"group size {group_size}: 1 to {n_layer} (the model's layers) expected")
-    n_group = -(-n_layer // group_size)
-    small, extra = divmod(n_layer, n_group)
-    count = [small + (i < extra) for i in range(n_group)]
-    first = [sum(count[:i]) for i in range(n_group)]
-    return first, count
+    if not 1 <= group_size <= len(layers):
+        raise OptionError(f"group size {group_size}: 1 to {len(layers)} (the model's layers) expected")
+    n_group = -(-len(layers) // group_size)
+    small, extra = divmod(len(layers), n_group)
+    ends = list(accumulate(small + (i < extra) for i in range(n_group)))
+    return tuple(tuple(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+
+
+def name_layers(layers: Sequence[int]) -> str:
+    """Ascending layers for people: "0-4", or "3, 7, 11" where they are not consecutive."""
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """Consecutive groups of layers, and the numbers per token of groups and of layers by kind."""
+    """The layers of each group, ascending, and the numbers per token of groups and of layers by kind."""
 
-    first: list[int]
-    count: list[int]
+    layers: tuple[Layers, ...]
     dims: dict[Kind, list[int]]
     embd: dict[Kind, tuple[int, ...]]
 
     @classmethod
-    def of(cls, first: list[int], count: list[int], embd_k: Sequence[int], embd_v: Sequence[int]) -> LayerGroups:
+    def of(cls, layers: Sequence[Layers], embd_k: Sequence[int], embd_v: Sequence[int]) -> LayerGroups:
         """Add up the dimensions."""
 
         def dims(embd: Sequence[int]) -> list[int]:
-            return [sum(embd[f : f + c]) for f, c in zip(first, count, strict=True)]
+            return [sum(embd[il] for il in group) for group in layers]
 
-        return cls(first, count, {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
+        return cls(tuple(layers), {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
 
-    @property
-    def layers(self) -> list[range]:
-        """Layers of each group."""
-        return [range(f, f + c) for f, c in zip(self.first, self.count, strict=True)]
+    def sizes(self, group: int, kind: Kind) -> list[int]:
+        """Numbers per token of each layer of a group."""
+        return [self.embd[kind][il] for il in self.layers[group]]
 
     def name(self, group: int) -> str:
-        """Layers of a group for people: "0-4"."""
-        return f"{self.first[group]}-{self.first[group] + self.count[group] - 1}"
+        """Layers of a group for people, see `name_layers`."""
+        return name_layers(self.layers[group])

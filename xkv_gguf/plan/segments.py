@@ -22,6 +22,8 @@ from .waterfill import STEP, Problem, fill
 Spectrum = npt.NDArray[np.floating]
 Kind = Literal["k", "v"]
 KINDS: tuple[Kind, ...] = ("k", "v")
+Layers = tuple[int, ...]
+"""Layers of a group, ascending."""
 
 MAX_SEGMENTS = 4
 
@@ -52,8 +54,8 @@ class Statistics:
 
     Attributes
     ----------
-    first, count : tuple of int
-        First layer and number of layers of each group.
+    layers : tuple of tuple of int
+        Of each group.
     spectra : dict of str to tuple of ndarray
         By kind and group: variance along each of the group's D directions, descending.
     weights : dict of str to tuple of float
@@ -66,8 +68,7 @@ class Statistics:
         By kind and group: the directions that are known, of which a plan takes the first ones. Empty: all D.
     """
 
-    first: tuple[int, ...]
-    count: tuple[int, ...]
+    layers: tuple[Layers, ...]
     spectra: dict[Kind, tuple[Spectrum, ...]]
     weights: dict[Kind, tuple[float, ...]]
     frame: int
@@ -132,7 +133,7 @@ class Prices:
 def keep_at_most(stats: Statistics, max_rank: int) -> Statistics:
     """The same statistics, of which a plan takes at most `max_rank` directions of each kind and group."""
     held: dict[Kind, tuple[int, ...]] = {
-        kind: tuple(min(max_rank, stats.most(g, kind)) for g in range(len(stats.first))) for kind in KINDS
+        kind: tuple(min(max_rank, stats.most(g, kind)) for g in range(len(stats.layers))) for kind in KINDS
     }
     return replace(stats, held=held)
 
@@ -269,7 +270,7 @@ def distortion(stats: Statistics, segments: Sequence[Segment]) -> float:
 
 
 def _sources(stats: Statistics) -> list[tuple[int, Kind]]:
-    return [(g, kind) for g in range(len(stats.first)) for kind in KINDS]
+    return [(g, kind) for g in range(len(stats.layers)) for kind in KINDS]
 
 
 def _problem(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .coef_types import QUANT_BLOCK, TYPES, bytes_per_coef
-from .segments import KINDS, Kind, Segment, stored_rank
+from .segments import KINDS, Kind, Layers, Segment, stored_rank
 
 CONTEXTS = (4096, 32768, 131072)
 """Contexts for which totals are printed, in tokens."""
@@ -54,9 +54,10 @@ class ModelShape:
         """Whether windows and bases of this model can be quantized."""
         return self.head_k % QUANT_BLOCK == 0 and self.head_v % QUANT_BLOCK == 0
 
-    def dim(self, kind: Kind, first: int, count: int) -> int:
+    def dim(self, kind: Kind, layers: Sequence[int]) -> int:
         """Numbers per token of one kind of a group of layers."""
-        return sum((self.embd_k if kind == "k" else self.embd_v)[first : first + count])
+        embd = self.embd_k if kind == "k" else self.embd_v
+        return sum(embd[il] for il in layers)
 
     def n_head(self, layer: int) -> int:
         """Query heads of a layer."""
@@ -170,7 +171,7 @@ def mean_bytes(shape: ModelShape) -> int:
 
 
 def predict_parts(
-    shape: ModelShape, first: Sequence[int], count: Sequence[int], segments: Sequence[Segment], layout: CacheLayout
+    shape: ModelShape, layers: Sequence[Layers], segments: Sequence[Segment], layout: CacheLayout
 ) -> dict[str, int]:
     """Bytes of an xkv cache, by the names of the parts in its report.
 
@@ -180,8 +181,8 @@ def predict_parts(
     Parameters
     ----------
     shape : ModelShape
-    first, count : sequence of int
-        First layer and number of layers of each group.
+    layers : sequence of tuple of int
+        Of each group.
     segments : sequence of Segment
     layout : CacheLayout
 
@@ -195,12 +196,12 @@ def predict_parts(
         for kind in KINDS
     }
     bases = 0.0
-    for g, (f, c) in enumerate(zip(first, count, strict=True)):
+    for g, group in enumerate(layers):
         for kind in KINDS:
             per_number = sum(
                 stored_rank(s) * TYPES[s.type_basis].bytes for s in segments if (s.group, s.kind) == (g, kind)
             )
-            bases += shape.dim(kind, f, c) * per_number
+            bases += shape.dim(kind, group) * per_number
     return {
         "K coefficients": coef["k"],
         "V coefficients": coef["v"],

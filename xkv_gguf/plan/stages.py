@@ -80,7 +80,7 @@ def plan_stages(
     tuple of Stage
         By ascending `n_slot`; none takes more than `n_bytes`, or is predicted to lose more than the stage after it.
     """
-    n_tensor = sum((1 + stats.count[g]) * max_segments for g in range(len(stats.first))) * 2
+    n_tensor = sum((1 + len(layers)) * max_segments for layers in stats.layers) * 2
     budget = n_bytes - TENSOR_PAD * n_tensor
     lost = full = distortion(stats, segments)
     plain = _plain_stage(shape, n_bytes)

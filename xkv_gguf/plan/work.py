@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .coef_types import TYPES
-from .segments import KINDS, Charge, Kind, Segment, stored_rank
+from .segments import KINDS, Charge, Kind, Layers, Segment, stored_rank
 from .sizes import ModelShape
 
 REFINED = 0.1
@@ -90,7 +90,7 @@ def plain_work(shape: ModelShape) -> Work:
 
 
 def decode_work(
-    shape: ModelShape, count: Sequence[int], segments: Sequence[Segment], frame: int, attention: Attention
+    shape: ModelShape, layers: Sequence[Layers], segments: Sequence[Segment], frame: int, attention: Attention
 ) -> Work:
     """Work of one decoded token over one stored token.
 
@@ -100,8 +100,8 @@ def decode_work(
     Parameters
     ----------
     shape : ModelShape
-    count : sequence of int
-        Layers of each group; the first one begins at layer 0.
+    layers : sequence of tuple of int
+        Of each group.
     segments : sequence of Segment
     frame : int
         Tokens per chunk.
@@ -113,38 +113,39 @@ def decode_work(
         Per token, all layers.
     """
     multiply_adds = read = 0.0
-    first = 0
-    for g, n_layer in enumerate(count):
+    for g, group in enumerate(layers):
         for kind in KINDS:
             own = [s for s in segments if (s.group, s.kind) == (g, kind)]
             n_lead, n_rest = attention.split(sum(map(stored_rank, own)))
-            per_direction = _decode_adds(shape, first, n_layer, kind, frame)
+            per_direction = _decode_adds(shape, group, kind, frame)
             multiply_adds += per_direction * (n_lead + REFINED * n_rest)
             lead, rest = _bytes_up_to(own, n_lead)
-            read += n_layer * (lead + REFINED_BY_ANY * rest)
-        first += n_layer
+            read += len(group) * (lead + REFINED_BY_ANY * rest)
     return Work(multiply_adds, read)
 
 
-def prefill_work(shape: ModelShape, count: Sequence[int], segments: Sequence[Segment], n_ubatch: int) -> Work:
+def prefill_work(shape: ModelShape, layers: Sequence[Layers], segments: Sequence[Segment], n_ubatch: int) -> Work:
     """Work of a micro-batch of `n_ubatch` tokens over one stored token; parameters as in `decode_work`.
 
     K and V of a token are ``rank * n_head_kv * head`` multiply-adds each, in every layer; then all queries meet them.
     """
     multiply_adds = n_ubatch * plain_work(shape).multiply_adds
     read = 0.0
-    first = 0
-    for g, n_layer in enumerate(count):
+    for g, group in enumerate(layers):
         for kind in KINDS:
             own = [s for s in segments if (s.group, s.kind) == (g, kind)]
-            multiply_adds += shape.dim(kind, first, n_layer) * sum(map(stored_rank, own))
-            read += n_layer * sum(stored_rank(s) * TYPES[s.type].bytes for s in own)
-        first += n_layer
+            multiply_adds += shape.dim(kind, group) * sum(map(stored_rank, own))
+            read += len(group) * sum(stored_rank(s) * TYPES[s.type].bytes for s in own)
     return Work(multiply_adds, read)
 
 
 def work_charges(
-    shape: ModelShape, count: Sequence[int], frame: int, attention: Attention, n_ubatch: int, rates: DeviceRates = CPU
+    shape: ModelShape,
+    layers: Sequence[Layers],
+    frame: int,
+    attention: Attention,
+    n_ubatch: int,
+    rates: DeviceRates = CPU,
 ) -> dict[tuple[int, Kind], Charge]:
     """What the work of a direction counts as in bytes, so that a plan can weigh both.
 
@@ -158,7 +159,7 @@ def work_charges(
 
     Parameters
     ----------
-    shape, count, frame, attention
+    shape, layers, frame, attention
         As in `decode_work`.
     n_ubatch : int
         Tokens of a micro-batch.
@@ -171,24 +172,22 @@ def work_charges(
     """
     bytes_per_add = rates.bytes_per_second / rates.multiply_adds_per_second
     charges: dict[tuple[int, Kind], Charge] = {}
-    first = 0
-    for g, n_layer in enumerate(count):
+    for g, group in enumerate(layers):
         for kind in KINDS:
-            decode = _decode_adds(shape, first, n_layer, kind, frame)
-            prefill = shape.dim(kind, first, n_layer) / n_ubatch
+            decode = _decode_adds(shape, group, kind, frame)
+            prefill = shape.dim(kind, group) / n_ubatch
             share = 1.0 if attention.dense else REFINED
             charges[g, kind] = Charge(
                 lead=attention.lead,
                 within=bytes_per_add * (decode + prefill),
                 beyond=bytes_per_add * (share * decode + prefill),
             )
-        first += n_layer
     return charges
 
 
-def _decode_adds(shape: ModelShape, first: int, count: int, kind: Kind, frame: int) -> float:
+def _decode_adds(shape: ModelShape, group: Layers, kind: Kind, frame: int) -> float:
     """Multiply-adds of a decoded token per direction and stored token, in all layers of a group."""
-    n_head = sum(shape.n_head(il) for il in range(first, first + count))
+    n_head = sum(map(shape.n_head, group))
     return n_head * (1 + shape.head_k / frame) if kind == "k" else float(n_head)
 
 

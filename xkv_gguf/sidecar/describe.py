@@ -162,14 +162,14 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, target: SizeTarget) -> dict
     stats = sidecar.statistics()
     groups = []
     for g, group in enumerate(sidecar.info.groups):
-        entry: dict[str, Any] = {"layers": [group.first, group.first + group.count - 1]}
+        entry: dict[str, Any] = {"layers": list(group.layers)}
         for kind in KINDS:
             segments = plan.of(g, kind)
             entry[f"dim_{kind}"] = sidecar.info.dim(g, kind)
             entry[f"segments_{kind}"] = [[s.rank, s.type] for s in segments]
             entry[f"kept_{kind}"] = energy_kept(sidecar.spectrum(g, kind), sum(s.rank for s in segments))
             entry[f"weight_{kind}"] = group.weight_k if kind == "k" else group.weight_v
-            entry[f"scale_{kind}"] = list(sidecar.info.scales(kind)[group.first : group.first + group.count])
+            entry[f"scale_{kind}"] = [sidecar.info.scales(kind)[il] for il in group.layers]
         groups.append(entry)
     return {
         "knob": target.kind,
@@ -203,13 +203,13 @@ def describe_work(sidecar: Sidecar, plan: CachePlan, shape: ModelShape) -> dict[
         and of a micro-batch, plain attention = 1. "bytes_read", "bytes_read_dense", "bytes_read_f16": per layer, of a
         decoded token.
     """
-    count = [group.count for group in sidecar.info.groups]
+    layers = [group.layers for group in sidecar.info.groups]
     plain, n_ubatch = plain_work(shape), plan.layout.n_ubatch
     lead, dense = (
-        decode_work(shape, count, plan.segments, plan.layout.frame, attention)
+        decode_work(shape, layers, plan.segments, plan.layout.frame, attention)
         for attention in (DEFAULT_ATTENTION, Attention(tolerance=0))
     )
-    prefill = prefill_work(shape, count, plan.segments, n_ubatch)
+    prefill = prefill_work(shape, layers, plan.segments, n_ubatch)
     n_layer = sidecar.info.n_layer
     return {
         "decode": lead.multiply_adds / plain.multiply_adds,

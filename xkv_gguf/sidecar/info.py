@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..plan.groups import FRAMES
-from ..plan.segments import Kind
+from ..plan.segments import Kind, Layers
 from ..plan.size_target import DEFAULT_TARGET, SizeTarget
 from ..plan.sizes import PLAN_CTX
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 ARCHITECTURE = "xkv"
 FILE_TYPE = "xkv-sidecar"
 SUFFIX = ".xkv.gguf"
@@ -22,10 +22,9 @@ SUFFIX = ".xkv.gguf"
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive layers `first` .. `first + count - 1`, and what a unit of relative distortion of K and of V costs."""
+    """Layers, ascending, and what a unit of relative distortion of their K and of their V costs."""
 
-    first: int
-    count: int
+    layers: Layers
     weight_k: float = 1.0
     weight_v: float = 1.0
 
@@ -63,7 +62,7 @@ class SidecarInfo:
     fingerprint, architecture, name : str
         Of the model.
     embd_k, embd_v : tuple of int
-        K and V numbers per token, by layer.
+        K and V numbers per token, by layer; 0 for a layer that has none in the cache, and is in no group.
     group_size : int
         Most layers in a group.
     frame, n_sink : int
@@ -114,8 +113,8 @@ class SidecarInfo:
 
     def dim(self, group: int, kind: Kind) -> int:
         """Numbers per token of one kind of a group: D."""
-        g = self.groups[group]
-        return sum((self.embd_k if kind == "k" else self.embd_v)[g.first : g.first + g.count])
+        embd = self.embd_k if kind == "k" else self.embd_v
+        return sum(embd[il] for il in self.groups[group].layers)
 
 
 def tensor_name(group: int, kind: str, part: str) -> str:
@@ -138,10 +137,10 @@ def check_info(info: SidecarInfo) -> None:
     ValueError
         What was found and expected, in one line without the file's name.
     """
-    if info.n_layer < 1 or any(e < 1 for e in (*info.embd_k, *info.embd_v)):
-        raise ValueError("has no layers, or layers without K or V")
     if len(info.embd_k) != len(info.embd_v):
         raise ValueError(f"has {len(info.embd_k)} layers with K and {len(info.embd_v)} with V")
+    if not any(info.embd_k) or any((k < 1) != (v < 1) for k, v in zip(info.embd_k, info.embd_v, strict=True)):
+        raise ValueError("has no layers, or layers with K or V alone")
     for kind, scales in (("K", info.scale_k), ("V", info.scale_v)):
         if len(scales) != info.n_layer:
             raise ValueError(f"has {len(scales)} scales of {kind}, {info.n_layer} expected")
@@ -159,16 +158,17 @@ def check_info(info: SidecarInfo) -> None:
         raise ValueError(f"has divergence scale {info.kld_scale:g}, 0 or a finite number above expected")
     if info.calibration.source not in ("package", "self", "files"):
         raise ValueError(f"has calibration source {info.calibration.source!r}, 'package', 'self' or 'files' expected")
-    layer = 0
+    left = {il for il, embd in enumerate(info.embd_k) if embd > 0}
     for i, g in enumerate(info.groups):
-        if g.first != layer or not 1 <= g.count <= info.group_size:
+        own = set(g.layers)
+        if not 1 <= len(g.layers) <= info.group_size or list(g.layers) != sorted(own) or not own <= left:
             raise ValueError(
-                f"group {i} has layers {g.first} to {g.first + g.count - 1}, "
-                f"1 to {info.group_size} layers from {layer} on expected"
+                f"group {i} has layers {', '.join(map(str, g.layers)) or 'none'}, "
+                f"1 to {info.group_size} ascending ones with K and V expected that are in no other group"
             )
-        layer += g.count
-    if layer != info.n_layer:
-        raise ValueError(f"has groups for {layer} layers, {info.n_layer} expected")
+        left -= own
+    if left:
+        raise ValueError(f"has no group for layer {min(left)}")
     for i, g in enumerate(info.groups):
         for kind, weight in (("K", g.weight_k), ("V", g.weight_v)):
             if not 0 < np.float32(weight) < np.inf:

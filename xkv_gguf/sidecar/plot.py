@@ -8,6 +8,7 @@ import numpy as np
 
 from ..base.pictures import check_picture, new_figure, save_figure
 from ..plan.cache_plan import CachePlan
+from ..plan.groups import name_layers
 from ..plan.segments import KINDS
 from .read import Sidecar
 
@@ -37,7 +38,7 @@ def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
             share = spectrum / max(spectrum.sum(), np.finfo(np.float64).tiny)
             ends = np.cumsum([segment.rank for segment in plan.of(g, kind)])
             x = np.arange(1, len(share) + 1)
-            label = f"layers {group.first}-{group.first + group.count - 1}, rank {ends[-1]}"
+            label = f"layers {name_layers(group.layers)}, rank {ends[-1]}"
             line = axis.semilogy(x[share > 0], share[share > 0], lw=1.2, label=label)[0]
             ends = ends[share[ends - 1] > 0]
             axis.plot(ends, share[ends - 1], "o", ms=4, color=line.get_color())

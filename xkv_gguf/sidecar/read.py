@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class Sidecar:
             kind: tuple(np.asarray(self.spectrum(g, kind)) for g in range(len(info.groups))) for kind in KINDS
         }
         return Statistics(
-            first=tuple(g.first for g in info.groups),
-            count=tuple(g.count for g in info.groups),
+            layers=tuple(g.layers for g in info.groups),
             spectra=spectra,
             weights={"k": tuple(g.weight_k for g in info.groups), "v": tuple(g.weight_v for g in info.groups)},
             frame=info.frame,
@@ -190,15 +190,15 @@ class _Fields:
     def string(self, key: str) -> str:
         return str(self._get(key, GGUFValueType.STRING, False))
 
-    def array(self, key: str, length: int) -> list[int]:
+    def array(self, key: str, length: int | None = None) -> list[int]:
         return [int(v) for v in self._entries(key, GGUFValueType.UINT32, length)]
 
     def floats(self, key: str, length: int) -> list[float]:
         return [float(v) for v in self._entries(key, GGUFValueType.FLOAT32, length)]
 
-    def _entries(self, key: str, vtype: GGUFValueType, length: int) -> Any:
+    def _entries(self, key: str, vtype: GGUFValueType, length: int | None) -> Any:
         values = self._get(key, vtype, True)
-        if len(values) != length:
+        if length is not None and len(values) != length:
             raise ValueError(f"field {key} has {len(values)} entries, {length} expected")
         return values
 
@@ -207,9 +207,9 @@ def _parse_info(f: _Fields) -> SidecarInfo:
     n_layer = f.u32("xkv.layer_count")
     embd = {kind: tuple(f.array(f"xkv.embd_{kind}", n_layer)) for kind in KINDS}
     scale = {kind: tuple(f.floats(f"xkv.scale_{kind}", n_layer)) for kind in KINDS}
-    first = f.header.fields.get("xkv.group.first")
-    n_group = len(first.value) if first is not None and isinstance(first.value, np.ndarray) else 0
-    layers = [f.array(f"xkv.group.{name}", n_group) for name in ("first", "count")]
+    count = f.array("xkv.group.count")
+    n_group = len(count)
+    layers = iter(f.array("xkv.group.layers", sum(count)))
     weights = [f.floats(f"xkv.group.weight_{kind}", n_group) for kind in KINDS]
     if f.string("general.type") != FILE_TYPE:
         raise ValueError(f"has general.type {f.string('general.type')!r}, {FILE_TYPE!r} expected")
@@ -229,7 +229,7 @@ def _parse_info(f: _Fields) -> SidecarInfo:
         group_size=f.u32("xkv.group_size"),
         frame=f.u32("xkv.frame"),
         n_sink=f.u32("xkv.n_sink"),
-        groups=tuple(Group(*row) for row in zip(*layers, *weights, strict=True)),
+        groups=tuple(Group(tuple(islice(layers, n)), *row) for n, *row in zip(count, *weights, strict=True)),
         calibration=Calibration(
             source=f.string("xkv.calibration.source"),
             tokens=f.u64("xkv.calibration.tokens"),
