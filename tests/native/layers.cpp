@@ -4,12 +4,14 @@
 #include "base/xkv-error.h"
 #include "base/xkv-parallel.h"
 #include "format/xkv-sidecar.h"
+#include "store/xkv-carry.h"
 #include "store/xkv-store.h"
 #include "window/xkv-window.h"
 
 #include "llama-cparams.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -123,6 +125,91 @@ static void test_store(const llama_model & model, bool fused) {
     }
 }
 
+// From a plain stage to one in q4_0, whose bases are the plain numbers in reverse: what was stored is there, and nothing that
+// grows with the store is allocated beside it.
+static void test_stage(const llama_model & model, bool fused) {
+    static const uint32_t N_PLAIN = 4096;
+
+    const auto sidecar = make_sidecar(model, { { 1, 3 }, { 2 } });
+    auto       config  = make_config(*sidecar, fused);
+    config.n_slot = 3*N_PLAIN;
+    for (auto kd : { kind::K, kind::V }) {
+        for (auto & segments : config.stages[0].segments[kd]) {
+            segments[0].type = GGML_TYPE_Q4_0;
+        }
+    }
+    xkv_config::stage plain = {};
+    plain.n_slot = N_PLAIN;
+    plain.type   = GGML_TYPE_Q8_0;
+    config.stages.insert(config.stages.begin(), plain);
+
+    xkv_store store(model, *sidecar, config, 1, false);
+    store.restart(0);
+    CHECK(store.plain() && store.n_stage() == 2);
+
+    std::vector<uint32_t> chunks; // with holes
+    for (uint32_t ic = 0; ic < N_PLAIN/N_CHUNK; ++ic) {
+        if (ic % 5 != 2) {
+            chunks.push_back(ic);
+        }
+    }
+    const auto stored = [&](kind kd, uint32_t ig, uint32_t ic) { return numbers((size_t) N_CHUNK*store.groups()[ig].dim[kd], 0.1f*ic + kd + 2*ig); };
+    size_t n_basis = 0; // bytes of the bases of the largest group
+    for (uint32_t ig = 0; ig < 2; ++ig) {
+        size_t n = 0;
+        for (auto kd : { kind::K, kind::V }) {
+            for (uint32_t ic : chunks) {
+                store.set_coef(kd, ig, 0, ic, stored(kd, ig, ic).data());
+            }
+            n += sizeof(ggml_fp16_t)*store.groups()[ig].dim[kd]*store.groups()[ig].dim[kd];
+        }
+        n_basis = std::max(n_basis, n);
+    }
+
+    size_t waiting = 0;
+    size_t n_chunk = 0; // bytes of a chunk of the largest group
+    auto   next    = store.begin(1, N_PLAIN);
+    for (uint32_t ig = 0; ig < 2; ++ig) {
+        store.begin_group(next, ig);
+        xkv_turns turns;
+        for (auto kd : { kind::K, kind::V }) {
+            const uint32_t n = store.groups()[ig].dim[kd];
+            xkv_floats     rows((size_t) n*n, 0.0f);
+            for (uint32_t i = 0; i < n; ++i) {
+                rows[(size_t) i*n + n - 1 - i] = 1.0f;
+            }
+            store.set_basis(kd, ig, 0, rows, &next, 2);
+            turns[kd] = xkv_turn_all(rows, n, n);
+        }
+        waiting = std::max(waiting, xkv_carry_stage(store, ig, 0, chunks, turns, next, 2));
+        store.end_group(next, ig);
+        n_chunk = std::max<size_t>(n_chunk, fused ? next.groups[ig].packed->ne[0] : 0);
+    }
+    store.commit(std::move(next));
+    CHECK(store.stage() == 1);
+    if (fused) {
+        const size_t n_round = 2*128/N_CHUNK*n_chunk;
+        CHECK(chunks.size()*n_chunk > 2*(n_basis + n_round));
+        CHECK(waiting > 0 && waiting <= n_basis + 2*n_round);
+        CHECK(store.staged_peak() <= n_basis + 16*1024);
+    }
+    for (uint32_t ig = 0; ig < 2; ++ig) {
+        for (auto kd : { kind::K, kind::V }) {
+            const size_t n = store.groups()[ig].dim[kd];
+            for (uint32_t ic : chunks) {
+                const auto expected = stored(kd, ig, ic);
+                const auto found    = store.get_coef(kd, ig, 0, ic);
+                double     error    = 0.0;
+                for (size_t i = 0; i < found.size(); ++i) {
+                    error = std::max(error, (double) fabsf(found[i] - expected[i/n*n + n - 1 - i%n]));
+                }
+                CHECK(found.size() == expected.size() && error < 0.15);
+            }
+            CHECK(store.get_basis(kd, ig, 0)[n - 1] == 1.0f);
+        }
+    }
+}
+
 static void test_window(const llama_model & model) {
     llama_memory_params params = {};
     params.type_k = GGML_TYPE_F16;
@@ -178,6 +265,8 @@ int main(int argc, char ** argv) {
     }
     test_store(*model, false);
     test_store(*model, true);
+    test_stage(*model, false);
+    test_stage(*model, true);
     test_window(*model);
     test_threads(argv[2]);
 
