@@ -1,4 +1,4 @@
-# make demo | test | lint | build | refresh-patches | clean
+# make demo | test | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_RPC=ON"
 
 PYTHON     ?= python3
@@ -39,7 +39,13 @@ test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 
 lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
+	@git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(STAMP)/package $(STAMP)/extras
+	@$(VENV)/bin/ruff format --quiet .
+	@git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
 refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)

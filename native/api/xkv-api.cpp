@@ -58,11 +58,11 @@ int xkv_model_check(const llama_model * model) {
 
 int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_t * n_layer) {
     return xkv_guard([&] {
-        xkv_require(model,   "model");
+        xkv_require(model, "model");
         xkv_require(n_layer, "n_layer");
         const uint32_t room = *n_layer;
-        const auto list = xkv_kv_layers(*model);
-        *n_layer = list.size();
+        const auto     list = xkv_kv_layers(*model);
+        *n_layer            = list.size();
         for (uint32_t i = 0; layers && i < std::min(room, *n_layer); ++i) {
             layers[i] = { list[i], model->hparams.n_embd_k_gqa(list[i]), model->hparams.n_embd_v_gqa(list[i]) };
         }
@@ -87,7 +87,7 @@ int xkv_context_is_xkv(const llama_context * ctx) {
 
 static void xkv_list_parts(const std::vector<std::pair<std::string, size_t>> & list, xkv_report_part * parts, uint32_t * n_parts) {
     const uint32_t room = *n_parts;
-    *n_parts = list.size();
+    *n_parts            = list.size();
     for (uint32_t i = 0; parts && i < std::min(room, *n_parts); ++i) {
         parts[i] = {};
         strncpy(parts[i].name, list[i].first.c_str(), sizeof(parts[i].name) - 1);
@@ -97,7 +97,7 @@ static void xkv_list_parts(const std::vector<std::pair<std::string, size_t>> & l
 
 int xkv_report(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_parts) {
     return xkv_guard([&] {
-        xkv_require(ctx,     "ctx");
+        xkv_require(ctx, "ctx");
         xkv_require(n_parts, "n_parts");
 
         std::vector<std::pair<std::string, size_t>> list;
@@ -117,7 +117,7 @@ int xkv_report(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_
 
 int xkv_scratch(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_parts) {
     return xkv_guard([&] {
-        xkv_require(ctx,     "ctx");
+        xkv_require(ctx, "ctx");
         xkv_require(n_parts, "n_parts");
 
         std::vector<std::pair<std::string, size_t>> list;
@@ -135,8 +135,8 @@ int xkv_scratch(const llama_context * ctx, xkv_report_part * parts, uint32_t * n
 
 int xkv_seq_tokens(const llama_context * ctx, int32_t seq_id, uint32_t * n_exact, uint32_t * n_stored) {
     return xkv_guard([&] {
-        xkv_require(ctx,      "ctx");
-        xkv_require(n_exact,  "n_exact");
+        xkv_require(ctx, "ctx");
+        xkv_require(n_exact, "n_exact");
         xkv_require(n_stored, "n_stored");
         xkv_cast_seq(ctx, seq_id).seq_tokens(seq_id, *n_exact, *n_stored);
     });
@@ -144,7 +144,7 @@ int xkv_seq_tokens(const llama_context * ctx, int32_t seq_id, uint32_t * n_exact
 
 int xkv_online(const llama_context * ctx, int32_t seq_id, xkv_online_info * info) {
     return xkv_guard([&] {
-        xkv_require(ctx,  "ctx");
+        xkv_require(ctx, "ctx");
         xkv_require(info, "info");
         *info = xkv_cast_seq(ctx, seq_id).seq_online(seq_id);
     });
@@ -165,9 +165,9 @@ int xkv_context_refusal(llama_context * ctx) {
 int xkv_capture_new(llama_context * ctx, const uint32_t * layers, const uint32_t * count, uint32_t n_group, uint32_t frame, uint32_t n_sink,
                     xkv_capture ** capture) {
     return xkv_guard([&] {
-        xkv_require(ctx,     "ctx");
-        xkv_require(layers,  "layers");
-        xkv_require(count,   "count");
+        xkv_require(ctx, "ctx");
+        xkv_require(layers, "layers");
+        xkv_require(count, "count");
         xkv_require(capture, "capture");
         *capture = new xkv_capture(ctx, xkv_layer_lists(layers, count, n_group), frame, n_sink);
     });
@@ -186,9 +186,9 @@ int xkv_capture_add(xkv_capture * capture, int32_t seq_id) {
 
 int xkv_capture_read(const xkv_capture * capture, uint32_t group, int32_t kind, double * gram, double * sum, uint64_t * n_tokens) {
     return xkv_guard([&] {
-        xkv_require(capture,  "capture");
-        xkv_require(gram,     "gram");
-        xkv_require(sum,      "sum");
+        xkv_require(capture, "capture");
+        xkv_require(gram, "gram");
+        xkv_require(sum, "sum");
         xkv_require(n_tokens, "n_tokens");
         capture->read(group, kind, gram, sum, n_tokens);
     });
@@ -204,7 +204,7 @@ int xkv_capture_drop(xkv_capture * capture, uint32_t group, int32_t kind) {
 int xkv_capture_get(xkv_capture * capture, int32_t seq_id, uint32_t group, int32_t kind, int32_t pos, uint32_t n, float * x) {
     return xkv_guard([&] {
         xkv_require(capture, "capture");
-        xkv_require(x,       "x");
+        xkv_require(x, "x");
         capture->get(seq_id, group, kind, pos, n, x);
     });
 }
@@ -212,7 +212,7 @@ int xkv_capture_get(xkv_capture * capture, int32_t seq_id, uint32_t group, int32
 int xkv_capture_put(xkv_capture * capture, int32_t seq_id, uint32_t group, int32_t kind, int32_t pos, uint32_t n, const float * x) {
     return xkv_guard([&] {
         xkv_require(capture, "capture");
-        xkv_require(x,       "x");
+        xkv_require(x, "x");
         capture->put(seq_id, group, kind, pos, n, x);
     });
 }

@@ -15,13 +15,5 @@ ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tens
 
 // attention of one layer over store and window, in place of llm_graph_context::build_attn_mha
 // k, v: views of the window
-ggml_tensor * xkv_build_attn(
-    const llm_graph_context & gctx,
-    llm_graph_input_attn_kv * inp,
-    ggml_tensor *             q,
-    ggml_tensor *             k,
-    ggml_tensor *             v,
-    ggml_tensor *             kq_b,
-    ggml_tensor *             sinks,
-    float                     kq_scale,
-    int                       il);
+ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp, ggml_tensor * q, ggml_tensor * k,
+                             ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);

@@ -11,13 +11,13 @@ static void xkv_add_inputs(const llm_graph_context & gctx, llm_graph_input_xkv *
         return;
     }
     const int64_t n_stream = inp->view->n_stream;
-    const int64_t n_frame  = inp->n_slot/inp->view->store->n_chunk;
+    const int64_t n_frame  = inp->n_slot / inp->view->store->n_chunk;
 
-    inp->frame = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, n_frame*n_stream);
+    inp->frame = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, n_frame * n_stream);
     ggml_set_input(inp->frame);
     ggml_set_name(inp->frame, "xkv_inp_frame");
 
-    inp->fill = ggml_new_tensor_3d(gctx.ctx0, GGML_TYPE_I32, n_frame, gctx.n_tokens/n_stream, n_stream);
+    inp->fill = ggml_new_tensor_3d(gctx.ctx0, GGML_TYPE_I32, n_frame, gctx.n_tokens / n_stream, n_stream);
     ggml_set_input(inp->fill);
     ggml_set_name(inp->fill, "xkv_inp_fill");
 }
@@ -43,30 +43,30 @@ static xkv_attn_params xkv_make_params(const llm_graph_context & gctx, const llm
     const auto   rope  = xkv_rope_of(view.setup->model, view.setup->cparams, il);
 
     xkv_attn_params res = {};
-    res.scale     = kq_scale;
-    res.tolerance = view.setup->config.tolerance;
-    res.n_chunk   = store.n_chunk;
-    res.rot_first = rope.first;
-    res.flags     = (store.plain() ? XKV_ATTN_PLAIN : 0) | (rope.neox ? XKV_ATTN_ROPE_NEOX : 0);
+    res.scale           = kq_scale;
+    res.tolerance       = view.setup->config.tolerance;
+    res.n_chunk         = store.n_chunk;
+    res.rot_first       = rope.first;
+    res.flags           = (store.plain() ? XKV_ATTN_PLAIN : 0) | (rope.neox ? XKV_ATTN_ROPE_NEOX : 0);
     for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
         res.lead[kd] = view.setup->config.n_lead;
         if (store.plain()) {
-            const auto & seg = store.plain_segment(kd, il);
-            res.rank[kd][xkv_attn_type_index(seg.type)] = seg.rank/seg.n_head;
+            const auto & seg                            = store.plain_segment(kd, il);
+            res.rank[kd][xkv_attn_type_index(seg.type)] = seg.rank / seg.n_head;
             continue;
         }
         for (const auto & seg : gr.segments[kd]) {
-            const int i = xkv_attn_type_index(seg.type);
+            const int i     = xkv_attn_type_index(seg.type);
             res.rank[kd][i] = seg.rank;
-            res.type_basis[i] |= xkv_attn_type_index(seg.type_basis) << 4*kd;
+            res.type_basis[i] |= xkv_attn_type_index(seg.type_basis) << 4 * kd;
         }
     }
     GGML_UNUSED(gctx);
     return res;
 }
 
-ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                              ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il) {
+ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                              ggml_tensor * mask, float kq_scale, int il) {
     ggml_context * ctx   = gctx.ctx0;
     const auto &   view  = *inp->view;
     const auto &   store = *view.store;
@@ -74,8 +74,8 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
     const auto &   gr    = store.groups()[l.ig];
 
     const int64_t n_stream = k->ne[3];
-    const int64_t n_tps    = q->ne[2]/n_stream;
-    q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tps, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tps, 0);
+    const int64_t n_tps    = q->ne[2] / n_stream;
+    q                      = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tps, n_stream, q->nb[1], q->nb[2], q->nb[2] * n_tps, 0);
 
     const auto params = xkv_make_params(gctx, inp, kq_scale, il);
     if (inp->n_slot == 0) {
@@ -83,7 +83,7 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
     }
     xkv_add_inputs(gctx, inp);
 
-    const int64_t n_frame = inp->n_slot/store.n_chunk;
+    const int64_t n_frame = inp->n_slot / store.n_chunk;
     ggml_tensor * turn    = xkv_get_turn(gctx, inp, il);
 
     // the layer's own numbers in a plain store
@@ -93,11 +93,13 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
         const auto part = [&](ggml_tensor * t) { return xkv_view_span(ctx, t, span); };
 
         ggml_tensor * coef = ggml_view_3d(ctx, gr.packed, gr.packed->ne[0] - first, n_frame, span.count, gr.packed->nb[1], gr.packed->nb[2],
-                                          first + (view.stream_0 + span.first)*gr.packed->nb[2]);
+                                          first + (view.stream_0 + span.first) * gr.packed->nb[2]);
         ggml_tensor * fill = span.count == n_stream ? inp->fill :
-            ggml_view_3d(ctx, inp->fill, n_frame, n_tps, span.count, inp->fill->nb[1], inp->fill->nb[2], span.first*inp->fill->nb[2]);
+                                                      ggml_view_3d(ctx, inp->fill, n_frame, n_tps, span.count, inp->fill->nb[1],
+                                                                   inp->fill->nb[2], span.first * inp->fill->nb[2]);
         ggml_tensor * pairs = !turn || span.count == n_stream ? turn :
-            ggml_view_3d(ctx, turn, turn->ne[0], 1, n_frame*span.count, turn->nb[1], turn->nb[2], span.first*n_frame*turn->nb[2]);
+                                                                ggml_view_3d(ctx, turn, turn->ne[0], 1, n_frame * span.count, turn->nb[1],
+                                                                             turn->nb[2], span.first * n_frame * turn->nb[2]);
         ggml_tensor * basis = store.plain() ? nullptr : store.packed_basis(il, view.stream_0 + span.first);
         return xkv_attn(ctx, { part(q), part(k), part(v), part(mask), coef, basis, pairs, fill, l.mean_k }, &params);
     });

@@ -34,7 +34,7 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
         std::vector<int32_t> data;
         for (uint32_t s = 0; s < n_stream; ++s) {
             const auto & chunks = view->table(s);
-            for (uint32_t ic = 0; ic < n_slot/n_chunk; ++ic) {
+            for (uint32_t ic = 0; ic < n_slot / n_chunk; ++ic) {
                 data.push_back(ic < chunks.size() && chunks[ic].n > 0 ? -chunks[ic].pos : 0);
             }
         }
@@ -46,8 +46,8 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
             const llama_seq_id seq_id = ubatch->seq_id[i][0];
             const auto &       chunks = view->table_of(seq_id);
-            for (uint32_t ic = 0; ic < std::min<size_t>(n_slot/n_chunk, chunks.size()); ++ic) {
-                data[(size_t) i*fill->ne[0] + ic] = chunks[ic].seqs.test(seq_id) ? chunks[ic].n : 0;
+            for (uint32_t ic = 0; ic < std::min<size_t>(n_slot / n_chunk, chunks.size()); ++ic) {
+                data[(size_t) i * fill->ne[0] + ic] = chunks[ic].seqs.test(seq_id) ? chunks[ic].n : 0;
             }
         }
         ggml_backend_tensor_set(fill, data.data(), 0, ggml_nbytes(fill));
@@ -58,17 +58,17 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
         data.reserve(origin->ne[0]);
         for (uint32_t s = 0; s < n_stream; ++s) {
             const auto & chunks = view->table(s);
-            for (uint32_t ic = 0; ic < n_slot/n_chunk; ++ic) {
+            for (uint32_t ic = 0; ic < n_slot / n_chunk; ++ic) {
                 const llama_pos pos = ic < chunks.size() && chunks[ic].n > 0 ? chunks[ic].pos : 0;
                 data.insert(data.end(), absorb ? 1 : n_chunk, absorb ? -pos : pos);
             }
-            data.resize((size_t) (s + 1)*origin->ne[0]/n_stream, 0);
+            data.resize((size_t) (s + 1) * origin->ne[0] / n_stream, 0);
         }
         ggml_backend_tensor_set(origin, data.data(), 0, ggml_nbytes(origin));
     }
 
     if (mask && mask->buffer) {
-        const uint32_t n_tps = ubatch->n_tokens/n_stream;
+        const uint32_t n_tps = ubatch->n_tokens / n_stream;
 
         const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f);
         const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY);
@@ -77,15 +77,15 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
             const llama_seq_id seq_id = ubatch->seq_id[i][0];
 
-            ggml_fp16_t * row = data.data() + (size_t) i*n_slot;
+            ggml_fp16_t * row = data.data() + (size_t) i * n_slot;
             if (i % n_tps > 0 && ubatch->seq_id[i - 1][0] == seq_id) {
-                memcpy(row, row - n_slot, n_slot*sizeof(*row)); // a stored token is older than every query of its sequence
+                memcpy(row, row - n_slot, n_slot * sizeof(*row)); // a stored token is older than every query of its sequence
                 continue;
             }
             const auto & chunks = view->table_of(seq_id);
-            for (uint32_t ic = 0; ic < std::min<size_t>(n_slot/n_chunk, chunks.size()); ++ic) {
+            for (uint32_t ic = 0; ic < std::min<size_t>(n_slot / n_chunk, chunks.size()); ++ic) {
                 if (chunks[ic].seqs.test(seq_id)) {
-                    std::fill_n(row + ic*n_chunk, chunks[ic].n, keep);
+                    std::fill_n(row + ic * n_chunk, chunks[ic].n, keep);
                 }
             }
         }
@@ -112,13 +112,13 @@ static llm_graph_input_xkv * xkv_get_input(const llm_graph_context & gctx, const
     }
 
     const uint32_t n_stream = view->n_stream;
-    const uint32_t n_tps    = gctx.n_tokens/n_stream;
+    const uint32_t n_tps    = gctx.n_tokens / n_stream;
 
     auto inp = std::make_unique<llm_graph_input_xkv>(view, n_tps <= view->setup->config.n_absorb && (n_stream == 1 || n_tps == 1));
     if (inp->n_slot > 0) {
-        const uint32_t n_origin = inp->absorb ? inp->n_slot/view->store->n_chunk : inp->n_slot;
+        const uint32_t n_origin = inp->absorb ? inp->n_slot / view->store->n_chunk : inp->n_slot;
 
-        inp->origin = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, (int64_t) n_origin*n_stream);
+        inp->origin = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, (int64_t) n_origin * n_stream);
         ggml_set_input(inp->origin);
         ggml_set_name(inp->origin, "xkv_inp_origin");
 
@@ -145,7 +145,7 @@ ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span) 
     if (t->ne[3] == span.count) {
         return t;
     }
-    return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2], span.count, t->nb[1], t->nb[2], t->nb[3], span.first*t->nb[3]);
+    return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2], span.count, t->nb[1], t->nb[2], t->nb[3], span.first * t->nb[3]);
 }
 
 ggml_tensor * xkv_basis(const xkv_view * view, xkv_store::kind kd, int il, size_t is, xkv_span span) {
@@ -167,7 +167,7 @@ static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv
         const int64_t n_stream = inp->view->n_stream;
         const int64_t ne0      = kd == xkv_store::kind::K ? coef->ne[0] : inp->n_slot;
         const int64_t ne1      = kd == xkv_store::kind::K ? inp->n_slot : coef->ne[1];
-        res = ggml_view_4d(ctx, coef, ne0, ne1, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2], inp->view->stream_0*coef->nb[2]);
+        res = ggml_view_4d(ctx, coef, ne0, ne1, 1, n_stream, coef->nb[1], coef->nb[2], coef->nb[2], inp->view->stream_0 * coef->nb[2]);
         res = ggml_cast(ctx, res, GGML_TYPE_F32);
         res = kd == xkv_store::kind::K ? res : ggml_cont(ctx, ggml_transpose(ctx, res));
     }
@@ -175,10 +175,11 @@ static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv
 }
 
 // K or V [n_embd_head, n_head_kv, n_slot, n_stream] of a layer's stored tokens, as type
-static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_type type, int il) {
-    ggml_context * ctx = gctx.ctx0;
+static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_type type,
+                                     int il) {
+    ggml_context * ctx  = gctx.ctx0;
     const auto &   view = *inp->view;
-    const auto &   l   = view.store->layer_of(il);
+    const auto &   l    = view.store->layer_of(il);
 
     const int64_t n_embd_head = kd == xkv_store::kind::K ? gctx.hparams.n_embd_head_k(il) : gctx.hparams.n_embd_head_v(il);
     const int64_t n_head_kv   = gctx.hparams.n_head_kv(il);
@@ -190,16 +191,16 @@ static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_i
         ggml_tensor * res = nullptr; // [n_embd, n_slot, 1, span]
         for (size_t is = 0; is < segments.size(); ++is) {
             ggml_tensor * t = xkv_view_span(ctx, xkv_coef(ctx, inp, kd, segments[is].coef), span);
-            t   = xkv_from_coef(ctx, kd, xkv_basis(inp->view, kd, il, is, span), t);
-            res = res ? ggml_add(ctx, res, t) : t;
+            t               = xkv_from_coef(ctx, kd, xkv_basis(inp->view, kd, il, is, span), t);
+            res             = res ? ggml_add(ctx, res, t) : t;
         }
         return res;
     };
     ggml_tensor * x = view.store->plain() ? xkv_coef(ctx, inp, kd, view.store->plain_segment(kd, il).coef) :
-                                           xkv_concat_spans(ctx, inp->view, 3, from_basis);
+                                            xkv_concat_spans(ctx, inp->view, 3, from_basis);
     if (kd == xkv_store::kind::K) {
         x = ggml_add(ctx, x, l.mean_k);
-        x = ggml_reshape_3d(ctx, x, n_embd_head, n_head_kv, inp->n_slot*n_stream);
+        x = ggml_reshape_3d(ctx, x, n_embd_head, n_head_kv, inp->n_slot * n_stream);
         x = xkv_rotate(ctx, view.setup->model, view.setup->cparams, il, x, inp->origin);
     }
     x = type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, type);
@@ -231,7 +232,7 @@ static ggml_tensor * xkv_times(ggml_context * ctx, ggml_tensor * x, float scale)
     if (scale == 1.0f) {
         return x;
     }
-    x = ggml_is_contiguous(x) ? x : ggml_cont(ctx, x); // can be a view of Q, K and V in one
+    x = ggml_is_contiguous(x) ? x : ggml_cont(ctx, x);      // can be a view of Q, K and V in one
     return ggml_scale(ctx, ggml_reshape(ctx, x, x), scale); // the strides of a single row can be any
 }
 
@@ -241,7 +242,7 @@ ggml_tensor * xkv_prepare_k(ggml_context * ctx, const xkv_view * view, ggml_tens
 
 ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tensor * v_cur, int il) {
     ggml_tensor * mean = view->store->layer_of(il).mean_v;
-    v_cur = xkv_times(ctx, v_cur, view->setup->sidecar.scale[xkv_sidecar::V][il]);
+    v_cur              = xkv_times(ctx, v_cur, view->setup->sidecar.scale[xkv_sidecar::V][il]);
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
 }
 
@@ -251,19 +252,21 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
 
     // reached when the context reserves its graphs, inside llama_init_from_model
     if (kq_b || sinks) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "layer %d adds %s to its attention, which an xkv cache does not support yet; use kv_mode q8_0 or q4_0",
-                  il, kq_b ? "a bias" : "sink logits");
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "layer %d adds %s to its attention, which an xkv cache does not support yet; use kv_mode q8_0 or q4_0", il,
+                  kq_b ? "a bias" : "sink logits");
     }
 
     if (!gctx.cparams.flash_attn) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention was turned off for this context, but an xkv cache needs it; set flash_attn_type to enabled");
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "flash attention was turned off for this context, but an xkv cache needs it; set flash_attn_type to enabled");
     }
 
     auto * inp  = xkv_get_input(gctx, view);
     auto * mask = inp_kv->get_kq_mask();
 
     const auto & scale  = view->setup->sidecar.scale;
-    const float  times  = kq_scale/scale[xkv_sidecar::K][il];
+    const float  times  = kq_scale / scale[xkv_sidecar::K][il];
     const bool   packed = view->store->groups()[view->store->layer_of(il).ig].packed;
 
     ggml_tensor * out;
@@ -281,10 +284,10 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
     if (packed || inp->absorb) {
         mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
     }
-    out = ggml_add(gctx.ctx0, out, mean);
+    out      = ggml_add(gctx.ctx0, out, mean);
     inp->out = out;
-    out = xkv_times(gctx.ctx0, out, 1.0f/scale[xkv_sidecar::V][il]);
-    out = ggml_reshape_2d(gctx.ctx0, out, gctx.hparams.n_embd_head_v(il)*q->ne[1], q->ne[2]);
+    out      = xkv_times(gctx.ctx0, out, 1.0f / scale[xkv_sidecar::V][il]);
+    out      = ggml_reshape_2d(gctx.ctx0, out, gctx.hparams.n_embd_head_v(il) * q->ne[1], q->ne[2]);
     ggml_build_forward_expand(gctx.gf, out);
     return out;
 }
@@ -300,7 +303,7 @@ uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config) 
             n_segment = std::max<uint32_t>(n_segment, stage.segments[0][ig].size() + stage.segments[1][ig].size());
         }
         const uint32_t n_span = config.online ? store.n_stream : 1;
-        res += store.groups()[ig].layers.size()*(32 + n_span*(40 + 12*n_segment));
+        res += store.groups()[ig].layers.size() * (32 + n_span * (40 + 12 * n_segment));
     }
     return res;
 }

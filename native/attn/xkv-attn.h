@@ -56,12 +56,11 @@ ggml_tensor * xkv_view_span(ggml_context * ctx, ggml_tensor * t, xkv_span span);
 ggml_tensor * xkv_basis(const xkv_view * view, xkv_store::kind kd, int il, size_t is, xkv_span span);
 
 // one result per span, beside each other along dim
-template <typename F>
-ggml_tensor * xkv_concat_spans(ggml_context * ctx, const xkv_view * view, int dim, F && build) {
+template <typename F> ggml_tensor * xkv_concat_spans(ggml_context * ctx, const xkv_view * view, int dim, F && build) {
     ggml_tensor * res = nullptr;
     for (const auto & span : xkv_spans(view)) {
         ggml_tensor * t = build(span);
-        res = res ? ggml_concat(ctx, res, t, dim) : t;
+        res             = res ? ggml_concat(ctx, res, t, dim) : t;
     }
     return res;
 }
@@ -72,8 +71,8 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
                                 ggml_tensor * v, float kq_scale, int il);
 
 // the same of the op XKV_ATTN, where the layer's group is packed; mask: of the window
-ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                              ggml_tensor * v, ggml_tensor * mask, float kq_scale, int il);
+ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                              ggml_tensor * mask, float kq_scale, int il);
 
 // graph nodes beyond the model's own
 uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config);

@@ -16,7 +16,8 @@ struct xkv_error : std::runtime_error {
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-[[noreturn]] void xkv_throw(xkv_status status, const char * fmt, ...);
+[[noreturn]] void
+xkv_throw(xkv_status status, const char * fmt, ...);
 
 // What went wrong, without memory of its own: it has to be told where memory has run out, too.
 static const size_t XKV_ERROR_SIZE = 1024;

@@ -14,13 +14,14 @@ xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, u
     if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
         return {};
     }
-    xkv_rope res = {};
+    xkv_rope res   = {};
     res.n_rot      = hparams.n_rot(il);
-    res.first      = hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) : 0; // heads made from a latent vector end with what is turned
+    res.first      = hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) :
+                                             0; // heads made from a latent vector end with what is turned
     res.neox       = hparams.rope_type != LLAMA_ROPE_TYPE_NORM;
     res.type       = hparams.rope_type;
     res.n_ctx_orig = cparams.n_ctx_orig_yarn;
-    res.freq_base  = model.get_rope_freq_base (cparams, il);
+    res.freq_base  = model.get_rope_freq_base(cparams, il);
     res.freq_scale = model.get_rope_freq_scale(cparams, il);
     res.ext_factor = cparams.yarn_ext_factor;
     res.beta_fast  = cparams.yarn_beta_fast;
@@ -28,20 +29,21 @@ xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, u
     res.factors    = model.get_rope_factors(cparams, il);
 
     // ggml multiplies by this factor when ext_factor is set
-    res.attn_factor = res.ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/res.freq_scale)) : 1.0f;
+    res.attn_factor = res.ext_factor != 0.0f ? 1.0f / (1.0f + 0.1f * logf(1.0f / res.freq_scale)) : 1.0f;
     return res;
 }
 
 bool xkv_rope::operator<(const xkv_rope & other) const {
     const auto key = [](const xkv_rope & r) {
-        return std::make_tuple(r.n_rot, r.first, r.type, r.n_ctx_orig, r.freq_base, r.freq_scale, r.ext_factor, r.beta_fast, r.beta_slow, r.factors);
+        return std::make_tuple(r.n_rot, r.first, r.type, r.n_ctx_orig, r.freq_base, r.freq_scale, r.ext_factor, r.beta_fast, r.beta_slow,
+                               r.factors);
     };
     return key(*this) < key(other);
 }
 
 static ggml_tensor * xkv_apply(ggml_context * ctx, const xkv_rope & rope, ggml_tensor * x, ggml_tensor * pos) {
-    return ggml_rope_ext(ctx, x, pos, rope.factors, rope.n_rot, rope.type, rope.n_ctx_orig, rope.freq_base, rope.freq_scale, rope.ext_factor,
-                         rope.attn_factor, rope.beta_fast, rope.beta_slow);
+    return ggml_rope_ext(ctx, x, pos, rope.factors, rope.n_rot, rope.type, rope.n_ctx_orig, rope.freq_base, rope.freq_scale,
+                         rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow);
 }
 
 ggml_tensor * xkv_rotate(ggml_context * ctx, const llama_model & model, const llama_cparams & cparams, uint32_t il, ggml_tensor * x,
@@ -56,7 +58,7 @@ ggml_tensor * xkv_rotate(ggml_context * ctx, const llama_model & model, const ll
 
 ggml_tensor * xkv_turn(ggml_context * ctx, const xkv_rope & rope, ggml_tensor * pos) {
     const int64_t n    = pos->ne[0];
-    const int64_t half = rope.n_rot/2;
+    const int64_t half = rope.n_rot / 2;
 
     ggml_tensor * zeros = ggml_fill(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, rope.neox ? half : 1, rope.neox ? 1 : half), 0.0f);
     ggml_tensor * ones  = ggml_fill(ctx, zeros, 1.0f);

@@ -17,13 +17,13 @@ void xkv_graph::begin(llama_context * lctx, size_t n_node) {
     inputs_f32.clear();
 
     // the scheduler has room for a split at every node
-    const size_t n_byte = 2*n_node*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_node, false);
-    xkv_ask(n_byte + 2*n_node*XKV_MAX_SPLIT_INPUTS*sizeof(ggml_tensor) + 1024*1024);
+    const size_t n_byte = 2 * n_node * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_node, false);
+    xkv_ask(n_byte + 2 * n_node * XKV_MAX_SPLIT_INPUTS * sizeof(ggml_tensor) + 1024 * 1024);
 
     context.reset(ggml_init({
-        /*.mem_size   =*/ n_byte,
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
+        /*.mem_size   =*/n_byte,
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
     }));
     gf = ggml_new_graph_custom(context.get(), n_node, false);
 
@@ -50,7 +50,7 @@ ggml_tensor * xkv_graph::input(ggml_type type, std::vector<int64_t> data) {
 
 ggml_tensor * xkv_graph::input(int64_t ne0, int64_t ne1, xkv_floats data) {
     ggml_tensor * t = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, ne0, ne1);
-    GGML_ASSERT((int64_t) data.size() == ne0*ne1);
+    GGML_ASSERT((int64_t) data.size() == ne0 * ne1);
     ggml_set_input(t);
     inputs_f32.emplace_back(t, std::move(data));
     return t;
@@ -81,7 +81,7 @@ void xkv_graph::run() {
         n_byte += ggml_backend_sched_get_buffer_size(sched.get(), ggml_backend_sched_get_backend(sched.get(), i));
     }
     for (const auto & [t, data] : inputs_f32) {
-        n_byte += data.size()*sizeof(float);
+        n_byte += data.size() * sizeof(float);
     }
     n_peak = std::max(n_peak, n_byte);
 

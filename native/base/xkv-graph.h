@@ -27,7 +27,7 @@ public:
     void expand(ggml_tensor * t);
 
     // an f32 result to read after run()
-    void output(ggml_tensor * t);
+    void              output(ggml_tensor * t);
     static xkv_floats read(const ggml_tensor * t);
 
     // allocates, sets the inputs, computes and waits; throws xkv_error
@@ -49,5 +49,5 @@ private:
     size_t                 n_peak     = 0;
 
     std::vector<std::pair<ggml_tensor *, std::vector<int64_t>>> inputs;
-    std::vector<std::pair<ggml_tensor *, xkv_floats>>   inputs_f32;
+    std::vector<std::pair<ggml_tensor *, xkv_floats>>           inputs_f32;
 };

@@ -15,11 +15,12 @@ extern "C" {
 void XKV_LAPACK(sgeqrf)(const int * m, const int * n, float * a, const int * lda, float * tau, float * work, const int * lwork, int * info);
 void XKV_LAPACK(sorgqr)(const int * m, const int * n, const int * k, float * a, const int * lda, const float * tau, float * work,
                         const int * lwork, int * info);
-void XKV_LAPACK(ssyevr)(const char * jobz, const char * range, const char * uplo, const int * n, float * a, const int * lda, const float * vl,
-                        const float * vu, const int * il, const int * iu, const float * abstol, int * m, float * w, float * z, const int * ldz,
-                        int * isuppz, float * work, const int * lwork, int * iwork, const int * liwork, int * info);
-void XKV_LAPACK(sgemm)(const char * transa, const char * transb, const int * m, const int * n, const int * k, const float * alpha, const float * a,
-                       const int * lda, const float * b, const int * ldb, const float * beta, float * c, const int * ldc);
+void XKV_LAPACK(ssyevr)(const char * jobz, const char * range, const char * uplo, const int * n, float * a, const int * lda,
+                        const float * vl, const float * vu, const int * il, const int * iu, const float * abstol, int * m, float * w,
+                        float * z, const int * ldz, int * isuppz, float * work, const int * lwork, int * iwork, const int * liwork,
+                        int * info);
+void XKV_LAPACK(sgemm)(const char * transa, const char * transb, const int * m, const int * n, const int * k, const float * alpha,
+                       const float * a, const int * lda, const float * b, const int * ldb, const float * beta, float * c, const int * ldc);
 }
 
 // problems are solved side by side, one thread each
@@ -34,8 +35,8 @@ bool xkv_orthonormalize(xkv_floats & rows, int n, int dim) {
     xkv_one_thread();
 
     // row-major [n, dim] is LAPACK's dim x n
-    int                info  = 0;
-    const int          lwork = 64*std::max(n, 1);
+    int        info  = 0;
+    const int  lwork = 64 * std::max(n, 1);
     xkv_floats tau(n);
     xkv_floats work(lwork);
     XKV_LAPACK(sgeqrf)(&dim, &n, rows.data(), &dim, tau.data(), work.data(), &lwork, &info);
@@ -58,12 +59,13 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
     float       size   = 0.0f;
     int         isize  = 0;
 
-    std::vector<int> support(2*(size_t) n);
+    std::vector<int> support(2 * (size_t) n);
     values.resize(n);
-    vectors.resize((size_t) n*n);
+    vectors.resize((size_t) n * n);
     const auto run = [&](float * work, int * iwork) {
-        XKV_LAPACK(ssyevr)("V", "A", "U", &n, a.data(), &n, &zero, &zero, &none, &none, &zero, &found, values.data(), vectors.data(), &n, support.data(),
-                           work, &lwork, iwork, &liwork, &info);
+        XKV_LAPACK(ssyevr)
+        ("V", "A", "U", &n, a.data(), &n, &zero, &zero, &none, &none, &zero, &found, values.data(), vectors.data(), &n, support.data(),
+         work, &lwork, iwork, &liwork, &info);
     };
     run(&size, &isize);
     lwork  = (int) size;
@@ -75,10 +77,11 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
         return false;
     }
     // values ascend; an eigenvector is a LAPACK column, which is a row here
-    for (int i = 0; i < n/2; ++i) {
-        std::swap_ranges(vectors.begin() + (size_t) i*n, vectors.begin() + (size_t) (i + 1)*n, vectors.begin() + (size_t) (n - 1 - i)*n);
+    for (int i = 0; i < n / 2; ++i) {
+        std::swap_ranges(vectors.begin() + (size_t) i * n, vectors.begin() + (size_t) (i + 1) * n,
+                         vectors.begin() + (size_t) (n - 1 - i) * n);
     }
-    vectors.resize((size_t) m*n);
+    vectors.resize((size_t) m * n);
     std::reverse(values.begin(), values.end());
     values.resize(m);
     return true;
@@ -90,8 +93,8 @@ static const int XKV_LAPACK_BLOCK = 128;
 // f(first, n) for pieces of 0 .. size - 1
 template <typename F> static void xkv_each_piece(int size, int n_thread, F && f) {
     xkv_one_thread();
-    xkv_parallel((size + XKV_LAPACK_BLOCK - 1)/XKV_LAPACK_BLOCK, n_thread, [&](size_t i) {
-        const int first = i*XKV_LAPACK_BLOCK;
+    xkv_parallel((size + XKV_LAPACK_BLOCK - 1) / XKV_LAPACK_BLOCK, n_thread, [&](size_t i) {
+        const int first = i * XKV_LAPACK_BLOCK;
         f(first, std::min(XKV_LAPACK_BLOCK, size - first));
     });
 }
@@ -101,14 +104,15 @@ void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_
     const int   ld  = stride > 0 ? stride : dim;
     xkv_each_piece(dim, n_thread, [&](int first, int m) {
         const int n_col = first + m;
-        XKV_LAPACK(sgemm)("N", "T", &n_col, &m, &n, &one, x.data(), &ld, x.data() + first, &ld, &one, sum.data() + (size_t) first*dim, &dim);
+        XKV_LAPACK(sgemm)
+        ("N", "T", &n_col, &m, &n, &one, x.data(), &ld, x.data() + first, &ld, &one, sum.data() + (size_t) first * dim, &dim);
     });
 }
 
 void xkv_mirror(xkv_floats & sum, int dim) {
     for (int i = 0; i < dim; ++i) {
         for (int j = 0; j < i; ++j) {
-            sum[(size_t) j*dim + i] = sum[(size_t) i*dim + j];
+            sum[(size_t) j * dim + i] = sum[(size_t) i * dim + j];
         }
     }
 }
@@ -116,8 +120,9 @@ void xkv_mirror(xkv_floats & sum, int dim) {
 void xkv_add_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, xkv_floats & sum, int n_thread) {
     const float one = 1.0f;
     const auto  mul = [&](int i, int ni, int j, int nj) {
-        XKV_LAPACK(sgemm)("T", "N", &nj, &ni, &dim, &one, b.data() + (size_t) j*dim, &dim, a.data() + (size_t) i*dim, &dim, &one,
-                          sum.data() + (size_t) i*m + j, &m);
+        XKV_LAPACK(sgemm)
+        ("T", "N", &nj, &ni, &dim, &one, b.data() + (size_t) j * dim, &dim, a.data() + (size_t) i * dim, &dim, &one,
+         sum.data() + (size_t) i * m + j, &m);
     };
     if (n > 0 && m > 0 && dim > 0) {
         xkv_each_piece(std::max(n, m), n_thread, [&](int first, int k) { n > m ? mul(first, k, 0, m) : mul(0, n, first, k); });
@@ -125,7 +130,7 @@ void xkv_add_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, 
 }
 
 xkv_floats xkv_mul_rows(const xkv_floats & a, const xkv_floats & b, int n, int m, int dim, int n_thread) {
-    xkv_floats res((size_t) n*m, 0.0f);
+    xkv_floats res((size_t) n * m, 0.0f);
     xkv_add_mul_rows(a, b, n, m, dim, res, n_thread);
     return res;
 }

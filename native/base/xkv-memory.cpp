@@ -19,8 +19,8 @@ void xkv_trim() {
 void xkv_drop(void * ptr, size_t n_byte) {
 #if defined(__linux__)
     const uintptr_t page  = sysconf(_SC_PAGESIZE);
-    const uintptr_t begin = ((uintptr_t) ptr + page - 1)/page*page;
-    const uintptr_t end   = ((uintptr_t) ptr + n_byte)/page*page;
+    const uintptr_t begin = ((uintptr_t) ptr + page - 1) / page * page;
+    const uintptr_t end   = ((uintptr_t) ptr + n_byte) / page * page;
     if (begin < end) {
         madvise((void *) begin, end - begin, MADV_DONTNEED);
     }

@@ -26,10 +26,10 @@ template <typename T> struct xkv_page_allocator {
     xkv_page_allocator() = default;
     template <typename U> xkv_page_allocator(const xkv_page_allocator<U> &) {}
 
-    static constexpr size_t least = 128*1024; // bytes; what is smaller comes and goes with every chunk
+    static constexpr size_t least = 128 * 1024; // bytes; what is smaller comes and goes with every chunk
 
     T * allocate(size_t n) {
-        void * ptr = n*sizeof(T) < least ? malloc(n*sizeof(T)) : xkv_pages_new(n*sizeof(T));
+        void * ptr = n * sizeof(T) < least ? malloc(n * sizeof(T)) : xkv_pages_new(n * sizeof(T));
         if (!ptr) {
             throw std::bad_alloc();
         }
@@ -37,10 +37,10 @@ template <typename T> struct xkv_page_allocator {
     }
 
     void deallocate(T * ptr, size_t n) {
-        if (n*sizeof(T) < least) {
+        if (n * sizeof(T) < least) {
             free(ptr);
         } else {
-            xkv_pages_free(ptr, n*sizeof(T));
+            xkv_pages_free(ptr, n * sizeof(T));
         }
     }
 

@@ -10,7 +10,7 @@
 
 // Runs f(0) .. f(n - 1) on up to n_threads threads of the host; the first exception is thrown again.
 template <typename F> void xkv_parallel(size_t n, int n_threads, F && f) {
-    std::atomic<size_t> next{0};
+    std::atomic<size_t> next{ 0 };
     std::exception_ptr  error;
     std::mutex          mutex;
 

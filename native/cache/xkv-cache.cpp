@@ -30,24 +30,25 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
     const uint32_t n_chunk = sidecar->frame;
     const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
     if (cparams.n_ctx_seq <= n_exact) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
-                  "n_ctx is %u tokens per sequence, expected more than sinks + window + chunk = %u + %u + %u; raise n_ctx or lower n_window",
-                  cparams.n_ctx_seq, config.n_sink, config.n_window, n_chunk);
+        xkv_throw(
+            XKV_STATUS_INVALID_ARGUMENT,
+            "n_ctx is %u tokens per sequence, expected more than sinks + window + chunk = %u + %u + %u; raise n_ctx or lower n_window",
+            cparams.n_ctx_seq, config.n_sink, config.n_window, n_chunk);
     }
 
     const uint32_t n_stream = xkv_n_stream(cparams);
     const uint32_t n_seq    = xkv_n_seq_stream(cparams);
 
-    const uint32_t n_stay = n_seq*(n_exact + config.n_text_sink);
+    const uint32_t n_stay = n_seq * (n_exact + config.n_text_sink);
     if (config.n_keep < n_stay || config.n_cell < n_stay + cparams.n_ubatch || config.n_cell < config.n_keep) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_keep and n_cell are %u and %u cells, expected at least %u, and that + n_ubatch = %u more",
                   config.n_keep, config.n_cell, n_stay, cparams.n_ubatch);
     }
     // each sequence of a stream can leave one chunk that is not full
-    const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1)/n_chunk + n_seq;
-    if (config.n_slot/n_chunk < n_chunks) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected at least %u chunks of %u for n_ctx %u", config.n_slot, n_chunks,
-                  n_chunk, cparams.n_ctx_seq);
+    const uint32_t n_chunks = (cparams.n_ctx_seq - config.n_sink - config.n_window + n_chunk - 1) / n_chunk + n_seq;
+    if (config.n_slot / n_chunk < n_chunks) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected at least %u chunks of %u for n_ctx %u", config.n_slot,
+                  n_chunks, n_chunk, cparams.n_ctx_seq);
     }
 
     store = std::make_unique<xkv_store>(model, *sidecar, config, n_stream, cparams.offload_kqv);
@@ -57,9 +58,9 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
         layers.push_back(l.il);
     }
     window = std::make_unique<xkv_window>(model, params, cparams, layers, config.n_cell);
-    tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot/n_chunk));
-    flow   = std::make_unique<xkv_flow>(setup, *store, *window, tables);
-    spare  = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot / n_chunk));
+    flow  = std::make_unique<xkv_flow>(setup, *store, *window, tables);
+    spare = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
 
     xkv_trim();
 }
@@ -165,7 +166,8 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_full() noexcept {
     graph_memory = nullptr;
 
     llama_memory_context_ptr res;
-    return guard("a full cache", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(this); }) ? std::move(res) : failed_context();
+    return guard("a full cache", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(this); }) ? std::move(res) :
+                                                                                                             failed_context();
 }
 
 // nothing waits for an update: positions are not shifted, and streams are copied at once
@@ -175,7 +177,9 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_update(llama_context * lctx, b
     this->lctx = lctx;
 
     llama_memory_context_ptr res;
-    return guard("an update", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE); }) ? std::move(res) : failed_context();
+    return guard("an update", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE); }) ?
+               std::move(res) :
+               failed_context();
 }
 
 bool llama_kv_cache_xkv::get_can_shift() const noexcept {
@@ -249,13 +253,13 @@ size_t llama_kv_cache_xkv::window_bytes() const {
 }
 
 size_t llama_kv_cache_xkv::transit() const {
-    return window_bytes()/window->size()*(window->size() - config.n_keep);
+    return window_bytes() / window->size() * (window->size() - config.n_keep);
 }
 
 std::vector<std::pair<std::string, size_t>> llama_kv_cache_xkv::scratch() const {
     return {
         { "micro-batch in transit", transit() },
-        { "flush and renewals",     flow->peak() },
+        { "flush and renewals", flow->peak() },
     };
 }
 
@@ -298,7 +302,8 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
     GGML_UNUSED(seq_id);
     GGML_UNUSED(flags);
 
-    xkv_throw(XKV_STATUS_UNSUPPORTED, "saving the state of an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
+    xkv_throw(XKV_STATUS_UNSUPPORTED,
+              "saving the state of an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
 }
 
 void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -306,7 +311,8 @@ void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
     GGML_UNUSED(seq_id);
     GGML_UNUSED(flags);
 
-    xkv_throw(XKV_STATUS_UNSUPPORTED, "loading a state into an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
+    xkv_throw(XKV_STATUS_UNSUPPORTED,
+              "loading a state into an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
 }
 
 //

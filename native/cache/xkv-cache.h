@@ -43,11 +43,11 @@ public:
 
     void clear(bool data) noexcept override;
 
-    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) noexcept override;
-    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept override;
-    void seq_keep(llama_seq_id seq_id)                                                          noexcept override;
-    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) noexcept override;
-    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) noexcept override;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept override;
+    void seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept override;
+    void seq_keep(llama_seq_id seq_id) noexcept override;
+    void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept override;
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) noexcept override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const noexcept override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const noexcept override;
@@ -55,7 +55,7 @@ public:
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const noexcept override;
 
     [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    [[noreturn]] void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    [[noreturn]] void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     //
     // xkv specific API

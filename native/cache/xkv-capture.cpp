@@ -25,7 +25,7 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>>
     }
 
     auto * mem = ctx->get_memory();
-    cache = mem && typeid(*mem) == typeid(llama_kv_cache) ? static_cast<llama_kv_cache *>(mem) : nullptr;
+    cache      = mem && typeid(*mem) == typeid(llama_kv_cache) ? static_cast<llama_kv_cache *>(mem) : nullptr;
     if (!cache || (cache->type_k() != GGML_TYPE_F16 && cache->type_k() != GGML_TYPE_F32) || cache->type_v() != cache->type_k()) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "calibration needs a context with a plain f16 or f32 cache");
     }
@@ -41,13 +41,15 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>>
         uint32_t dim[2] = { 0, 0 };
         for (uint32_t il : layers[g]) {
             if (!std::binary_search(known.begin(), known.end(), il)) {
-                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu has layer %u, expected one of the %zu that keep K and V", g, il, known.size());
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu has layer %u, expected one of the %zu that keep K and V", g, il,
+                          known.size());
             }
             dim[0] += hparams.n_embd_k_gqa(il);
             dim[1] += hparams.n_embd_v_gqa(il);
         }
         for (int kd = 0; kd < 2; ++kd) {
-            groups[kd].push_back({ dim[kd], std::vector<float>((size_t) dim[kd]*(dim[kd] + 1)/2, 0.0f), std::vector<double>(dim[kd], 0.0) });
+            groups[kd].push_back(
+                { dim[kd], std::vector<float>((size_t) dim[kd] * (dim[kd] + 1) / 2, 0.0f), std::vector<double>(dim[kd], 0.0) });
         }
     }
 }
@@ -64,11 +66,11 @@ void xkv_capture::add(llama_seq_id seq_id) {
         if (pos < (llama_pos) n_sink) {
             continue;
         }
-        cells .push_back(idx);
+        cells.push_back(idx);
         origin.push_back(-(pos - (pos - (llama_pos) n_sink) % (llama_pos) frame));
         if (cells.size() == XKV_CAPTURE_BLOCK) {
             add_block(cache->get_stream(seq_id), cells, origin);
-            cells .clear();
+            cells.clear();
             origin.clear();
         }
     }
@@ -80,8 +82,8 @@ void xkv_capture::add(llama_seq_id seq_id) {
 
 static llama_kv_cache::slot_info xkv_stream_info(uint32_t stream) {
     llama_kv_cache::slot_info sinfo = {};
-    sinfo.s0 = stream;
-    sinfo.s1 = stream;
+    sinfo.s0                        = stream;
+    sinfo.s1                        = stream;
     return sinfo;
 }
 
@@ -92,7 +94,7 @@ ggml_tensor * xkv_capture::rows(uint32_t il, int kind, uint32_t stream) {
     if (t->nb[1] > t->nb[2]) {
         return nullptr; // stored transposed
     }
-    return ggml_view_2d(gctx, t, t->ne[0]*t->ne[1], t->ne[2], t->nb[2], 0);
+    return ggml_view_2d(gctx, t, t->ne[0] * t->ne[1], t->ne[2], t->nb[2], 0);
 }
 
 ggml_tensor * xkv_capture::layer_k(uint32_t il, uint32_t stream, ggml_tensor * cells, ggml_tensor * origin) {
@@ -103,11 +105,11 @@ ggml_tensor * xkv_capture::layer_k(uint32_t il, uint32_t stream, ggml_tensor * c
     const int64_t n_embd_head = k->ne[0];
     const int64_t n_head_kv   = k->ne[1];
 
-    k = ggml_view_2d(gctx, k, n_embd_head*n_head_kv, k->ne[2], k->nb[2], 0);
+    k = ggml_view_2d(gctx, k, n_embd_head * n_head_kv, k->ne[2], k->nb[2], 0);
     k = ggml_get_rows(gctx, k, cells);
     k = ggml_reshape_3d(gctx, k, n_embd_head, n_head_kv, cells->ne[0]);
     k = xkv_rotate(gctx, ctx->get_model(), ctx->get_cparams(), il, k, origin);
-    return ggml_reshape_2d(gctx, k, n_embd_head*n_head_kv, cells->ne[0]);
+    return ggml_reshape_2d(gctx, k, n_embd_head * n_head_kv, cells->ne[0]);
 }
 
 ggml_tensor * xkv_capture::layer_v(uint32_t il, uint32_t stream, ggml_tensor * cells) {
@@ -117,7 +119,7 @@ ggml_tensor * xkv_capture::layer_v(uint32_t il, uint32_t stream, ggml_tensor * c
     if (v->nb[1] > v->nb[2]) {
         v = ggml_cont(gctx, ggml_permute(gctx, v, 2, 1, 0, 3)); // stored transposed
     }
-    v = ggml_view_2d(gctx, v, v->ne[0]*v->ne[1], v->ne[2], v->nb[2], 0);
+    v = ggml_view_2d(gctx, v, v->ne[0] * v->ne[1], v->ne[2], v->nb[2], 0);
     return ggml_get_rows(gctx, v, cells);
 }
 
@@ -130,7 +132,7 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
 
     // one group at a time bounds the scratch
     for (size_t g = 0; g < layers.size(); ++g) {
-        graph.begin(ctx, 64 + 32*layers[g].size());
+        graph.begin(ctx, 64 + 32 * layers[g].size());
 
         ggml_context * gctx       = graph.ctx();
         ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I32, cells);
@@ -141,7 +143,7 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
             ggml_tensor * x = nullptr; // [dim, n_token]
             for (uint32_t il : layers[g]) {
                 ggml_tensor * cur = kd == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells);
-                x = x ? ggml_concat(gctx, x, cur, 0) : cur;
+                x                 = x ? ggml_concat(gctx, x, cur, 0) : cur;
             }
             x = ggml_cont(gctx, ggml_transpose(gctx, x));
 
@@ -157,11 +159,11 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
         std::vector<float> data;
         for (const auto & r : results) {
             const uint32_t dim = r.to->dim;
-            data.resize((size_t) dim*dim);
+            data.resize((size_t) dim * dim);
             ggml_backend_tensor_get(r.gram, data.data(), 0, ggml_nbytes(r.gram));
             float * to = r.to->gram.data();
             for (uint32_t i = 0; i < dim; to += ++i) {
-                const float * row = data.data() + (size_t) i*dim;
+                const float * row = data.data() + (size_t) i * dim;
                 std::transform(row, row + i + 1, to, to, std::plus<float>());
             }
 
@@ -175,7 +177,8 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
 
 void xkv_capture::check(uint32_t group, int kind) const {
     if (group >= layers.size() || kind < 0 || kind > 1) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind, layers.size());
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind,
+                  layers.size());
     }
 }
 
@@ -184,15 +187,15 @@ void xkv_capture::read(uint32_t group, int kind, double * gram, double * sum, ui
     const auto & from = groups[kind][group];
     const size_t dim  = from.dim;
     if (from.gram.empty()) {
-        std::fill_n(gram, dim*dim, 0.0);
-        std::fill_n(sum,  dim,     0.0);
+        std::fill_n(gram, dim * dim, 0.0);
+        std::fill_n(sum, dim, 0.0);
         *n = 0;
         return;
     }
     const float * row = from.gram.data();
     for (size_t i = 0; i < dim; row += ++i) {
         for (size_t j = 0; j <= i; ++j) {
-            gram[i*dim + j] = gram[j*dim + i] = row[j];
+            gram[i * dim + j] = gram[j * dim + i] = row[j];
         }
     }
     std::copy(from.sum.begin(), from.sum.end(), sum);
@@ -214,7 +217,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> xkv_capture::find(llama_se
     std::pair<std::vector<int64_t>, std::vector<int64_t>> res;
     for (const auto & [p, idx] : cache->get_cells(seq_id).seq_pos_get(seq_id)) {
         if (p >= pos && p - pos < (llama_pos) n) {
-            res.first .push_back(idx);
+            res.first.push_back(idx);
             res.second.push_back(p - (p - (llama_pos) n_sink) % (llama_pos) frame);
         }
     }
@@ -232,7 +235,7 @@ void xkv_capture::get(llama_seq_id seq_id, uint32_t group, int kind, llama_pos p
     }
     const uint32_t stream = cache->get_stream(seq_id);
 
-    graph.begin(ctx, 64 + 32*layers[group].size());
+    graph.begin(ctx, 64 + 32 * layers[group].size());
     ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, std::move(cells));
     ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
 
@@ -248,7 +251,7 @@ void xkv_capture::get(llama_seq_id seq_id, uint32_t group, int kind, llama_pos p
     for (const auto * t : parts) {
         const auto data = xkv_graph::read(t);
         for (uint32_t i = 0; i < n; ++i) {
-            std::copy_n(data.data() + i*t->ne[0], t->ne[0], x + i*dim + at);
+            std::copy_n(data.data() + i * t->ne[0], t->ne[0], x + i * dim + at);
         }
         at += t->ne[0];
     }
@@ -257,35 +260,35 @@ void xkv_capture::get(llama_seq_id seq_id, uint32_t group, int kind, llama_pos p
 
 void xkv_capture::put(llama_seq_id seq_id, uint32_t group, int kind, llama_pos pos, uint32_t n, const float * x) {
     check(group, kind);
-    auto [cells, origin] = find(seq_id, pos, n);
+    auto [cells, origin]  = find(seq_id, pos, n);
     const uint32_t stream = cache->get_stream(seq_id);
     const size_t   dim    = groups[kind][group].dim;
 
-    graph.begin(ctx, 64 + 32*layers[group].size());
+    graph.begin(ctx, 64 + 32 * layers[group].size());
     ggml_context * gctx       = graph.ctx();
     ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I64, std::move(cells));
     ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, std::move(origin));
 
     size_t at = 0;
     for (uint32_t il : layers[group]) {
-        const auto &  hparams     = ctx->get_model().hparams;
-        const size_t  n_embd      = kind == 0 ? hparams.n_embd_k_gqa(il) : hparams.n_embd_v_gqa(il);
-        ggml_tensor * to          = rows(il, kind, stream);
+        const auto &  hparams = ctx->get_model().hparams;
+        const size_t  n_embd  = kind == 0 ? hparams.n_embd_k_gqa(il) : hparams.n_embd_v_gqa(il);
+        ggml_tensor * to      = rows(il, kind, stream);
         if (!to) {
             xkv_throw(XKV_STATUS_UNSUPPORTED, "V of layer %u is stored transposed, expected a cache with flash attention", il);
         }
-        xkv_floats part(n_embd*n);
+        xkv_floats part(n_embd * n);
         for (uint32_t i = 0; i < n; ++i) {
-            std::copy_n(x + i*dim + at, n_embd, part.data() + i*n_embd);
+            std::copy_n(x + i * dim + at, n_embd, part.data() + i * n_embd);
         }
         at += n_embd;
 
         ggml_tensor * cur = graph.input(n_embd, n, std::move(part));
         if (kind == 0) {
             const int64_t n_head_kv = hparams.n_head_kv(il);
-            cur = ggml_reshape_3d(gctx, cur, n_embd/n_head_kv, n_head_kv, n);
-            cur = xkv_rotate(gctx, ctx->get_model(), ctx->get_cparams(), il, cur, inp_origin);
-            cur = ggml_reshape_2d(gctx, cur, n_embd, n);
+            cur                     = ggml_reshape_3d(gctx, cur, n_embd / n_head_kv, n_head_kv, n);
+            cur                     = xkv_rotate(gctx, ctx->get_model(), ctx->get_cparams(), il, cur, inp_origin);
+            cur                     = ggml_reshape_2d(gctx, cur, n_embd, n);
         }
         graph.expand(ggml_set_rows(gctx, to, cur, inp_cells));
     }

@@ -37,10 +37,10 @@ private:
         std::vector<double> sum;
     };
 
-    llama_context * const       ctx;
-    llama_kv_cache *            cache;
-    const uint32_t              frame;
-    const uint32_t              n_sink;
+    llama_context * const ctx;
+    llama_kv_cache *      cache;
+    const uint32_t        frame;
+    const uint32_t        n_sink;
 
     const std::vector<std::vector<uint32_t>> layers; // of the model, per group
 

@@ -54,7 +54,8 @@ static std::shared_ptr<xkv_sidecar> xkv_open_sidecar(const xkv_params & params) 
         return std::make_shared<xkv_sidecar>(params.sidecar);
     }
     if (!params.layers || !params.count || params.n_group == 0) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "sidecar is NULL and there are no groups, expected the path of a file that xkv-gguf convert wrote, or layers and count");
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
+                  "sidecar is NULL and there are no groups, expected the path of a file that xkv-gguf convert wrote, or layers and count");
     }
     if (params.frame != 32 && params.frame != 64 && params.frame != 128 && params.frame != 256) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is %u tokens, expected 32, 64, 128 or 256", params.frame);
@@ -75,18 +76,21 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
     for (uint32_t i = 0; i < n_segment; ++i) {
         const auto & seg = list_in[i];
         if (seg.group >= n_group || seg.kind > 1 || seg.rank == 0) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u has group %u, kind %u and rank %u, expected a group below %zu, kind 0 or 1, a rank above 0",
-                      i, seg.group, seg.kind, seg.rank, n_group);
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
+                      "segment %u has group %u, kind %u and rank %u, expected a group below %zu, kind 0 or 1, a rank above 0", i, seg.group,
+                      seg.kind, seg.rank, n_group);
         }
         const std::string what = "segment " + std::to_string(i) + ": ";
-        const ggml_type   type = xkv_check_type(what + "type", seg.type,
-                { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0, GGML_TYPE_Q1_0 });
+        const ggml_type   type = xkv_check_type(
+            what + "type", seg.type,
+            { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0, GGML_TYPE_Q1_0 });
         if (seg.kind == xkv_sidecar::V && sidecar.frame % xkv_block_size(type) != 0) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segment %u stores V as %s in blocks of %u tokens, but chunks are %u tokens; expected a frame of a multiple",
-                      i, ggml_type_name(type), xkv_block_size(type), sidecar.frame);
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
+                      "segment %u stores V as %s in blocks of %u tokens, but chunks are %u tokens; expected a frame of a multiple", i,
+                      ggml_type_name(type), xkv_block_size(type), sidecar.frame);
         }
         const ggml_type type_basis = xkv_check_type(what + "type_basis", seg.type_basis,
-                { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
+                                                    { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 });
         xkv_check_noise(what + "noise", seg.noise);
         res.segments[seg.kind][seg.group].push_back({ seg.rank, type, type_basis, seg.noise });
     }
@@ -94,12 +98,16 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
         for (size_t g = 0; g < n_group; ++g) {
             const auto & list = res.segments[kd][g];
             if (list.empty()) {
-                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one", kd == xkv_sidecar::K ? 'K' : 'V', g);
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one",
+                          kd == xkv_sidecar::K ? 'K' : 'V', g);
             }
             for (size_t i = 0; i + 1 < list.size(); ++i) {
                 if (xkv_attn_type_index(list[i].type) >= xkv_attn_type_index(list[i + 1].type)) {
-                    xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "segments %zu and %zu of %c of group %zu have types %s and %s, expected each type once, in the order f32, f16, q8_0, q5_0, q4_0, q2_0, q1_0",
-                              i, i + 1, kd == xkv_sidecar::K ? 'K' : 'V', g, ggml_type_name(list[i].type), ggml_type_name(list[i + 1].type));
+                    xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
+                              "segments %zu and %zu of %c of group %zu have types %s and %s, expected each type once, in the order f32, "
+                              "f16, q8_0, q5_0, q4_0, q2_0, q1_0",
+                              i, i + 1, kd == xkv_sidecar::K ? 'K' : 'V', g, ggml_type_name(list[i].type),
+                              ggml_type_name(list[i + 1].type));
                 }
                 const uint32_t block = std::max(32u, kd == xkv_sidecar::K ? xkv_block_size(list[i].type) : 1);
                 if (list[i].rank % block != 0) {
@@ -119,9 +127,11 @@ static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & side
     for (uint32_t i = 0; i < params.n_stage; ++i) {
         const auto & from = params.stages[i];
         if (from.n_slot == 0 || from.n_slot % XKV_SLOT_PAD != 0 || (i > 0 && from.n_slot <= params.stages[i - 1].n_slot)) {
-            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stage %u has %u slots, expected a multiple of %u above those of the stage before", i, from.n_slot, XKV_SLOT_PAD);
+            xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "stage %u has %u slots, expected a multiple of %u above those of the stage before", i,
+                      from.n_slot, XKV_SLOT_PAD);
         }
-        config.stages.push_back(i == 0 && !from.segments ? xkv_config::stage() : xkv_check_segments(from.segments, from.n_segment, sidecar));
+        config.stages.push_back(i == 0 && !from.segments ? xkv_config::stage() :
+                                                           xkv_check_segments(from.segments, from.n_segment, sidecar));
         config.stages.back().n_slot = from.n_slot;
         if (config.stages.back().plain()) {
             xkv_check_noise("stage 0: noise", from.noise);
@@ -138,19 +148,19 @@ void xkv_scope_open(const xkv_params & params) {
 
     scope->sidecar = xkv_open_sidecar(params);
 
-    auto & config = scope->config;
-    config.n_sink   = xkv_check_tokens("n_sink",   params.n_sink,   0);
+    auto & config      = scope->config;
+    config.n_sink      = xkv_check_tokens("n_sink", params.n_sink, 0);
     config.n_text_sink = xkv_check_tokens("n_text_sink", params.n_text_sink, 0);
-    config.n_window = xkv_check_tokens("n_window", params.n_window, 1);
-    config.n_absorb = xkv_check_tokens("n_absorb", params.n_absorb, 0);
-    config.n_prior  = xkv_check_tokens("n_prior",  params.n_prior,  0);
-    config.online   = params.online != 0;
-    config.fused    = params.fused  != 0;
-    config.n_keep    = params.n_keep;
-    config.n_cell    = params.n_cell;
-    config.n_slot    = params.n_slot;
-    config.tolerance = params.tolerance;
-    config.n_lead    = params.n_lead;
+    config.n_window    = xkv_check_tokens("n_window", params.n_window, 1);
+    config.n_absorb    = xkv_check_tokens("n_absorb", params.n_absorb, 0);
+    config.n_prior     = xkv_check_tokens("n_prior", params.n_prior, 0);
+    config.online      = params.online != 0;
+    config.fused       = params.fused != 0;
+    config.n_keep      = params.n_keep;
+    config.n_cell      = params.n_cell;
+    config.n_slot      = params.n_slot;
+    config.tolerance   = params.tolerance;
+    config.n_lead      = params.n_lead;
     if (!(params.tolerance >= 0.0f && params.tolerance <= 1.0f)) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "tolerance is %g, expected 0 to 1", params.tolerance);
     }
@@ -161,7 +171,8 @@ void xkv_scope_open(const xkv_params & params) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected a multiple of %u above 0", params.n_slot, XKV_SLOT_PAD);
     }
     if (!config.online && !scope->sidecar->calibrated()) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT,
+                  "online is 0 and there is no sidecar, so that there would be no bases at all; pass a sidecar or set online to 1");
     }
     xkv_check_stages(params, *scope->sidecar, config);
 
@@ -175,7 +186,8 @@ void xkv_scope_close() {
 static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::group & gr, ggml_type type_basis) {
     for (uint32_t il : gr.layers) {
         if (hparams.n_embd_head_k(il) % xkv_block_size(type_basis) != 0) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
+            xkv_throw(XKV_STATUS_UNSUPPORTED,
+                      "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
                       ggml_type_name(type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(type_basis));
         }
     }
@@ -187,7 +199,9 @@ static void xkv_check_plain(const llama_hparams & hparams, const std::vector<uin
         const uint32_t n_k = hparams.n_embd_head_k(il);
         const uint32_t n_v = hparams.n_embd_head_v(il);
         if (n_k % 32 != 0 || n_v % 32 != 0) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "stage 0 has no segments, but the heads of layer %u have %u numbers of K and %u of V, expected multiples of 32; leave it out",
+            xkv_throw(XKV_STATUS_UNSUPPORTED,
+                      "stage 0 has no segments, but the heads of layer %u have %u numbers of K and %u of V, expected multiples of 32; "
+                      "leave it out",
                       il, n_k, n_v);
         }
     }
@@ -241,8 +255,10 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
     }
     for (uint32_t il : layers) {
         if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != hparams.n_embd_v_gqa(il)) {
-            xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
-                      sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
+            xkv_throw(
+                XKV_STATUS_MODEL_MISMATCH,
+                "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
+                sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
         }
     }
     for (const auto & stage : config.stages) {
@@ -277,14 +293,15 @@ llama_memory_i * xkv_create_memory(const llama_model & model, const llama_memory
             xkv_throw(XKV_STATUS_UNSUPPORTED, "an xkv cache is for causal text generation, not for embeddings; use kv_mode f16");
         }
         if (params.type_v != params.type_k) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_k and type_v are %s and %s, expected the same for both: they are the window's", ggml_type_name(params.type_k),
-                      ggml_type_name(params.type_v));
+            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_k and type_v are %s and %s, expected the same for both: they are the window's",
+                      ggml_type_name(params.type_k), ggml_type_name(params.type_v));
         }
         xkv_check_type("type_k, the window's type,", params.type_k, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
         for (uint32_t il : xkv_kv_layers(model)) {
             const uint32_t block = xkv_block_size(params.type_k);
             if (model.hparams.n_embd_head_k(il) % block != 0 || model.hparams.n_embd_head_v(il) % block != 0) {
-                xkv_throw(XKV_STATUS_UNSUPPORTED, "the window's type is %s, but the heads of layer %u have %u and %u numbers, expected multiples of %u; use f16",
+                xkv_throw(XKV_STATUS_UNSUPPORTED,
+                          "the window's type is %s, but the heads of layer %u have %u and %u numbers, expected multiples of %u; use f16",
                           ggml_type_name(params.type_k), il, model.hparams.n_embd_head_k(il), model.hparams.n_embd_head_v(il), block);
             }
         }
@@ -298,7 +315,9 @@ llama_memory_i * xkv_check_memory(llama_memory_i * mem) {
     }
     delete mem;
     return xkv_keep_error([]() -> llama_memory_i * {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "this model does not keep a plain KV cache, and an xkv cache does not support its kind yet; use kv_mode f16, q8_0 or q4_0");
+        xkv_throw(
+            XKV_STATUS_UNSUPPORTED,
+            "this model does not keep a plain KV cache, and an xkv cache does not support its kind yet; use kv_mode f16, q8_0 or q4_0");
     });
 }
 

@@ -49,9 +49,8 @@ void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos
     uint32_t n_rest = 0;
     for (uint32_t ic : table.find(seq_id, p0, p1)) {
         const auto & chunk = table[ic];
-        n_rest += std::count_if(chunk.offsets.begin(), chunk.offsets.end(), [&](uint16_t off) {
-            return chunk.pos + off < p0 || chunk.pos + off >= p1;
-        });
+        n_rest += std::count_if(chunk.offsets.begin(), chunk.offsets.end(),
+                                [&](uint16_t off) { return chunk.pos + off < p0 || chunk.pos + off >= p1; });
     }
     if (n_rest > n_free) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "what remains of the cut chunks is %u tokens, the window has room for %u", n_rest, n_free);
@@ -105,8 +104,8 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     }
     if (p0 > seq_pos_min(seq_id_src) || p1 <= seq_pos_max(seq_id_src)) {
         broken = true;
-        refuse("seq_cp of positions %d to %d of sequence %d to %d: only whole sequences can be copied between streams; use kv_unified",
-               p0, p1, seq_id_src, seq_id_dst);
+        refuse("seq_cp of positions %d to %d of sequence %d to %d: only whole sequences can be copied between streams; use kv_unified", p0,
+               p1, seq_id_src, seq_id_dst);
         return;
     }
     guard("seq_cp", true, [&] {
@@ -152,7 +151,8 @@ void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
         return;
     }
     broken = true;
-    refuse("shifting positions (sequence %d, %d to %d by %d) is not supported yet with an xkv cache; clear the cache and evaluate the prompt again",
+    refuse("shifting positions (sequence %d, %d to %d by %d) is not supported yet with an xkv cache; clear the cache and evaluate the "
+           "prompt again",
            seq_id, p0, p1, shift);
 }
 
@@ -161,7 +161,8 @@ void llama_kv_cache_xkv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
         return;
     }
     broken = true;
-    refuse("dividing positions (sequence %d, %d to %d by %d) is not supported with an xkv cache; clear the cache and evaluate the prompt again",
+    refuse("dividing positions (sequence %d, %d to %d by %d) is not supported with an xkv cache; clear the cache and evaluate the prompt "
+           "again",
            seq_id, p0, p1, d);
 }
 

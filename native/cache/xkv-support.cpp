@@ -17,7 +17,8 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     const auto & hparams = model.hparams;
 
     const auto because = [&](const std::string & what) {
-        return "architecture " + std::string(llm_arch_name(model.arch)) + " " + what + ", which an xkv cache does not support yet; use kv_mode f16, q8_0 or q4_0";
+        return "architecture " + std::string(llm_arch_name(model.arch)) + " " + what +
+               ", which an xkv cache does not support yet; use kv_mode f16, q8_0 or q4_0";
     };
 
     if (hparams.vocab_only) {
@@ -48,7 +49,8 @@ std::string xkv_unsupported_reason(const llama_model & model) {
         return because("has multi-token-prediction layers");
     }
     if (model.arch == LLM_ARCH_PLM) { // its graph passes V in two dimensions, which aborts
-        return "architecture plm does not run with flash attention in llama.cpp, and an xkv cache needs it; use kv_mode f16 with flash_attn False";
+        return "architecture plm does not run with flash attention in llama.cpp, and an xkv cache needs it; use kv_mode f16 with "
+               "flash_attn False";
     }
     if (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
         return because("caps its attention scores");

@@ -105,7 +105,7 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
             turns[kd] = store.plain() ? xkv_turn_all(std::move(rows), rank, store.groups()[ig].dim[kd]) : xkv_turn();
         }
         waiting_peak = std::max(waiting_peak, xkv_carry_stage(store, ig, stream, chunks, turns, next, n_thread));
-        turns = {};
+        turns        = {};
         store.end_group(next, ig);
         xkv_trim();
     }

@@ -64,10 +64,10 @@ private:
     template <typename F> void change(const char * what, F && f);
 
     jobs_t select(llama_context * lctx, llama_seq_id seq_id);
-    void   adapt (llama_context * lctx, uint32_t stream, const jobs_t & jobs);
+    void   adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs);
     void   commit(uint32_t stream, const jobs_t & jobs);
 
     // moves the store to the stage that has chunks for the jobs, and gives them free ones
-    void make_room  (llama_context * lctx, uint32_t stream, jobs_t & jobs);
+    void make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
     void enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs);
 };

@@ -15,7 +15,7 @@
 static const uint32_t XKV_FLUSH_BLOCK = 512;
 
 static size_t xkv_n_node(const xkv_store::group & gr) {
-    return 64 + gr.layers.size()*(32 + 16);
+    return 64 + gr.layers.size() * (32 + 16);
 }
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
@@ -27,9 +27,9 @@ ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uin
     }
     ggml_tensor * mean = store.layer_of(il).mean_k;
     ggml_tensor * k    = ggml_get_rows(ctx, window.k(il, stream), cells);
-    k = ggml_reshape_3d(ctx, k, hparams.n_embd_head_k(il), hparams.n_head_kv(il), cells->ne[0]);
-    k = xkv_rotate(ctx, setup.model, setup.cparams, il, k, origin);
-    k = ggml_reshape_2d(ctx, k, mean->ne[0], cells->ne[0]);
+    k                  = ggml_reshape_3d(ctx, k, hparams.n_embd_head_k(il), hparams.n_head_kv(il), cells->ne[0]);
+    k                  = xkv_rotate(ctx, setup.model, setup.cparams, il, k, origin);
+    k                  = ggml_reshape_2d(ctx, k, mean->ne[0], cells->ne[0]);
     return ggml_sub(ctx, k, mean);
 }
 
@@ -40,13 +40,13 @@ ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint
     ggml_tensor * res = nullptr;
     for (uint32_t il : gr.layers) {
         ggml_tensor * x = build_layer(graph.ctx(), kd, il, stream, cells, origin);
-        res = res ? ggml_concat(graph.ctx(), res, x, 0) : x;
+        res             = res ? ggml_concat(graph.ctx(), res, x, 0) : x;
     }
     return res;
 }
 
 std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells) {
-    graph.begin(lctx, 64 + 8*store.layers().size());
+    graph.begin(lctx, 64 + 8 * store.layers().size());
 
     ggml_context * ctx       = graph.ctx();
     ggml_tensor *  inp_cells = graph.input(GGML_TYPE_I32, std::vector<int64_t>(cells.begin(), cells.end()));
@@ -54,7 +54,7 @@ std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream,
     std::vector<ggml_tensor *> energy; // per layer [1, n]
     for (const auto & l : store.layers()) {
         ggml_tensor * v = ggml_get_rows(ctx, window.v(l.il, stream), inp_cells);
-        v = ggml_add(ctx, v, l.mean_v);
+        v               = ggml_add(ctx, v, l.mean_v);
         energy.push_back(ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
         graph.output(energy.back());
     }
@@ -63,16 +63,16 @@ std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream,
     std::vector<float> res(cells.size(), 1.0f);
     for (const auto * t : energy) {
         const auto  e    = graph.read(t);
-        const float mean = std::accumulate(e.begin(), e.end(), 0.0f)/e.size();
+        const float mean = std::accumulate(e.begin(), e.end(), 0.0f) / e.size();
         for (size_t i = 0; mean > 0.0f && i < e.size(); ++i) {
-            res[i] = std::min(res[i], e[i]/mean);
+            res[i] = std::min(res[i], e[i] / mean);
         }
     }
     return res;
 }
 
 void xkv_flush::compress(llama_context * lctx, uint32_t stream, const std::vector<job> & jobs) {
-    const size_t n_block = std::max<size_t>(1, XKV_FLUSH_BLOCK/store.n_chunk);
+    const size_t n_block = std::max<size_t>(1, XKV_FLUSH_BLOCK / store.n_chunk);
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         compress_block(lctx, stream, jobs.data() + i, std::min(n_block, jobs.size() - i));
     }
@@ -87,16 +87,17 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
     for (size_t j = 0; j < n_job; ++j) {
         for (uint32_t i = 0; i < n_chunk; ++i) {
             // slots beyond the last token of a chunk repeat it: their values are finite and masked
-            cells .push_back(jobs[j].cells[std::min<size_t>(i, jobs[j].cells.size() - 1)]);
+            cells.push_back(jobs[j].cells[std::min<size_t>(i, jobs[j].cells.size() - 1)]);
             origin.push_back(-jobs[j].pos);
         }
     }
 
     for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-            const auto data = store.plain() ? read_group(lctx, kd, ig, stream, cells, origin) : project_group(lctx, kd, ig, stream, cells, origin);
+            const auto data =
+                store.plain() ? read_group(lctx, kd, ig, stream, cells, origin) : project_group(lctx, kd, ig, stream, cells, origin);
             xkv_parallel(n_job, lctx->get_cparams().n_threads_batch, [&](size_t j) {
-                store.set_coef(kd, ig, stream, jobs[j].ic, data.data() + j*n_chunk*store.groups()[ig].rank[kd]);
+                store.set_coef(kd, ig, stream, jobs[j].ic, data.data() + j * n_chunk * store.groups()[ig].rank[kd]);
             });
         }
     }
@@ -113,19 +114,20 @@ xkv_floats xkv_flush::read_group(llama_context * lctx, xkv_store::kind kd, uint3
     return graph.read(x);
 }
 
-xkv_floats xkv_flush::project_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
-                                    const std::vector<int64_t> & origin) {
+xkv_floats xkv_flush::project_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream,
+                                    const std::vector<int64_t> & cells, const std::vector<int64_t> & origin) {
     const auto & gr = store.groups()[ig];
 
     // a layer at a time, whose basis is the largest thing here
-    xkv_floats res(cells.size()*gr.rank[kd], 0.0f);
+    xkv_floats res(cells.size() * gr.rank[kd], 0.0f);
     for (uint32_t il : gr.layers) {
         graph.begin(lctx, xkv_n_node(gr));
         ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, cells);
         ggml_tensor * inp_origin = graph.input(GGML_TYPE_I32, origin);
         ggml_tensor * x          = build_layer(graph.ctx(), kd, il, stream, inp_cells, inp_origin);
-        ggml_tensor * basis      = graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch));
-        ggml_tensor * part       = ggml_mul_mat(graph.ctx(), basis, x);
+        ggml_tensor * basis =
+            graph.input(x->ne[0], gr.rank[kd], store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch));
+        ggml_tensor * part = ggml_mul_mat(graph.ctx(), basis, x);
         graph.output(part);
         graph.run();
 
@@ -146,24 +148,24 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
 
         graph.begin(lctx, xkv_n_node(gr));
 
-        ggml_context * ctx         = graph.ctx();
-        ggml_tensor *  inp_slots = graph.input(GGML_TYPE_I32, std::vector<int64_t>(slots.begin(), slots.end()));
-        ggml_tensor *  inp_origin  = graph.input(GGML_TYPE_I32, std::vector<int64_t>(n, pos));
-        ggml_tensor *  inp_cells   = graph.input(GGML_TYPE_I64, std::vector<int64_t>(cells.begin(), cells.end()));
+        ggml_context * ctx        = graph.ctx();
+        ggml_tensor *  inp_slots  = graph.input(GGML_TYPE_I32, std::vector<int64_t>(slots.begin(), slots.end()));
+        ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, std::vector<int64_t>(n, pos));
+        ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I64, std::vector<int64_t>(cells.begin(), cells.end()));
 
         for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
             ggml_tensor * coef = graph.input(gr.rank[kd], store.n_chunk, store.get_coef(kd, ig, stream, ic));
-            coef = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
+            coef               = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 
             for (uint32_t il : gr.layers) {
                 ggml_tensor * x = nullptr; // [n_embd, n]
                 if (store.plain()) {
                     const auto & seg = store.plain_segment(kd, il);
-                    x = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first*coef->nb[0]);
+                    x                = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first * coef->nb[0]);
                 } else {
-                    const auto rows = store.get_basis_layer(kd, il, stream);
-                    ggml_tensor * basis = graph.input(rows.size()/gr.rank[kd], gr.rank[kd], rows);
-                    x = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, basis)), coef);
+                    const auto    rows  = store.get_basis_layer(kd, il, stream);
+                    ggml_tensor * basis = graph.input(rows.size() / gr.rank[kd], gr.rank[kd], rows);
+                    x                   = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, basis)), coef);
                 }
                 if (kd == xkv_store::kind::K) {
                     x = ggml_add(ctx, x, store.layer_of(il).mean_k);

@@ -47,8 +47,8 @@ private:
     void compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job);
 
     // coefficients of a group's tokens [cells.size(), rank]: as they are in a plain store, else projected onto the bases
-    xkv_floats read_group   (llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
-                             const std::vector<int64_t> & origin);
+    xkv_floats read_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
+                          const std::vector<int64_t> & origin);
     xkv_floats project_group(llama_context * lctx, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<int64_t> & cells,
                              const std::vector<int64_t> & origin);
 

@@ -19,7 +19,7 @@
 static const float XKV_ONLINE_PRIOR = 0.98f;
 
 // numbers of a plain store in which new directions are looked for; the covariance has all
-static const size_t XKV_ONLINE_SKETCH = 2*1024*1024;
+static const size_t XKV_ONLINE_SKETCH = 2 * 1024 * 1024;
 
 // directions that one update can add
 static const uint32_t XKV_ONLINE_NEW = 64;
@@ -35,7 +35,7 @@ static xkv_floats xkv_into(const xkv_floats & x, const xkv_floats & rows, bool u
 
 // whether a basis of a rank, looked for among a quarter more directions than it has, needs more of them
 static bool xkv_is_wide(uint32_t rank, uint32_t dim) {
-    return std::min(dim, rank + rank/4) > XKV_ONLINE_LARGE;
+    return std::min(dim, rank + rank / 4) > XKV_ONLINE_LARGE;
 }
 
 size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const {
@@ -46,8 +46,9 @@ size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t
     // The old basis and what is looked for outside it; rows before and after they are orthonormal; rows and tokens; the new
     // directions and the basis that takes them up, a layer of it twice. Beside them covariance, what is added to it or
     // eigenvectors, what rows and old directions share, and tokens in terms of rows.
-    const size_t rows = std::max({ n_dir + 2*n_new + XKV_ONLINE_BLOCK, 2*n, n + n_token, n + n_dir + n_dir/store.groups()[pr.ig].layers.size() });
-    return (rows*dim + 3*n*n + n_token*n)*sizeof(float);
+    const size_t rows =
+        std::max({ n_dir + 2 * n_new + XKV_ONLINE_BLOCK, 2 * n, n + n_token, n + n_dir + n_dir / store.groups()[pr.ig].layers.size() });
+    return (rows * dim + 3 * n * n + n_token * n) * sizeof(float);
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
@@ -55,14 +56,15 @@ uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout *
 }
 
 xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32_t n_row, int n_thread) const {
-    const auto & gr    = store.groups()[pr.ig];
+    const auto & gr = store.groups()[pr.ig];
 
     auto res = store.plain() ? setup.sidecar.basis(pr.ig, pr.kd, n_row) : store.get_basis(pr.kd, pr.ig, stream, n_thread);
-    res.resize((size_t) n_row*gr.dim[pr.kd], 0.0f);
+    res.resize((size_t) n_row * gr.dim[pr.kd], 0.0f);
     return res;
 }
 
-void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank, space & sp) {
+void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                  uint32_t rank, space & sp) {
     const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
     const bool     cold = !setup.sidecar.calibrated();
     const bool     wide = xkv_is_wide(rank, dim);
@@ -77,23 +79,23 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
             n_token += job.cells.size();
         }
         const uint32_t n_most = XKV_ONLINE_LARGE + XKV_ONLINE_NEW;
-        const uint32_t n_cold = wide ? std::max(XKV_ONLINE_LARGE/2, n_most - std::min(n_most, sp.n_dir)) : rank;
+        const uint32_t n_cold = wide ? std::max(XKV_ONLINE_LARGE / 2, n_most - std::min(n_most, sp.n_dir)) : rank;
         const uint32_t n_new  = std::min({ dim - sp.n_dir, n_token, cold ? n_cold : XKV_ONLINE_NEW });
         if (wide) {
             // no more than there are: the first bases without calibration come from new directions alone
             const uint32_t n_last = std::min(sp.n_dir, n_new - std::min(n_new, rank - sp.n_dir));
-            sp.n_main = std::min(sp.n_dir - n_last, n_most - n_new - n_last);
-            sp.i_last = sp.n_dir - n_last;
-            sp.n_old  = sp.n_main + n_last;
+            sp.n_main             = std::min(sp.n_dir - n_last, n_most - n_new - n_last);
+            sp.i_last             = sp.n_dir - n_last;
+            sp.n_old              = sp.n_main + n_last;
         }
         sp.n     = sp.n_old + n_new;
         sp.basis = rows_of(stream, pr, sp.n_dir, sp.n_thread);
 
         // the main directions of what it misses in the tokens
         const auto fresh = n_new > 0 ? sketch(lctx, stream, jobs, pr, n_new, sp) : xkv_floats();
-        sp.rows.reserve((size_t) sp.n*dim);
+        sp.rows.reserve((size_t) sp.n * dim);
         for (uint32_t i = 0; i < sp.n_old; ++i) {
-            const auto row = sp.basis.begin() + (size_t) sp.place(i)*dim;
+            const auto row = sp.basis.begin() + (size_t) sp.place(i) * dim;
             sp.rows.insert(sp.rows.end(), row, row + dim);
         }
         sp.rows.insert(sp.rows.end(), fresh.begin(), fresh.end());
@@ -108,20 +110,21 @@ xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const
 
     std::mt19937                    rng(pr.ig);
     std::normal_distribution<float> normal;
-    xkv_floats                      omega((size_t) dim*n_new);
+    xkv_floats                      omega((size_t) dim * n_new);
     std::generate(omega.begin(), omega.end(), [&] { return normal(rng); });
 
     // twice, since a stored basis is not quite orthonormal
     const auto leave_out_old = [&](xkv_floats & x) {
         for (int i = 0; i < 2 && sp.n_dir > 0; ++i) {
-            xkv_add_mul(xkv_mul_rows(x, sp.basis, n_new, sp.n_dir, dim, sp.n_thread), sp.basis, n_new, sp.n_dir, dim, -1.0f, x, sp.n_thread);
+            xkv_add_mul(xkv_mul_rows(x, sp.basis, n_new, sp.n_dir, dim, sp.n_thread), sp.basis, n_new, sp.n_dir, dim, -1.0f, x,
+                        sp.n_thread);
         }
     };
     // The second moments of tokens outside the old basis, times random directions [n_new, dim]. What is outside is taken of the
     // few directions instead of the many tokens.
     leave_out_old(omega);
     xkv_floats res(omega.size(), 0.0f);
-    each_exact(lctx, stream, jobs, pr, XKV_ONLINE_SKETCH/((size_t) store.n_chunk*dim), [&](const xkv_floats & z, uint32_t n) {
+    each_exact(lctx, stream, jobs, pr, XKV_ONLINE_SKETCH / ((size_t) store.n_chunk * dim), [&](const xkv_floats & z, uint32_t n) {
         xkv_add_cross(xkv_mul_rows(z, omega, n, n_new, dim, sp.n_thread), z, n, n_new, dim, res, sp.n_thread);
     });
     leave_out_old(res);
@@ -135,30 +138,30 @@ xkv_floats xkv_online_bases::stored_coef(uint32_t stream, const problem & pr, co
     for (size_t j = 0; j < n; ++j) {
         begin[j + 1] = begin[j] + tables[stream][chunks[first + j]].n;
     }
-    xkv_floats res(begin[n]*rank);
+    xkv_floats res(begin[n] * rank);
     xkv_parallel(n, n_thread, [&](size_t j) {
         const auto part = store.get_coef(pr.kd, pr.ig, stream, chunks[first + j]);
-        std::copy_n(part.begin(), (begin[j + 1] - begin[j])*rank, res.begin() + begin[j]*rank);
+        std::copy_n(part.begin(), (begin[j + 1] - begin[j]) * rank, res.begin() + begin[j] * rank);
     });
     return res;
 }
 
 void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp) const {
     const uint32_t dim     = store.groups()[pr.ig].dim[pr.kd];
-    const uint32_t n_token = sp.tokens.size()/dim;
+    const uint32_t n_token = sp.tokens.size() / dim;
 
-    sp.cov.assign((size_t) sp.n*sp.n, 0.0f);
+    sp.cov.assign((size_t) sp.n * sp.n, 0.0f);
 
-    auto x = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim, sp.n_thread); // [n_token, n]
+    auto x    = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim, sp.n_thread); // [n_token, n]
     sp.tokens = xkv_floats();
     // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
     // at hand stand for them.
     if (!store.plain()) {
         const uint32_t n_since = tables[stream].n_token() - std::min(tables[stream].n_token(), states[stream].n_update[pr.kd][pr.ig]);
-        const float    scale   = sqrtf((float) (n_since + n_token)/n_token);
+        const float    scale   = sqrtf((float) (n_since + n_token) / n_token);
         for (uint32_t i = 0; i < n_token; ++i) {
             for (uint32_t j = sp.n_old; j < sp.n; ++j) {
-                x[(size_t) i*sp.n + j] *= scale;
+                x[(size_t) i * sp.n + j] *= scale;
             }
         }
     }
@@ -178,15 +181,15 @@ void xkv_online_bases::add_prior(const problem & pr, space & sp) const {
     const float    total    = std::accumulate(variance.begin(), variance.end(), 0.0f);
 
     uint32_t n_row = 0;
-    for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR*total; ++n_row) {
+    for (float sum = 0.0f; n_row < dim && sum < XKV_ONLINE_PRIOR * total; ++n_row) {
         sum += variance[n_row];
     }
     for (uint32_t first = 0; first < n_row; first += XKV_ONLINE_BLOCK) {
         const uint32_t n    = std::min(XKV_ONLINE_BLOCK, n_row - first);
         auto           rows = setup.sidecar.basis(pr.ig, pr.kd, n, first);
         for (uint32_t i = 0; i < n; ++i) {
-            const float f = sqrtf(variance[first + i]*setup.config.n_prior);
-            std::for_each(rows.begin() + (size_t) i*dim, rows.begin() + (size_t) (i + 1)*dim, [f](float & v) { v *= f; });
+            const float f = sqrtf(variance[first + i] * setup.config.n_prior);
+            std::for_each(rows.begin() + (size_t) i * dim, rows.begin() + (size_t) (i + 1) * dim, [f](float & v) { v *= f; });
         }
         xkv_add_gram(xkv_into(rows, sp.rows, sp.unit, n, sp.n, dim, sp.n_thread), n, sp.n, sp.cov, sp.n_thread);
     }
@@ -194,17 +197,17 @@ void xkv_online_bases::add_prior(const problem & pr, space & sp) const {
 
 void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & sp) const {
     const auto &   gr     = store.groups()[pr.ig];
-    const uint32_t dim    = gr.dim [pr.kd];
+    const uint32_t dim    = gr.dim[pr.kd];
     const uint32_t rank   = gr.rank[pr.kd];
     const auto     chunks = tables[stream].used();
     if (chunks.empty() || (!store.plain() && sp.n_old == 0)) {
         return;
     }
-    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
+    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK / store.n_chunk);
     const auto   each    = [&](auto && use) { // coefficients [n, rank]
         for (size_t i = 0; i < chunks.size(); i += n_block) {
             const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i), sp.n_thread);
-            use(coef, (int) (coef.size()/rank));
+            use(coef, (int) (coef.size() / rank));
         }
     };
     if (store.plain()) {
@@ -213,25 +216,25 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
         });
         return;
     }
-    xkv_floats sum((size_t) sp.n_old*sp.n_old, 0.0f);
+    xkv_floats sum((size_t) sp.n_old * sp.n_old, 0.0f);
     each([&](const xkv_floats & coef, int n) {
-        xkv_floats part((size_t) n*sp.n_old);
+        xkv_floats part((size_t) n * sp.n_old);
         for (int i = 0; i < n; ++i) {
-            const auto row = coef.begin() + (size_t) i*rank;
-            std::copy_n(row,             sp.n_main,            part.begin() + (size_t) i*sp.n_old);
-            std::copy_n(row + sp.i_last, sp.n_old - sp.n_main, part.begin() + (size_t) i*sp.n_old + sp.n_main);
+            const auto row = coef.begin() + (size_t) i * rank;
+            std::copy_n(row, sp.n_main, part.begin() + (size_t) i * sp.n_old);
+            std::copy_n(row + sp.i_last, sp.n_old - sp.n_main, part.begin() + (size_t) i * sp.n_old + sp.n_main);
         }
         xkv_add_gram(part, n, sp.n_old, sum, sp.n_thread);
     });
     xkv_mirror(sum, sp.n_old);
     const auto turned = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old, sp.n_thread);
-    sum = xkv_floats();
+    sum               = xkv_floats();
     xkv_add_mul_rows(turned, sp.meet, sp.n, sp.n, sp.n_old, sp.cov, sp.n_thread);
 }
 
 bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
     const auto kept_now = kept(store.groups(), pr);
-    const auto kept_new = kept(next.groups,    pr);
+    const auto kept_new = kept(next.groups, pr);
     if (store.plain() || !setup.sidecar.calibrated()) {
         return true;
     }
@@ -244,12 +247,12 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
         if (r >= kept_new.size()) {
             continue;
         }
-        gain += i < sp.n_best ? sp.values[i]*kept_new[r] : 0.0;
-        gain -= i < sp.n_old ? sp.variance[i]*kept_new[r] : 0.0;
+        gain += i < sp.n_best ? sp.values[i] * kept_new[r] : 0.0;
+        gain -= i < sp.n_old ? sp.variance[i] * kept_new[r] : 0.0;
         // what keeps its place and type is not rounded again
-        lost += i < sp.n_old && kept_now[r] == kept_new[r] ? sp.variance[i]*(1.0f - kept_now[r]) : 0.0;
+        lost += i < sp.n_old && kept_now[r] == kept_new[r] ? sp.variance[i] * (1.0f - kept_now[r]) : 0.0;
     }
-    return gain*store.stage_slots()[next.stage] > lost*tables[stream].n_token();
+    return gain * store.stage_slots()[next.stage] > lost * tables[stream].n_token();
 }
 
 xkv_turn xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread) {
@@ -265,7 +268,7 @@ xkv_turn xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const
         turn = xkv_turn_all(std::move(rows), rank, store.groups()[pr.ig].dim[pr.kd]);
     }
     auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
-    n_dir = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
+    n_dir        = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
     return turn;
 }
 
@@ -275,7 +278,7 @@ bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
         return true;
     }
     const bool       meets = !store.plain() && sp.n_old > 0;
-    const xkv_floats old   = meets ? xkv_floats(sp.rows.begin(), sp.rows.begin() + (size_t) sp.n_old*dim) : xkv_floats();
+    const xkv_floats old   = meets ? xkv_floats(sp.rows.begin(), sp.rows.begin() + (size_t) sp.n_old * dim) : xkv_floats();
     if (!xkv_orthonormalize(sp.rows, sp.n, dim)) {
         return false;
     }
@@ -291,7 +294,7 @@ bool xkv_online_bases::solve(space & sp) {
         return false;
     }
     for (uint32_t i = 0; i < sp.n; ++i) {
-        sp.variance.push_back(x[(size_t) i*sp.n + i]);
+        sp.variance.push_back(x[(size_t) i * sp.n + i]);
     }
     if (!xkv_eigen(x, sp.n, sp.n_best, sp.values, sp.combos)) {
         return false;
@@ -306,15 +309,15 @@ xkv_turn xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp
 
     xkv_floats rows; // the new basis [rank, dim]
     {
-        xkv_floats best = sp.unit ? std::move(sp.combos) : xkv_floats((size_t) sp.n_best*dim, 0.0f);
+        xkv_floats best = sp.unit ? std::move(sp.combos) : xkv_floats((size_t) sp.n_best * dim, 0.0f);
         if (!sp.unit) {
             xkv_add_mul(sp.combos, sp.rows, sp.n_best, sp.n, dim, 1.0f, best, sp.n_thread);
             sp.rows = xkv_floats();
             rows    = rows_of(stream, pr, sp.n_dir, sp.n_thread);
         }
-        rows.resize((size_t) rank*dim, 0.0f);
+        rows.resize((size_t) rank * dim, 0.0f);
         for (uint32_t i = 0; i < sp.n_best; ++i) {
-            std::copy_n(best.begin() + (size_t) i*dim, dim, rows.begin() + (size_t) sp.place(i)*dim);
+            std::copy_n(best.begin() + (size_t) i * dim, dim, rows.begin() + (size_t) sp.place(i) * dim);
         }
     }
     store.set_basis(pr.kd, pr.ig, stream, rows, next, sp.n_thread);
@@ -324,7 +327,7 @@ xkv_turn xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp
         turn = xkv_turn_all(std::move(rows), rank, dim);
     } else if (sp.n_old > 0) {
         rows = xkv_floats();
-        turn.rows.resize((size_t) sp.n_best*sp.n_old, 0.0f);
+        turn.rows.resize((size_t) sp.n_best * sp.n_old, 0.0f);
         xkv_add_mul(sp.combos, sp.meet, sp.n_best, sp.n, sp.n_old, 1.0f, turn.rows, sp.n_thread);
         sp.combos = xkv_floats();
         sp.meet   = xkv_floats();

@@ -21,16 +21,17 @@ static const float XKV_ONLINE_EXCESS_PLAIN = 0.15f;
 static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 
 // of spaces at a time
-static const size_t XKV_ONLINE_BYTES = 8*1024*1024;
+static const size_t XKV_ONLINE_BYTES = 8 * 1024 * 1024;
 
 // of a plain store are measured: a share of the variance needs no more
-static const size_t XKV_ONLINE_MEASURE = 1024*1024;
+static const size_t XKV_ONLINE_MEASURE = 1024 * 1024;
 
 static float xkv_mean(const xkv_floats & x) {
-    return std::accumulate(x.begin(), x.end(), 0.0f)/x.size();
+    return std::accumulate(x.begin(), x.end(), 0.0f) / x.size();
 }
 
-xkv_online_bases::xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush) :
+xkv_online_bases::xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables,
+                                   const xkv_flush & flush) :
     setup(setup), store(store), tables(tables), flush(flush), states(store.n_stream) {
     for (auto kd : { kind::K, kind::V }) {
         for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
@@ -50,9 +51,9 @@ float xkv_online_bases::expect(const std::vector<xkv_store::group> & groups, con
     double lost  = 0.0;
     for (size_t i = 0; i < spectrum.size(); ++i) {
         total += spectrum[i];
-        lost  += spectrum[i]*(i < weight.size() ? 1.0f - weight[i] : 1.0f);
+        lost += spectrum[i] * (i < weight.size() ? 1.0f - weight[i] : 1.0f);
     }
-    return total > 0.0 ? lost/total : 0.0;
+    return total > 0.0 ? lost / total : 0.0;
 }
 
 xkv_floats xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, const problem & pr) {
@@ -65,15 +66,15 @@ xkv_floats xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, 
 
 void xkv_online_bases::reset(uint32_t stream) {
     auto & st = states[stream];
-    st = {};
+    st        = {};
     // few tokens say little beside the calibration, and an early update costs as much as a later one
-    st.n_next        = setup.sidecar.calibrated() ? setup.config.n_prior/2 : 0;
+    st.n_next = setup.sidecar.calibrated() ? setup.config.n_prior / 2 : 0;
     xkv_floats wanted;
     for (const auto & pr : problems) {
         const auto & gr = store.groups()[pr.ig];
         wanted.push_back(expect(store.groups(), pr));
         st.n_update[pr.kd].push_back(0);
-        st.n_dir   [pr.kd].push_back(setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
+        st.n_dir[pr.kd].push_back(setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
     }
     st.info.expected = xkv_mean(wanted);
 }
@@ -89,13 +90,14 @@ uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush
 void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
     auto & st = states[stream];
     st.n_seen = n_tokens(stream, jobs);
-    st.n_next = 2*st.n_seen;
+    st.n_next = 2 * st.n_seen;
     st.info.n_check++;
     residual.clear();
     wanted.clear();
 }
 
-xkv_turns xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig) {
+xkv_turns xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                        const xkv_store::layout & next, uint32_t ig) {
     std::vector<problem> list;
     std::copy_if(problems.begin(), problems.end(), std::back_inserter(list), [&](const problem & pr) { return pr.ig == ig; });
 
@@ -111,7 +113,8 @@ xkv_turns xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, c
     return turns;
 }
 
-std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream,
+                                                                  const std::vector<xkv_flush::job> & jobs,
                                                                   const std::vector<problem> & list, const xkv_store::layout * next) {
     auto &       st     = states[stream];
     const auto & groups = next ? next->groups : store.groups();
@@ -119,10 +122,10 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context 
 
     std::vector<problem> due;
     for (const auto & pr : list) {
-        wanted  .push_back(expect(groups, pr));
+        wanted.push_back(expect(groups, pr));
         residual.push_back(cold && (store.plain() || st.info.n_update == 0) ? 1.0f : measure(lctx, stream, jobs, pr, groups));
         const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
-        const float excess = std::max(share*wanted.back(), XKV_ONLINE_EXCESS_MIN);
+        const float excess = std::max(share * wanted.back(), XKV_ONLINE_EXCESS_MIN);
         if (cold || residual.back() > wanted.back() + excess) {
             due.push_back(pr);
         }
@@ -138,8 +141,8 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     const bool     cold = !setup.sidecar.calibrated();
     const uint32_t n    = n_tokens(stream, jobs);
 
-    if (4*n < st.n_next) {
-        st.n_next = 2*n; // tokens were removed
+    if (4 * n < st.n_next) {
+        st.n_next = 2 * n; // tokens were removed
     }
     // a stage with a next one checks at its end
     if (n < st.n_next || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
@@ -154,7 +157,7 @@ ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<
     std::vector<int64_t> cells;
     std::vector<int64_t> origin;
     for (const auto & job : jobs) {
-        cells .insert(cells .end(), job.cells.begin(), job.cells.end());
+        cells.insert(cells.end(), job.cells.begin(), job.cells.end());
         origin.insert(origin.end(), job.cells.size(), -job.pos);
     }
     ggml_tensor * inp_cells  = graph.input(GGML_TYPE_I32, std::move(cells));
@@ -164,15 +167,15 @@ ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<
 
 float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
                                 const std::vector<xkv_store::group> & groups) {
-    const uint32_t dim   = groups[pr.ig].dim[pr.kd];
-    const uint32_t rank  = std::min({ groups[pr.ig].rank[pr.kd], store.groups()[pr.ig].rank[pr.kd], dim });
+    const uint32_t dim  = groups[pr.ig].dim[pr.kd];
+    const uint32_t rank = std::min({ groups[pr.ig].rank[pr.kd], store.groups()[pr.ig].rank[pr.kd], dim });
 
     auto weight = kept(groups, pr);
     weight.resize(rank);
 
     const int    n_thread = lctx->get_cparams().n_threads_batch;
     const auto   rows     = rows_of(stream, pr, rank, n_thread);
-    const size_t n_chunk  = XKV_ONLINE_MEASURE/((size_t) store.n_chunk*dim);
+    const size_t n_chunk  = XKV_ONLINE_MEASURE / ((size_t) store.n_chunk * dim);
 
     double total = 0.0;
     double keep  = 0.0;
@@ -180,36 +183,38 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
         const auto coef = xkv_mul_rows(z, rows, n, rank, dim, n_thread);
         for (uint32_t i = 0; i < n; ++i) {
             for (uint32_t j = 0; j < dim; ++j) {
-                const float v = z[(size_t) i*dim + j];
-                total += v*v;
+                const float v = z[(size_t) i * dim + j];
+                total += v * v;
             }
             for (uint32_t r = 0; r < rank; ++r) {
-                const float c = coef[(size_t) i*rank + r];
-                keep += c*c*weight[r];
+                const float c = coef[(size_t) i * rank + r];
+                keep += c * c * weight[r];
             }
         }
     });
-    return total > 0.0 ? std::max(0.0, 1.0 - keep/total) : 0.0;
+    return total > 0.0 ? std::max(0.0, 1.0 - keep / total) : 0.0;
 }
 
-void xkv_online_bases::each_token(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, const use_t & use) {
+void xkv_online_bases::each_token(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
+                                  const use_t & use) {
     const uint32_t dim     = store.groups()[pr.ig].dim[pr.kd];
-    const size_t   n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/2/store.n_chunk);
+    const size_t   n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK / 2 / store.n_chunk);
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         const std::vector<xkv_flush::job> part(jobs.begin() + i, jobs.begin() + std::min(jobs.size(), i + n_block));
 
-        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER*store.groups()[pr.ig].layers.size());
+        graph.begin(lctx, 64 + XKV_ONLINE_NODES_PER_LAYER * store.groups()[pr.ig].layers.size());
         ggml_tensor * x = input_tokens(stream, part, pr); // [dim, n_token]
         graph.output(x);
         graph.run();
         const auto data = graph.read(x);
-        use(data, data.size()/dim);
+        use(data, data.size() / dim);
     }
 }
 
-xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
+xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                         const problem & pr) {
     xkv_floats res;
-    res.reserve((size_t) xkv_job_cells(jobs).size()*store.groups()[pr.ig].dim[pr.kd]);
+    res.reserve((size_t) xkv_job_cells(jobs).size() * store.groups()[pr.ig].dim[pr.kd]);
     each_token(lctx, stream, jobs, pr, [&](const xkv_floats & x, uint32_t) { res.insert(res.end(), x.begin(), x.end()); });
     return res;
 }
@@ -221,16 +226,16 @@ void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const s
 
     each_token(lctx, stream, jobs, pr, use);
 
-    auto         chunks  = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
-    const size_t n_used  = chunks.size();
+    auto         chunks = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
+    const size_t n_used = chunks.size();
     for (size_t i = 0; i < std::min(n_chunk, n_used); ++i) {
-        chunks[i] = chunks[i*n_used/std::min(n_chunk, n_used)];
+        chunks[i] = chunks[i * n_used / std::min(n_chunk, n_used)];
     }
     chunks.resize(std::min(n_chunk, n_used));
-    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK/store.n_chunk);
+    const size_t n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK / store.n_chunk);
     for (size_t i = 0; i < chunks.size(); i += n_block) {
         const auto coef = stored_coef(stream, pr, chunks, i, std::min(n_block, chunks.size() - i), n_thread);
-        use(coef, coef.size()/dim);
+        use(coef, coef.size() / dim);
     }
 }
 
@@ -248,8 +253,8 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
     for (const auto & pr : due) {
         n_bytes = std::max(n_bytes, space_bytes(pr, rank_of(pr, next), xkv_job_cells(jobs).size()));
     }
-    const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES/n_bytes));
-    problem_peak = std::max(problem_peak, std::min(n_most, due.size())*n_bytes);
+    const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES / n_bytes));
+    problem_peak        = std::max(problem_peak, std::min(n_most, due.size()) * n_bytes);
 
     uint32_t n_applied = 0;
     for (size_t first = 0; first < due.size(); first += n_most) {
@@ -261,7 +266,7 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
         }
         for (auto & sp : spaces) {
-            sp.n_thread = n_thread/n;
+            sp.n_thread = n_thread / n;
         }
         std::vector<char> solved(n);
         xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = orthonormalize(due[first + i], spaces[i]); });

@@ -34,7 +34,8 @@ public:
 
     // makes the bases of the store's next stage, group by group, and tells what becomes of stored coefficients; throws xkv_error
     void      begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
-    xkv_turns enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next, uint32_t ig);
+    xkv_turns enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next,
+                          uint32_t ig);
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
@@ -121,7 +122,7 @@ private:
     using use_t = std::function<void(const xkv_floats & x, uint32_t n)>; // of tokens [n, dim]
 
     // the tokens of the jobs, some at a time, and all
-    void       each_token (llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, const use_t & use);
+    void each_token(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, const use_t & use);
     xkv_floats read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
 
     // the tokens that are known as they are, some at a time: those of the jobs, and of a plain store those in up to n_chunk of the
@@ -130,8 +131,8 @@ private:
                     const use_t & use);
 
     // those whose bases lose more than expected in the next stage, or in the present one
-    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & list,
-                                  const xkv_store::layout * next);
+    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                  const std::vector<problem> & list, const xkv_store::layout * next);
 
     // turns: of the next stage, for the caller to carry out
     void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
@@ -152,9 +153,9 @@ private:
     // of the tokens in n chunks [tokens, rank]
     xkv_floats stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n,
                            int n_thread) const;
-    void build_cov(uint32_t stream, const problem & pr, space & sp) const;
+    void       build_cov(uint32_t stream, const problem & pr, space & sp) const;
     // adds the covariance of the calibration, and of the tokens in the store
-    void add_prior (const problem & pr, space & sp) const;
+    void add_prior(const problem & pr, space & sp) const;
     void add_stored(uint32_t stream, const problem & pr, space & sp) const;
 
     static bool solve(space & sp);

@@ -31,7 +31,7 @@ std::vector<xkv_flush_job> xkv_select(const std::vector<xkv_token> & tokens, con
         }
         xkv_flush_job job = { 0, exact[i]->pos, exact[i]->seqs, {}, {} };
         for (; i < end; ++i) {
-            job.cells  .push_back(exact[i]->cell);
+            job.cells.push_back(exact[i]->cell);
             job.offsets.push_back(exact[i]->pos - job.pos);
         }
         jobs.push_back(std::move(job));
@@ -69,11 +69,11 @@ void xkv_leave_out(std::vector<xkv_flush_job> & jobs, const std::vector<uint32_t
         size_t n = 0;
         for (size_t i = 0; i < job.cells.size(); ++i) {
             if (std::find(cells.begin(), cells.end(), job.cells[i]) == cells.end()) {
-                job.cells  [n]   = job.cells  [i];
+                job.cells[n]     = job.cells[i];
                 job.offsets[n++] = job.offsets[i];
             }
         }
-        job.cells  .resize(n);
+        job.cells.resize(n);
         job.offsets.resize(n);
     }
     jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const xkv_flush_job & job) { return job.cells.empty(); }), jobs.end());
@@ -81,7 +81,7 @@ void xkv_leave_out(std::vector<xkv_flush_job> & jobs, const std::vector<uint32_t
 
 uint32_t xkv_select_stage(const std::vector<uint32_t> & n_slot, uint32_t first, uint32_t n_chunk, size_t n) {
     uint32_t stage = first;
-    while (stage < n_slot.size() && n > n_slot[stage]/n_chunk) {
+    while (stage < n_slot.size() && n > n_slot[stage] / n_chunk) {
         stage++;
     }
     return stage;

@@ -52,8 +52,8 @@ static xkv_floats xkv_get_scales(const xkv_sidecar & sc, const gguf_context * ct
     const float * data = (const float *) gguf_get_arr_data(ctx, id);
     for (size_t il = 0; il < n_layer; ++il) {
         if (!(data[il] > 0.0f) || !std::isfinite(data[il])) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s is %g for layer %zu, expected a finite number above 0", sc.path.c_str(),
-                      key, data[il], il);
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key %s is %g for layer %zu, expected a finite number above 0", sc.path.c_str(), key,
+                      data[il], il);
         }
     }
     return xkv_floats(data, data + n_layer);
@@ -82,7 +82,8 @@ void xkv_sidecar::fill_groups(const std::string & what) {
         for (size_t i = 0; i < gr.layers.size(); ++i) {
             const uint32_t il = gr.layers[i];
             if (il >= n_layer || seen[il] || (i > 0 && il < gr.layers[i - 1])) {
-                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, expected ascending ones below %zu, each in one group", what.c_str(), g, il, n_layer);
+                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, expected ascending ones below %zu, each in one group",
+                          what.c_str(), g, il, n_layer);
             }
             if (n_embd[K][il] == 0 || n_embd[V][il] == 0) {
                 xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, which has no K and V", what.c_str(), g, il);
@@ -115,10 +116,10 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     } else {
         xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot be opened", path.c_str());
     }
-    opened = look();
+    opened              = look();
     const uint64_t size = opened.n_byte;
 
-    gguf_context_ptr ctx(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    gguf_context_ptr ctx(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/nullptr }));
     if (!ctx) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: not a readable GGUF file", path.c_str());
     }
@@ -136,8 +137,8 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     frame     = xkv_get_u32(*this, ctx.get(), "xkv.frame");
     n_embd[K] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_k");
     n_embd[V] = xkv_get_u32s(*this, ctx.get(), "xkv.embd_v");
-    scale [K] = xkv_get_scales(*this, ctx.get(), "xkv.scale_k", n_embd[K].size());
-    scale [V] = xkv_get_scales(*this, ctx.get(), "xkv.scale_v", n_embd[V].size());
+    scale[K]  = xkv_get_scales(*this, ctx.get(), "xkv.scale_k", n_embd[K].size());
+    scale[V]  = xkv_get_scales(*this, ctx.get(), "xkv.scale_v", n_embd[V].size());
 
     if (frame != 32 && frame != 64 && frame != 128 && frame != 256) {
         xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: frame is %u tokens, expected 32, 64, 128 or 256", path.c_str(), frame);
@@ -173,23 +174,23 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
             xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s has type %s, expected f32%s", path.c_str(), name, ggml_type_name(type),
                       basis ? " or f16" : "");
         }
-        const uint64_t n = gguf_get_tensor_size(ctx.get(), id)/ggml_type_size(type);
-        if (basis ? n == 0 || n % dim != 0 || n/dim > dim : n != n_row) {
+        const uint64_t n = gguf_get_tensor_size(ctx.get(), id) / ggml_type_size(type);
+        if (basis ? n == 0 || n % dim != 0 || n / dim > dim : n != n_row) {
             xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s holds %llu numbers, expected %llu%s", path.c_str(), name,
                       (unsigned long long) n, (unsigned long long) dim, basis ? " for each of at most as many directions" : "");
         }
         const tensor t = { type, gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id), n };
-        if (t.offset + n*ggml_type_size(type) > size) {
-            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated",
-                      path.c_str(), name, (unsigned long long) size);
+        if (t.offset + n * ggml_type_size(type) > size) {
+            xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: tensor %s ends beyond the file's %llu bytes; the file is truncated", path.c_str(),
+                      name, (unsigned long long) size);
         }
         return t;
     };
     for (size_t g = 0; g < groups.size(); ++g) {
         for (int kd = K; kd <= V; ++kd) {
             const uint64_t dim = groups[g].dim[kd];
-            bases  [kd].push_back(find(g, kd, "basis",    0));
-            means  [kd].push_back(find(g, kd, "mean",     dim));
+            bases[kd].push_back(find(g, kd, "basis", 0));
+            means[kd].push_back(find(g, kd, "mean", dim));
             spectra[kd].push_back(find(g, kd, "spectrum", dim));
         }
     }
@@ -210,11 +211,11 @@ xkv_sidecar::stamp xkv_sidecar::look() const {
 }
 
 xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
-    xkv_floats       res(n);
+    xkv_floats               res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
 
     const size_t   size = ggml_type_size((ggml_type) t.type);
-    const uint64_t at   = t.offset + first*size;
+    const uint64_t at   = t.offset + first * size;
     void *         dst  = t.type == GGML_TYPE_F16 ? (void *) half.data() : (void *) res.data();
     {
         std::lock_guard<std::mutex> lock(file_mutex);
@@ -223,7 +224,8 @@ xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const
             xkv_throw(XKV_STATUS_IO, "sidecar %s: it was written to while it is in use; open the model again", path.c_str());
         }
         if (fseek(file.get(), (long) at, SEEK_SET) != 0 || fread(dst, size, n, file.get()) != n) {
-            xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n, (unsigned long long) at);
+            xkv_throw(XKV_STATUS_IO, "sidecar %s: cannot read %llu numbers at byte %llu", path.c_str(), (unsigned long long) n,
+                      (unsigned long long) at);
         }
     }
     if (t.type == GGML_TYPE_F16) {
@@ -233,13 +235,13 @@ xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const
 }
 
 xkv_floats xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first) const {
-    const uint64_t     dim = groups[g].dim[kd];
-    xkv_floats res;
-    const uint64_t held = calibrated() ? bases[kd][g].n/dim : 0;
+    const uint64_t dim = groups[g].dim[kd];
+    xkv_floats     res;
+    const uint64_t held = calibrated() ? bases[kd][g].n / dim : 0;
     if (first < held) {
-        res = read(bases[kd][g], std::min<uint64_t>(n_row, held - first)*dim, first*dim);
+        res = read(bases[kd][g], std::min<uint64_t>(n_row, held - first) * dim, first * dim);
     }
-    res.resize(n_row*dim, 0.0f);
+    res.resize(n_row * dim, 0.0f);
     return res;
 }
 

@@ -45,8 +45,8 @@ public:
     const std::string path;
 
     uint32_t              frame = 0; // chunk length in tokens
-    std::vector<uint32_t> n_embd[2];  // per layer of the model: numbers per token of K and V
-    xkv_floats    scale[2];   // per layer: what K and V are multiplied by, so that errors weigh the same
+    std::vector<uint32_t> n_embd[2]; // per layer of the model: numbers per token of K and V
+    xkv_floats            scale[2];  // per layer: what K and V are multiplied by, so that errors weigh the same
     std::vector<group>    groups;
 
 private:

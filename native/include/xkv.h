@@ -40,47 +40,47 @@ enum xkv_status {
 // Directions of one kind of one group whose coefficients share a type.
 struct xkv_segment {
     uint32_t group;
-    uint32_t kind; // 0 = K, 1 = V
-    uint32_t rank; // a multiple of 32 and, for K, of the type's block; the last of a group and kind may end at its dimension
-    int32_t  type; // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0, Q2_0, Q1_0
+    uint32_t kind;       // 0 = K, 1 = V
+    uint32_t rank;       // a multiple of 32 and, for K, of the type's block; the last of a group and kind may end at its dimension
+    int32_t  type;       // ggml_type of the coefficients: F32, F16, Q8_0, Q5_0, Q4_0, Q2_0, Q1_0
     int32_t  type_basis; // ggml_type of the directions themselves: F32, F16, Q8_0, Q5_0, Q4_0
-    float    noise; // of type: mean squared error over variance of what is stored, 0 to below 1
+    float    noise;      // of type: mean squared error over variance of what is stored, 0 to below 1
 };
 
 // A division of the same bytes for at most n_slot tokens: they get more directions and bits than those of a full store.
 struct xkv_stage {
-    uint32_t                   n_slot; // a multiple of 256
+    uint32_t                   n_slot;   // a multiple of 256
     const struct xkv_segment * segments; // NULL, for the first stage only: K and V as they are, in heads of multiples of 32
     uint32_t                   n_segment;
-    int32_t                    type; // ggml_type of K and V without segments: F32, F16, Q8_0
+    int32_t                    type;  // ggml_type of K and V without segments: F32, F16, Q8_0
     float                      noise; // of type
 };
 
 // How the next llama_context of this thread keeps its KV cache. Sizes are in tokens. The context's type_k and type_v are
 // those of the window: F16, F32 or Q8_0.
 struct xkv_params {
-    const char *               sidecar;    // path of the sidecar GGUF file; NULL: no calibration, bases are learnt from the first tokens
-    const uint32_t *           layers;     // without a sidecar: layers of the model, ascending in a group, group by group
-    const uint32_t *           count;      // [n_group] layers of each group
+    const char *               sidecar; // path of the sidecar GGUF file; NULL: no calibration, bases are learnt from the first tokens
+    const uint32_t *           layers;  // without a sidecar: layers of the model, ascending in a group, group by group
+    const uint32_t *           count;   // [n_group] layers of each group
     uint32_t                   n_group;
-    uint32_t                   frame;      // without a sidecar: chunk length
-    const struct xkv_segment * segments;   // by group, K before V, then by descending variance
+    uint32_t                   frame;    // without a sidecar: chunk length
+    const struct xkv_segment * segments; // by group, K before V, then by descending variance
     uint32_t                   n_segment;
-    const struct xkv_stage *   stages;     // before the store fills, by ascending n_slot; used by contexts with one stream
+    const struct xkv_stage *   stages; // before the store fills, by ascending n_slot; used by contexts with one stream
     uint32_t                   n_stage;
-    int32_t                    n_sink;     // first tokens of a sequence that stay exact
-    int32_t                    n_text_sink; // most later tokens of a sequence that stay exact because the model uses them as attention sinks
-    int32_t                    n_window;   // fewest recent tokens that stay exact
-    int32_t                    n_absorb;   // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
-    int32_t                    online;     // 1: bases follow the prompt, 0: they stay as calibrated
-    int32_t                    n_prior;    // tokens that the calibration is worth when bases are updated
-    int32_t                    fused;      // 1: the op XKV_ATTN where a layer's device has it (CPU), 0: stock ops only
-    float                      tolerance;  // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
-                                           // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
-    int32_t                    n_lead;     // a multiple of 32
-    uint32_t                   n_keep;     // of a stream: cells of the window that tokens stay in, of all its sequences
-    uint32_t                   n_cell;     // of a stream: those, and the ones through which a micro-batch passes
-    uint32_t                   n_slot;     // of a stream: tokens that the store has room for, a multiple of 256
+    int32_t                    n_sink; // first tokens of a sequence that stay exact
+    int32_t n_text_sink;               // most later tokens of a sequence that stay exact because the model uses them as attention sinks
+    int32_t n_window;                  // fewest recent tokens that stay exact
+    int32_t n_absorb;                  // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
+    int32_t online;                    // 1: bases follow the prompt, 0: they stay as calibrated
+    int32_t n_prior;                   // tokens that the calibration is worth when bases are updated
+    int32_t fused;                     // 1: the op XKV_ATTN where a layer's device has it (CPU), 0: stock ops only
+    float   tolerance;                 // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
+                                       // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
+    int32_t  n_lead;                   // a multiple of 32
+    uint32_t n_keep;                   // of a stream: cells of the window that tokens stay in, of all its sequences
+    uint32_t n_cell;                   // of a stream: those, and the ones through which a micro-batch passes
+    uint32_t n_slot;                   // of a stream: tokens that the store has room for, a multiple of 256
 };
 
 // How the bases of a stream followed its tokens.
@@ -145,8 +145,8 @@ int xkv_context_refusal(struct llama_context * ctx);
 // Calibration: Gram matrices of chunk-frame K and of V, per group of layers, taken from a plain f16 or f32 cache.
 // layers: of the model, ascending in a group, group by group; count [n_group] is how many each group has. Tokens at positions
 // below n_sink are left out.
-int  xkv_capture_new(struct llama_context * ctx, const uint32_t * layers, const uint32_t * count, uint32_t n_group,
-                     uint32_t frame, uint32_t n_sink, struct xkv_capture ** capture);
+int  xkv_capture_new(struct llama_context * ctx, const uint32_t * layers, const uint32_t * count, uint32_t n_group, uint32_t frame,
+                     uint32_t n_sink, struct xkv_capture ** capture);
 void xkv_capture_free(struct xkv_capture * capture);
 
 // adds the tokens that sequence seq_id holds in the cache now
@@ -154,8 +154,7 @@ int xkv_capture_add(struct xkv_capture * capture, int32_t seq_id);
 
 // reads the sums so far, also when the context is gone. kind 0 = K, 1 = V; D = sum of n_embd over the group's layers.
 // gram [D*D] row-major sum of x x^T, sum [D] sum of x, n_tokens: tokens added
-int xkv_capture_read(const struct xkv_capture * capture, uint32_t group, int32_t kind,
-                     double * gram, double * sum, uint64_t * n_tokens);
+int xkv_capture_read(const struct xkv_capture * capture, uint32_t group, int32_t kind, double * gram, double * sum, uint64_t * n_tokens);
 
 // frees the sums of one kind of one group; they read as zeros of no tokens from now on
 int xkv_capture_drop(struct xkv_capture * capture, uint32_t group, int32_t kind);

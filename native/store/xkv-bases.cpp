@@ -71,7 +71,7 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
             size_t n_byte = 0;
             for (auto kd : { kind::K, kind::V }) {
                 for (const auto & seg : gr.segments[kd]) {
-                    n_byte += ggml_row_size(seg.type_basis, (int64_t) seg.rank*sidecar.n_embd[kd][il]);
+                    n_byte += ggml_row_size(seg.type_basis, (int64_t) seg.rank * sidecar.n_embd[kd][il]);
                 }
             }
             res.packed[i] = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, n_byte);
@@ -81,8 +81,8 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
         for (auto kd : { kind::K, kind::V }) {
             for (const auto & seg : gr.segments[kd]) {
                 const int64_t n_embd = sidecar.n_embd[kd][il];
-                ggml_tensor * t = kd == kind::K ? ggml_new_tensor_2d(ctx, seg.type_basis, n_embd, seg.rank) :
-                                                  ggml_new_tensor_2d(ctx, seg.type_basis, seg.rank, n_embd);
+                ggml_tensor * t      = kd == kind::K ? ggml_new_tensor_2d(ctx, seg.type_basis, n_embd, seg.rank) :
+                                                       ggml_new_tensor_2d(ctx, seg.type_basis, seg.rank, n_embd);
                 ggml_format_name(t, "xkv_basis_%c_l%u_%s", kd == kind::K ? 'k' : 'v', il, ggml_type_name(seg.type));
                 res.tensors[kd][i].push_back(t);
             }
@@ -93,21 +93,21 @@ xkv_store::basis_set xkv_store::make_bases(const std::vector<group> & groups, co
 
 // where the number of direction r of a segment for number i of n stands in its basis: K by direction, V by number
 static size_t xkv_basis_index(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n, uint32_t r, uint32_t i) {
-    return kd == xkv_store::kind::K ? (size_t) r*n + i : (size_t) i*seg.rank + r;
+    return kd == xkv_store::kind::K ? (size_t) r * n + i : (size_t) i * seg.rank + r;
 }
 
 void xkv_store::write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows,
                             int n_thread) const {
     const group &  gr  = groups[ig];
     const uint32_t dim = gr.dim[kd];
-    GGML_ASSERT(rows.size() == (size_t) gr.rank[kd]*dim);
+    GGML_ASSERT(rows.size() == (size_t) gr.rank[kd] * dim);
 
     // the segment's rows for n numbers of a layer
     const auto part = [&](const segment & seg, uint32_t first, uint32_t n) {
-        xkv_floats x((size_t) seg.rank*n);
+        xkv_floats x((size_t) seg.rank * n);
         for (uint32_t r = 0; r < seg.rank; ++r) {
             for (uint32_t i = 0; i < n; ++i) {
-                x[xkv_basis_index(seg, kd, n, r, i)] = rows[(size_t) (seg.first + r)*dim + first + i];
+                x[xkv_basis_index(seg, kd, n, r, i)] = rows[(size_t) (seg.first + r) * dim + first + i];
             }
         }
         return x;
@@ -118,7 +118,7 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
             ggml_tensor *  t = bases.packed[slot_of.at(il)];
             const uint32_t n = n_head_dim(kd, il);
             each_basis(gr, kd, il, n_thread, [&](const segment & seg, uint32_t head, size_t at) {
-                const auto           x = part(seg, off + head*n, n);
+                const auto           x = part(seg, off + head * n, n);
                 std::vector<uint8_t> data(ggml_row_size(seg.type_basis, x.size()));
                 xkv_pack(seg.type_basis, x.data(), kd == kind::K ? seg.rank : n, kd == kind::K ? n : seg.rank, data.data());
                 ggml_backend_tensor_set(t, data.data(), at, data.size());
@@ -126,8 +126,8 @@ void xkv_store::write_basis(const std::vector<group> & groups, const basis_set &
             continue;
         }
         for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-            ggml_tensor * t = bases.tensors[kd][slot_of.at(il)][is];
-            const auto    x = part(gr.segments[kd][is], off, sidecar.n_embd[kd][il]);
+            ggml_tensor *        t = bases.tensors[kd][slot_of.at(il)][is];
+            const auto           x = part(gr.segments[kd][is], off, sidecar.n_embd[kd][il]);
             std::vector<uint8_t> data(ggml_nbytes(t));
             xkv_encode(t->type, x.data(), data.data(), x.size());
             ggml_backend_tensor_set(t, data.data(), 0, data.size());
@@ -139,11 +139,11 @@ xkv_floats xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream, int
     const group &  gr     = now.groups[layer_of(il).ig];
     const uint32_t n_embd = sidecar.n_embd[kd][il];
 
-    xkv_floats rows((size_t) gr.rank[kd]*n_embd);
+    xkv_floats rows((size_t) gr.rank[kd] * n_embd);
     const auto put = [&](const xkv_floats & x, const segment & seg, uint32_t first, uint32_t n) {
         for (uint32_t r = 0; r < seg.rank; ++r) {
             for (uint32_t i = 0; i < n; ++i) {
-                rows[(size_t) (seg.first + r)*n_embd + first + i] = x[xkv_basis_index(seg, kd, n, r, i)];
+                rows[(size_t) (seg.first + r) * n_embd + first + i] = x[xkv_basis_index(seg, kd, n, r, i)];
             }
         }
     };
@@ -151,16 +151,16 @@ xkv_floats xkv_store::get_basis_layer(kind kd, uint32_t il, uint32_t stream, int
         const ggml_tensor * t = packed_basis(il, stream);
         const uint32_t      n = n_head_dim(kd, il);
         each_basis(gr, kd, il, n_thread, [&](const segment & seg, uint32_t head, size_t at) {
-            xkv_floats           x((size_t) seg.rank*n);
+            xkv_floats           x((size_t) seg.rank * n);
             std::vector<uint8_t> data(ggml_row_size(seg.type_basis, x.size()));
             ggml_backend_tensor_get(t, data.data(), at, data.size());
             xkv_unpack(seg.type_basis, data.data(), kd == kind::K ? seg.rank : n, kd == kind::K ? n : seg.rank, x.data());
-            put(x, seg, head*n, n);
+            put(x, seg, head * n, n);
         });
         return rows;
     }
     for (size_t is = 0; is < gr.segments[kd].size(); ++is) {
-        const ggml_tensor * t = basis(kd, il, is, stream);
+        const ggml_tensor *  t = basis(kd, il, is, stream);
         xkv_floats           x(ggml_nelements(t));
         std::vector<uint8_t> data(ggml_nbytes(t));
         ggml_backend_tensor_get(t, data.data(), 0, data.size());
@@ -174,12 +174,12 @@ xkv_floats xkv_store::get_basis(kind kd, uint32_t ig, uint32_t stream, int n_thr
     const group &  gr  = now.groups[ig];
     const uint32_t dim = gr.dim[kd];
 
-    xkv_floats rows((size_t) gr.rank[kd]*dim);
+    xkv_floats rows((size_t) gr.rank[kd] * dim);
     for (uint32_t il : gr.layers) {
         const auto     part = get_basis_layer(kd, il, stream, n_thread);
         const uint32_t n    = sidecar.n_embd[kd][il];
         for (uint32_t r = 0; r < gr.rank[kd]; ++r) {
-            std::copy_n(part.begin() + (size_t) r*n, n, rows.begin() + (size_t) r*dim + layer_of(il).off[kd]);
+            std::copy_n(part.begin() + (size_t) r * n, n, rows.begin() + (size_t) r * dim + layer_of(il).off[kd]);
         }
     }
     return rows;
@@ -261,12 +261,12 @@ void xkv_store::fill_means() {
 
             xkv_floats mean_o;
             for (uint32_t h = 0; h < hparams.n_head(il); ++h) {
-                const float * head = v + (size_t) (h/hparams.n_gqa(il))*n_head_dim;
+                const float * head = v + (size_t) (h / hparams.n_gqa(il)) * n_head_dim;
                 mean_o.insert(mean_o.end(), head, head + n_head_dim);
             }
             ggml_backend_tensor_set(l.mean_k, mean_k.data() + l.off[kind::K], 0, ggml_nbytes(l.mean_k));
-            ggml_backend_tensor_set(l.mean_v, v,                              0, ggml_nbytes(l.mean_v));
-            ggml_backend_tensor_set(l.mean_o, mean_o.data(),                  0, ggml_nbytes(l.mean_o));
+            ggml_backend_tensor_set(l.mean_v, v, 0, ggml_nbytes(l.mean_v));
+            ggml_backend_tensor_set(l.mean_o, mean_o.data(), 0, ggml_nbytes(l.mean_o));
         }
     }
 }

@@ -32,15 +32,15 @@ struct xkv_config {
         bool plain() const { return segments[0].empty(); }
     };
 
-    uint32_t  n_sink;
-    uint32_t  n_text_sink;
-    uint32_t  n_window;
-    uint32_t  n_absorb;
-    bool      online;
-    uint32_t  n_prior;
-    bool      fused;
-    float     tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
-    uint32_t  n_lead;    // directions of K and V
+    uint32_t n_sink;
+    uint32_t n_text_sink;
+    uint32_t n_window;
+    uint32_t n_absorb;
+    bool     online;
+    uint32_t n_prior;
+    bool     fused;
+    float    tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
+    uint32_t n_lead;    // directions of K and V
 
     // of a stream, for all its sequences
     uint32_t n_keep; // cells of the window that tokens stay in
@@ -52,8 +52,8 @@ struct xkv_config {
 
 // what stays the same while a cache lives; its owner outlives those who refer to it
 struct xkv_setup {
-    const llama_model   & model;
+    const llama_model &   model;
     const llama_cparams & cparams;
-    const xkv_sidecar   & sidecar;
-    const xkv_config    & config;
+    const xkv_sidecar &   sidecar;
+    const xkv_config &    config;
 };

@@ -26,19 +26,19 @@ template <typename F> static void xkv_each_tile(ggml_type type, size_t n_row, si
 void xkv_pack(ggml_type type, const float * x, size_t n_row, size_t n_col, uint8_t * packed) {
     const size_t n_byte = ggml_row_size(type, n_col);
 
-    std::vector<uint8_t> rows(n_row*n_byte);
-    xkv_encode(type, x, rows.data(), n_row*n_col);
+    std::vector<uint8_t> rows(n_row * n_byte);
+    xkv_encode(type, x, rows.data(), n_row * n_col);
     xkv_each_tile(type, n_row, n_col, [&](size_t r, size_t c, size_t at) {
-        xkv_tile_pack(type, rows.data() + r*n_byte + ggml_row_size(type, c), n_byte, packed + at);
+        xkv_tile_pack(type, rows.data() + r * n_byte + ggml_row_size(type, c), n_byte, packed + at);
     });
 }
 
 void xkv_unpack(ggml_type type, const uint8_t * packed, size_t n_row, size_t n_col, float * x) {
     const size_t n_byte = ggml_row_size(type, n_col);
 
-    std::vector<uint8_t> rows(n_row*n_byte);
+    std::vector<uint8_t> rows(n_row * n_byte);
     xkv_each_tile(type, n_row, n_col, [&](size_t r, size_t c, size_t at) {
-        xkv_tile_unpack(type, packed + at, rows.data() + r*n_byte + ggml_row_size(type, c), n_byte);
+        xkv_tile_unpack(type, packed + at, rows.data() + r * n_byte + ggml_row_size(type, c), n_byte);
     });
-    xkv_decode(type, rows.data(), x, n_row*n_col);
+    xkv_decode(type, rows.data(), x, n_row * n_col);
 }

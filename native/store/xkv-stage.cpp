@@ -17,10 +17,10 @@
 
 // decoding multiplies with coefficients and bases as they are stored
 static void xkv_check_supported(ggml_backend_dev_t dev, ggml_type type, const char * what) {
-    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 4*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/4 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true }));
 
     const int64_t n = 256; // whole blocks of every type
-    ggml_tensor * a = ggml_new_tensor_2d(ctx.get(), type,          n, n);
+    ggml_tensor * a = ggml_new_tensor_2d(ctx.get(), type, n, n);
     ggml_tensor * b = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n, 1);
     if (!ggml_backend_dev_supports_op(dev, ggml_mul_mat(ctx.get(), a, b))) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s of type %s cannot be multiplied on %s; leave %s out of the types", what, ggml_type_name(type),
@@ -55,9 +55,10 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage, uint32_t n_used) const 
                 add(seg.type, seg.type_basis, seg.noise, GGML_PAD(seg.rank, block), 1);
             }
         }
-        const size_t n_tensor = 1 + (1 + gr.layers.size())*(gr.segments[kind::K].size() + gr.segments[kind::V].size());
-        xkv_ask(n_tensor*ggml_tensor_overhead() + 64*1024);
-        res.ctxs.emplace_back(ggml_init({ /*.mem_size =*/ n_tensor*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+        const size_t n_tensor = 1 + (1 + gr.layers.size()) * (gr.segments[kind::K].size() + gr.segments[kind::V].size());
+        xkv_ask(n_tensor * ggml_tensor_overhead() + 64 * 1024);
+        res.ctxs.emplace_back(
+            ggml_init({ /*.mem_size =*/n_tensor * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true }));
         res.groups.push_back(gr);
     }
     if (!plain) {
@@ -86,10 +87,10 @@ void xkv_store::make_coef(layout & l, uint32_t ig, uint32_t n_used) const {
         return;
     }
     // K, then V; of each layer when plain
-    size_t n_byte = 0;
-    const auto put = [&](segment & seg) {
+    size_t     n_byte = 0;
+    const auto put    = [&](segment & seg) {
         seg.offset = n_byte;
-        n_byte += ggml_row_size(seg.type, (int64_t) n_chunk*seg.rank);
+        n_byte += ggml_row_size(seg.type, (int64_t) n_chunk * seg.rank);
     };
     for (size_t i = 0; plain && i < gr.layers.size(); ++i) {
         put(gr.segments[kind::K][i]);
@@ -102,7 +103,7 @@ void xkv_store::make_coef(layout & l, uint32_t ig, uint32_t n_used) const {
             }
         }
     }
-    gr.packed = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, n_byte, n_used/n_chunk, n_stream);
+    gr.packed = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, n_byte, n_used / n_chunk, n_stream);
     ggml_format_name(gr.packed, "xkv_coef_g%u", ig);
 }
 
@@ -126,7 +127,7 @@ void xkv_store::make_arena() {
                     continue;
                 }
                 for (const auto & seg : stage.segments[kd][ig]) {
-                    xkv_check_supported(device(sidecar.groups[ig].layers[0]), seg.type,       "coefficients");
+                    xkv_check_supported(device(sidecar.groups[ig].layers[0]), seg.type, "coefficients");
                     xkv_check_supported(device(sidecar.groups[ig].layers[0]), seg.type_basis, "bases");
                 }
             }
@@ -146,8 +147,8 @@ void xkv_store::make_arena() {
     for (const auto & [type, size] : sizes(full)) {
         arena[type].reset(ggml_backend_buft_alloc_buffer(type, size));
         if (!arena[type]) {
-            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio",
-                      size, ggml_backend_buft_name(type));
+            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio", size,
+                      ggml_backend_buft_name(type));
         }
         ggml_backend_buffer_clear(arena[type].get(), 0);
     }
@@ -161,11 +162,11 @@ void xkv_store::make_arena() {
         size_t n   = 0;
         if (gr.packed) {
             n   = size(gr.packed);
-            n_k = gr.segments[kind::V][0].offset*ggml_nrows(gr.packed);
+            n_k = gr.segments[kind::V][0].offset * ggml_nrows(gr.packed);
         } else {
             for (auto kd : { kind::K, kind::V }) {
                 for (const auto & seg : gr.segments[kd]) {
-                    n   += size(seg.coef);
+                    n += size(seg.coef);
                     n_k += kd == kind::K ? size(seg.coef) : 0;
                 }
             }
@@ -181,8 +182,10 @@ void xkv_store::make_arena() {
     // where layers are on several devices, each has to hold its share of every stage
     for (size_t i = stages.size() - 1; i-- > 0;) {
         const auto list = sizes(make_layout(i, stages[i].n_slot));
-        if (std::any_of(list.begin(), list.end(), [&](const auto & e) { return e.second > ggml_backend_buffer_get_size(arena[e.first].get()); })) {
-            LLAMA_LOG_WARN("%s: the stage for %u tokens takes more than the full store on some device and is left out\n", __func__, stages[i].n_slot);
+        if (std::any_of(list.begin(), list.end(),
+                        [&](const auto & e) { return e.second > ggml_backend_buffer_get_size(arena[e.first].get()); })) {
+            LLAMA_LOG_WARN("%s: the stage for %u tokens takes more than the full store on some device and is left out\n", __func__,
+                           stages[i].n_slot);
             stages.erase(stages.begin() + i);
         }
     }
@@ -243,9 +246,9 @@ void xkv_store::begin_group(layout & next, uint32_t ig) const {
     auto & gr = next.groups[ig];
     if (gr.pack) {
         // where chunks do not shrink, or do not fit, they wait in host memory
-        auto * buf = arena.at(buft(gr.layers[0])).get();
+        auto * buf              = arena.at(buft(gr.layers[0])).get();
         const auto [begin, end] = region(now, ig);
-        const auto places = xkv_places(next.ctxs[ig].get(), buf, begin);
+        const auto places       = xkv_places(next.ctxs[ig].get(), buf, begin);
         if (places.back() <= end && gr.packed->ne[0] <= now.groups[ig].packed->ne[0]) {
             xkv_put(gr.packed, buf, places[places.size() - 2]); // the last tensor
         }
@@ -272,15 +275,16 @@ uint32_t xkv_store::n_free(const layout & next, uint32_t ig, uint32_t unread) co
     if (to->buffer != from->buffer) {
         return to->ne[1];
     }
-    const ptrdiff_t room = (char *) from->data + unread*from->nb[1] - (char *) to->data;
-    return room <= 0 ? 0 : std::min<size_t>(to->ne[1], room/to->nb[1]);
+    const ptrdiff_t room = (char *) from->data + unread * from->nb[1] - (char *) to->data;
+    return room <= 0 ? 0 : std::min<size_t>(to->ne[1], room / to->nb[1]);
 }
 
 std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const {
     const auto   type = buft(l.groups[ig].layers[0]);
     const auto * buf  = arena.at(type).get();
     const auto   at   = [&](uint32_t i) {
-        return (size_t) ((char *) ggml_get_first_tensor(l.ctxs[i].get())->data - (char *) ggml_backend_buffer_get_base(const_cast<ggml_backend_buffer_t>(buf)));
+        return (size_t) ((char *) ggml_get_first_tensor(l.ctxs[i].get())->data -
+                         (char *) ggml_backend_buffer_get_base(const_cast<ggml_backend_buffer_t>(buf)));
     };
     for (uint32_t i = ig + 1; i < l.groups.size(); ++i) {
         if (buft(l.groups[i].layers[0]) == type) {
@@ -298,7 +302,7 @@ void xkv_store::end_group(layout & next, uint32_t ig) const {
     }
     // the bases before the coefficients
     const auto places = xkv_places(next.ctxs[ig].get(), buf, region(now, ig).first);
-    size_t i = 0;
+    size_t     i      = 0;
     for (ggml_tensor * t = ggml_get_first_tensor(next.ctxs[ig].get()); t != gr.packed; t = ggml_get_next_tensor(next.ctxs[ig].get(), t)) {
         const void * from = t->data;
         xkv_put(t, buf, places[i++]);
@@ -309,7 +313,7 @@ void xkv_store::end_group(layout & next, uint32_t ig) const {
 
 // src's bytes at the begin of dst, which may overlap
 static void xkv_move(const ggml_tensor * src, ggml_tensor * dst) {
-    static const size_t XKV_MOVE_BYTES = 256*1024;
+    static const size_t XKV_MOVE_BYTES = 256 * 1024;
 
     const size_t n_byte = ggml_nbytes(src);
     const bool   up     = dst->data > src->data;
@@ -348,8 +352,8 @@ void xkv_store::commit(layout && next) {
     };
     // Groups that are in the arena keep their order there: those that go up move from the last one on, then those that go down
     // from the first one on, so that none is written over before it has moved.
-    const uint32_t n = full.groups.size();
-    const auto up = [&](uint32_t ig) { return tensors(full, ig)[0]->data > tensors(next, ig)[0]->data; };
+    const uint32_t n  = full.groups.size();
+    const auto     up = [&](uint32_t ig) { return tensors(full, ig)[0]->data > tensors(next, ig)[0]->data; };
     for (uint32_t ig = n; ig-- > 0;) {
         if (!next.bufs[ig] && up(ig)) {
             move(ig, true);

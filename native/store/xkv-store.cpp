@@ -25,15 +25,17 @@ bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
     const auto & hparams = model.hparams;
 
     return fused && std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
-        ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/ 8*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+               ggml_context_ptr ctx(
+                   ggml_init({ /*.mem_size =*/8 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true }));
 
-        const xkv_attn_params params = {};
-        ggml_tensor * q = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), hparams.n_head(il),    1, 1);
-        ggml_tensor * k = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_k(il), hparams.n_head_kv(il), 32, 1);
-        ggml_tensor * v = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_v(il), hparams.n_head_kv(il), 32, 1);
-        ggml_tensor * m = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, 32, 1, 1, 1);
-        return ggml_backend_dev_supports_op(device(il), xkv_attn(ctx.get(), { q, k, v, m, nullptr, nullptr, nullptr, nullptr, nullptr }, &params));
-    });
+               const xkv_attn_params params = {};
+               ggml_tensor *         q = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), hparams.n_head(il), 1, 1);
+               ggml_tensor * k = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_k(il), hparams.n_head_kv(il), 32, 1);
+               ggml_tensor * v = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_v(il), hparams.n_head_kv(il), 32, 1);
+               ggml_tensor * m = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, 32, 1, 1, 1);
+               return ggml_backend_dev_supports_op(
+                   device(il), xkv_attn(ctx.get(), { q, k, v, m, nullptr, nullptr, nullptr, nullptr, nullptr }, &params));
+           });
 }
 
 xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const {
@@ -43,7 +45,7 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
     make([&](uint32_t il) {
         auto & ctx = ctx_map[buft(il)];
         if (!ctx) {
-            ctx = ggml_init({ /*.mem_size =*/ n_tensors*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true });
+            ctx = ggml_init({ /*.mem_size =*/n_tensors * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true });
             res.ctxs.emplace_back(ctx);
         }
         return ctx;
@@ -61,15 +63,16 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
 }
 
 xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_stream, bool offload) :
-    n_chunk(sidecar.frame), n_slot(config.n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload), fused(config.fused), stages(config.stages),
-    own(n_stream) {
+    n_chunk(sidecar.frame), n_slot(config.n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload),
+    fused(config.fused), stages(config.stages), own(n_stream) {
     const auto & hparams = model.hparams;
 
     stages.back().n_slot = n_slot;
     // streams fill at different times, but share the tensors
     stages.erase(stages.begin(), n_stream > 1 ? stages.end() - 1 : stages.begin());
     if (stages.size() > 1 && stages[stages.size() - 2].n_slot >= n_slot) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a stage has %u slots, expected below the %u of the store", stages[stages.size() - 2].n_slot, n_slot);
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a stage has %u slots, expected below the %u of the store", stages[stages.size() - 2].n_slot,
+                  n_slot);
     }
 
     for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
@@ -85,18 +88,18 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 
     make_arena();
 
-    means = make_pool(PART_MEANS, 3*layer_list.size(), [&](const ctx_of_t & ctx_of) {
+    means = make_pool(PART_MEANS, 3 * layer_list.size(), [&](const ctx_of_t & ctx_of) {
         for (auto & l : layer_list) {
             auto * ctx = ctx_of(groups()[l.ig].layers[0]);
-            l.mean_k = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(l.il));
-            l.mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
-            l.mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il)*hparams.n_head(l.il));
+            l.mean_k   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(l.il));
+            l.mean_v   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
+            l.mean_o   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il) * hparams.n_head(l.il));
         }
     });
     fill_means();
 
     for (const auto & [name, bytes] : parts()) {
-        LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes/1024.0/1024.0);
+        LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes / 1024.0 / 1024.0);
     }
 }
 
@@ -107,11 +110,11 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
 // Coefficients of a segment stand as rows that are quantized: K [n_chunk, rank], V [rank, n_chunk]. In a plain store, packed, so
 // does each KV head.
 template <typename F> static void xkv_each_number(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n_chunk, F && f) {
-    const uint32_t n = seg.rank/seg.n_head; // of a head
+    const uint32_t n = seg.rank / seg.n_head; // of a head
     for (uint32_t h = 0; h < seg.n_head; ++h) {
         for (uint32_t i = 0; i < n_chunk; ++i) {
             for (uint32_t r = 0; r < n; ++r) {
-                f((size_t) h*n*n_chunk + (kd == xkv_store::kind::K ? (size_t) i*n + r : (size_t) r*n_chunk + i), i, h*n + r);
+                f((size_t) h * n * n_chunk + (kd == xkv_store::kind::K ? (size_t) i * n + r : (size_t) r * n_chunk + i), i, h * n + r);
             }
         }
     }
@@ -120,54 +123,56 @@ template <typename F> static void xkv_each_number(const xkv_store::segment & seg
 xkv_floats xkv_store::get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const {
     const group & gr = now.groups[ig];
 
-    xkv_floats   res((size_t) n_chunk*gr.rank[kd]);
+    xkv_floats           res((size_t) n_chunk * gr.rank[kd]);
     std::vector<uint8_t> data;
-    xkv_floats   x;
+    xkv_floats           x;
     for (const auto & seg : gr.segments[kd]) {
-        x.resize((size_t) n_chunk*seg.rank);
+        x.resize((size_t) n_chunk * seg.rank);
         data.resize(ggml_row_size(seg.type, x.size()));
         if (gr.packed) {
-            const uint32_t n = seg.rank/seg.n_head;
-            ggml_backend_tensor_get(gr.packed, data.data(), stream*gr.packed->nb[2] + ic*gr.packed->nb[1] + seg.offset, data.size());
+            const uint32_t n = seg.rank / seg.n_head;
+            ggml_backend_tensor_get(gr.packed, data.data(), stream * gr.packed->nb[2] + ic * gr.packed->nb[1] + seg.offset, data.size());
             for (uint32_t h = 0; h < seg.n_head; ++h) {
-                const uint8_t * from = data.data() + h*data.size()/seg.n_head;
-                xkv_unpack(seg.type, from, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, x.data() + (size_t) h*n*n_chunk);
+                const uint8_t * from = data.data() + h * data.size() / seg.n_head;
+                xkv_unpack(seg.type, from, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, x.data() + (size_t) h * n * n_chunk);
             }
         } else {
             const ggml_tensor * t = seg.coef;
             if (kd == kind::K) {
-                ggml_backend_tensor_get(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+                ggml_backend_tensor_get(t, data.data(), stream * t->nb[2] + ic * data.size(), data.size());
             } else {
                 const size_t n_byte = ggml_row_size(t->type, n_chunk);
-                ggml_backend_tensor_get_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+                ggml_backend_tensor_get_2d(t, data.data(), stream * t->nb[2] + ic * n_byte, n_byte, seg.rank, t->nb[1], n_byte);
             }
             xkv_decode(seg.type, data.data(), x.data(), x.size());
         }
-        xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { res[(size_t) i*gr.rank[kd] + seg.first + r] = x[at]; });
+        xkv_each_number(seg, kd, n_chunk,
+                        [&](size_t at, uint32_t i, uint32_t r) { res[(size_t) i * gr.rank[kd] + seg.first + r] = x[at]; });
     }
     return res;
 }
 
 // those of a segment as they stand
-static void xkv_gather(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n_chunk, uint32_t rank, const float * coef, xkv_floats & x) {
-    x.resize((size_t) n_chunk*seg.rank);
-    xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { x[at] = coef[(size_t) i*rank + seg.first + r]; });
+static void xkv_gather(const xkv_store::segment & seg, xkv_store::kind kd, uint32_t n_chunk, uint32_t rank, const float * coef,
+                       xkv_floats & x) {
+    x.resize((size_t) n_chunk * seg.rank);
+    xkv_each_number(seg, kd, n_chunk, [&](size_t at, uint32_t i, uint32_t r) { x[at] = coef[(size_t) i * rank + seg.first + r]; });
 }
 
 void xkv_store::pack_coef(const group & gr, kind kd, const float * coef, uint8_t * chunk) const {
     xkv_floats x;
     for (const auto & seg : gr.segments[kd]) {
         xkv_gather(seg, kd, n_chunk, gr.rank[kd], coef, x);
-        const uint32_t n = seg.rank/seg.n_head;
+        const uint32_t n = seg.rank / seg.n_head;
         for (uint32_t h = 0; h < seg.n_head; ++h) {
-            uint8_t * to = chunk + seg.offset + h*ggml_row_size(seg.type, (int64_t) n*n_chunk);
-            xkv_pack(seg.type, x.data() + (size_t) h*n*n_chunk, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, to);
+            uint8_t * to = chunk + seg.offset + h * ggml_row_size(seg.type, (int64_t) n * n_chunk);
+            xkv_pack(seg.type, x.data() + (size_t) h * n * n_chunk, kd == kind::K ? n_chunk : n, kd == kind::K ? n : n_chunk, to);
         }
     }
 }
 
 void xkv_store::set_packed(const group & gr, uint32_t stream, uint32_t ic, const std::vector<uint8_t> & chunk) const {
-    ggml_backend_tensor_set(gr.packed, chunk.data(), stream*gr.packed->nb[2] + ic*gr.packed->nb[1], chunk.size());
+    ggml_backend_tensor_set(gr.packed, chunk.data(), stream * gr.packed->nb[2] + ic * gr.packed->nb[1], chunk.size());
 }
 
 void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) const {
@@ -178,8 +183,8 @@ void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, con
         data.resize(gr.packed->ne[0]);
         pack_coef(gr, kd, coef, data.data());
         for (const auto & seg : gr.segments[kd]) {
-            ggml_backend_tensor_set(gr.packed, data.data() + seg.offset, stream*gr.packed->nb[2] + ic*gr.packed->nb[1] + seg.offset,
-                                    ggml_row_size(seg.type, (int64_t) n_chunk*seg.rank));
+            ggml_backend_tensor_set(gr.packed, data.data() + seg.offset, stream * gr.packed->nb[2] + ic * gr.packed->nb[1] + seg.offset,
+                                    ggml_row_size(seg.type, (int64_t) n_chunk * seg.rank));
         }
         return;
     }
@@ -190,10 +195,10 @@ void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, con
         ggml_tensor * t = seg.coef;
         xkv_encode(seg.type, x.data(), data.data(), x.size());
         if (kd == kind::K) {
-            ggml_backend_tensor_set(t, data.data(), stream*t->nb[2] + ic*data.size(), data.size());
+            ggml_backend_tensor_set(t, data.data(), stream * t->nb[2] + ic * data.size(), data.size());
         } else {
             const size_t n_byte = ggml_row_size(t->type, n_chunk);
-            ggml_backend_tensor_set_2d(t, data.data(), stream*t->nb[2] + ic*n_byte, n_byte, seg.rank, t->nb[1], n_byte);
+            ggml_backend_tensor_set_2d(t, data.data(), stream * t->nb[2] + ic * n_byte, n_byte, seg.rank, t->nb[1], n_byte);
         }
     }
 }
@@ -205,10 +210,10 @@ void xkv_store::copy_stream(uint32_t src, uint32_t dst) {
         copy_bases(own[src]->bases, own[dst]->bases);
     }
     std::vector<uint8_t> data;
-    const auto copy = [&](ggml_tensor * t) {
+    const auto           copy = [&](ggml_tensor * t) {
         data.resize(t->nb[2]);
-        ggml_backend_tensor_get(t, data.data(), src*data.size(), data.size());
-        ggml_backend_tensor_set(t, data.data(), dst*data.size(), data.size());
+        ggml_backend_tensor_get(t, data.data(), src * data.size(), data.size());
+        ggml_backend_tensor_set(t, data.data(), dst * data.size(), data.size());
     };
     for (const auto & gr : now.groups) {
         if (gr.packed) {
@@ -243,8 +248,8 @@ std::vector<std::pair<std::string, size_t>> xkv_store::parts() const {
         }
     }
     return {
-        { "K coefficients",  bytes[PART_COEF_K] },
-        { "V coefficients",  bytes[PART_COEF_V] },
+        { "K coefficients", bytes[PART_COEF_K] },
+        { "V coefficients", bytes[PART_COEF_V] },
         { "bases and means", bytes[PART_BASES] + bytes[PART_MEANS] },
     };
 }

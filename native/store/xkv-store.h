@@ -40,8 +40,8 @@ public:
         ggml_type type;
         ggml_type type_basis; // GGML_TYPE_COUNT in a plain store
         float     noise;      // of type
-        uint32_t  first; // direction
-        uint32_t  rank;  // padded to whole blocks; directions beyond the plan are zero
+        uint32_t  first;      // direction
+        uint32_t  rank;       // padded to whole blocks; directions beyond the plan are zero
 
         ggml_tensor * coef;   // not packed: K [rank, n_slot, n_stream], V [n_slot, rank, n_stream]
         size_t        offset; // packed: bytes from the chunk's begin
@@ -51,7 +51,7 @@ public:
     struct group {
         std::vector<uint32_t> layers; // of the model
 
-        uint32_t dim [2]; // numbers per token of all layers
+        uint32_t dim[2];  // numbers per token of all layers
         uint32_t rank[2]; // of all segments
 
         std::vector<segment> segments[2];
@@ -63,7 +63,7 @@ public:
     struct layer {
         uint32_t il; // of the model
         uint32_t ig;
-        uint32_t place; // in the group
+        uint32_t place;  // in the group
         uint32_t off[2]; // the layer's first number among its group's
 
         ggml_tensor * mean_k; // [n_embd_k] f32
@@ -99,13 +99,13 @@ public:
     // by its index in the model, as everywhere
     const layer & layer_of(uint32_t il) const { return layer_list[slot_of.at(il)]; }
 
-    uint32_t stage()   const { return now.stage; }
+    uint32_t stage() const { return now.stage; }
     uint32_t n_stage() const { return stages.size(); }
 
     std::vector<uint32_t> stage_slots() const; // per stage
 
     // of the present stage
-    bool     plain()      const { return stages[now.stage].plain(); }
+    bool     plain() const { return stages[now.stage].plain(); }
     uint32_t n_slot_now() const { return stages[now.stage].n_slot; }
 
     // an empty store in another stage, with the calibrated bases
@@ -116,7 +116,7 @@ public:
     // commit. begin and begin_group throw xkv_error.
     layout begin(uint32_t stage, uint32_t n_used) const;
     void   begin_group(layout & next, uint32_t ig) const;
-    void   end_group  (layout & next, uint32_t ig) const;
+    void   end_group(layout & next, uint32_t ig) const;
     void   commit(layout && next);
 
     // chunks of the next stage that can be written while those of the present one from `unread` on are still to be read
@@ -142,7 +142,7 @@ public:
 
     // directions of a group as rows [rank, dim]
     xkv_floats get_basis(kind kd, uint32_t ig, uint32_t stream, int n_thread = 1) const;
-    void               set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next = nullptr, int n_thread = 1);
+    void       set_basis(kind kd, uint32_t ig, uint32_t stream, const xkv_floats & rows, const layout * next = nullptr, int n_thread = 1);
 
     // before set_basis: bases of the stream's own where several streams share the calibrated ones; throws xkv_error
     void own_bases(uint32_t stream);
@@ -155,7 +155,7 @@ public:
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     xkv_floats get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
-    void               set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
+    void       set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
 
     // the same as bytes of a packed chunk
     void pack_coef(const group & gr, kind kd, const float * coef, uint8_t * chunk) const;
@@ -198,7 +198,7 @@ private:
     std::vector<layer>           layer_list; // those of the model that have a KV cache, group by group
     std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
 
-    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena; // coefficients and bases
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena;                        // coefficients and bases
     size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
 
     layout now;
@@ -241,12 +241,13 @@ private:
                      int n_thread) const;
 
     // f(segment, KV head, bytes from the begin of the layer's packed bases) for what is packed of one kind, on n_thread threads
-    void each_basis(const group & gr, kind kd, uint32_t il, int n_thread, const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const;
+    void each_basis(const group & gr, kind kd, uint32_t il, int n_thread,
+                    const std::function<void(const segment & seg, uint32_t head, size_t at)> & f) const;
 
     uint32_t n_head_dim(kind kd, uint32_t il) const; // numbers of a head
-    void fill_bases(const layout & l) const;
-    void copy_bases(const basis_set & src, const basis_set & dst) const;
-    void fill_means();
+    void     fill_bases(const layout & l) const;
+    void     copy_bases(const basis_set & src, const basis_set & dst) const;
+    void     fill_means();
 };
 
 // with a basis as it is stored: x [n_embd, n] of coefficients [rank, n]

@@ -27,7 +27,7 @@ uint32_t xkv_chunk_table::n_slot() const {
     while (n > 0 && chunks[n - 1].n == 0) {
         n--;
     }
-    return n*n_chunk;
+    return n * n_chunk;
 }
 
 uint32_t xkv_chunk_table::n_token() const {
@@ -62,7 +62,7 @@ llama_pos xkv_chunk_table::pos_min(llama_seq_id seq_id) const {
     for (const auto & chunk : chunks) {
         if (chunk.n > 0 && chunk.seqs.test(seq_id)) {
             const llama_pos first = chunk.pos + chunk.offsets.front();
-            res = res < 0 ? first : std::min(res, first);
+            res                   = res < 0 ? first : std::min(res, first);
         }
     }
     return res;

@@ -28,16 +28,16 @@ class xkv_chunk_table {
 public:
     xkv_chunk_table(uint32_t n_chunk, size_t size) : n_chunk(n_chunk), chunks(size) {}
 
-    size_t            size()                  const { return chunks.size(); }
+    size_t            size() const { return chunks.size(); }
     const xkv_chunk & operator[](uint32_t ic) const { return chunks[ic]; }
 
     std::vector<uint32_t> used() const;
     std::vector<uint32_t> free(size_t n_max) const; // the first ones
 
-    bool     empty()                       const { return n_slot() == 0; }
-    uint32_t n_slot()                      const; // slots up to the end of the last chunk in use
-    uint32_t n_token()                     const;
-    uint32_t n_token(llama_seq_id seq_id)  const;
+    bool     empty() const { return n_slot() == 0; }
+    uint32_t n_slot() const; // slots up to the end of the last chunk in use
+    uint32_t n_token() const;
+    uint32_t n_token(llama_seq_id seq_id) const;
 
     // chunks of a sequence that reach into positions [p0, p1)
     std::vector<uint32_t> find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
@@ -48,9 +48,9 @@ public:
 
     void put(uint32_t ic, xkv_chunk && chunk) { chunks[ic] = std::move(chunk); }
 
-    void seq_add (uint32_t ic, llama_seq_id seq_id) { chunks[ic].seqs.set(seq_id); }
-    void seq_rm  (uint32_t ic, llama_seq_id seq_id); // frees the chunk with its last sequence
-    void seq_keep(llama_seq_id seq_id);              // of all chunks
+    void seq_add(uint32_t ic, llama_seq_id seq_id) { chunks[ic].seqs.set(seq_id); }
+    void seq_rm(uint32_t ic, llama_seq_id seq_id); // frees the chunk with its last sequence
+    void seq_keep(llama_seq_id seq_id);            // of all chunks
 
     void clear();
 

@@ -18,14 +18,14 @@ public:
 
     llama_kv_cache * get() const { return kv.get(); }
 
-    uint32_t size()                          const { return kv->get_size(); } // cells of a stream
+    uint32_t size() const { return kv->get_size(); } // cells of a stream
     uint32_t get_stream(llama_seq_id seq_id) const { return kv->get_stream(seq_id); }
 
     // storage of a layer: K [n_embd_k, size], V [n_embd_v, size]
     ggml_tensor * k(uint32_t il, uint32_t stream) const;
     ggml_tensor * v(uint32_t il, uint32_t stream) const;
 
-    uint32_t n_used(uint32_t stream)      const { return cells(stream).get_used(); }
+    uint32_t n_used(uint32_t stream) const { return cells(stream).get_used(); }
     uint32_t n_token(llama_seq_id seq_id) const { return kv->get_cells(seq_id).seq_pos_get(seq_id).size(); }
 
     // of a sequence, by ascending positions
@@ -37,7 +37,7 @@ public:
     // the first empty cells; throws xkv_error when there are fewer
     std::vector<uint32_t> free_cells(uint32_t stream, size_t n) const;
 
-    void put   (uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id seq_id);
+    void put(uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id seq_id);
     void remove(uint32_t stream, const std::vector<uint32_t> & list);
 
     // attention sinks in the text, which stay while their cell is used

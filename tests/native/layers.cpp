@@ -19,12 +19,12 @@
 
 static int n_failed = 0;
 
-#define CHECK(x)                                                       \
-    do {                                                               \
-        if (!(x)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);    \
-            n_failed++;                                                \
-        }                                                              \
+#define CHECK(x)                                                                                                                           \
+    do {                                                                                                                                   \
+        if (!(x)) {                                                                                                                        \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);                                                                        \
+            n_failed++;                                                                                                                    \
+        }                                                                                                                                  \
     } while (0)
 
 using kind = xkv_sidecar::kind;
@@ -59,11 +59,11 @@ static bool refused(const llama_model & model, const std::vector<std::vector<uin
 // all directions, in a store of one stream
 static xkv_config make_config(const xkv_sidecar & sidecar, bool fused) {
     xkv_config res = {};
-    res.fused  = fused;
-    res.n_slot = N_SLOT;
+    res.fused      = fused;
+    res.n_slot     = N_SLOT;
 
     xkv_config::stage stage = {};
-    stage.n_slot = N_SLOT;
+    stage.n_slot            = N_SLOT;
     for (auto kd : { kind::K, kind::V }) {
         for (const auto & gr : sidecar.groups) {
             stage.segments[kd].push_back({ { gr.dim[kd], GGML_TYPE_Q8_0, GGML_TYPE_F16, 0.0f } });
@@ -77,7 +77,7 @@ static xkv_config make_config(const xkv_sidecar & sidecar, bool fused) {
 static xkv_floats numbers(size_t n, float seed) {
     xkv_floats res(n);
     for (size_t i = 0; i < n; ++i) {
-        res[i] = sinf(seed + 0.7f*i);
+        res[i] = sinf(seed + 0.7f * i);
     }
     return res;
 }
@@ -105,23 +105,23 @@ static void test_store(const llama_model & model, bool fused) {
     const uint32_t n_embd = model.hparams.n_embd_k_gqa(3);
     CHECK(store.layer_of(3).ig == 0 && store.layer_of(3).place == 1 && store.layer_of(3).off[0] == n_embd);
     CHECK(store.layer_of(2).ig == 1 && store.layer_of(2).off[0] == 0);
-    CHECK(store.groups()[0].dim[0] == 2*n_embd && store.groups()[1].dim[0] == n_embd);
+    CHECK(store.groups()[0].dim[0] == 2 * n_embd && store.groups()[1].dim[0] == n_embd);
 
     for (auto kd : { kind::K, kind::V }) {
         for (uint32_t ig = 0; ig < 2; ++ig) {
             const uint32_t dim  = store.groups()[ig].dim[kd];
             const uint32_t rank = store.groups()[ig].rank[kd];
-            const auto     rows = numbers((size_t) rank*dim,     1.0f + ig);
-            const auto     coef = numbers((size_t) N_CHUNK*rank, 2.0f + ig);
+            const auto     rows = numbers((size_t) rank * dim, 1.0f + ig);
+            const auto     coef = numbers((size_t) N_CHUNK * rank, 2.0f + ig);
             store.set_basis(kd, ig, 0, rows);
-            store.set_coef (kd, ig, 0, 5, coef.data());
-            CHECK(close(store.get_basis(kd, ig, 0),    rows));
-            CHECK(close(store.get_coef (kd, ig, 0, 5), coef));
+            store.set_coef(kd, ig, 0, 5, coef.data());
+            CHECK(close(store.get_basis(kd, ig, 0), rows));
+            CHECK(close(store.get_coef(kd, ig, 0, 5), coef));
         }
         // layer 3 has the second half of each of its group's directions
         const auto rows = store.get_basis(kd, 0, 0);
         const auto part = store.get_basis_layer(kd, 3, 0);
-        CHECK(fabsf(part[0] - rows[part.size()/store.groups()[0].rank[kd]]) < 0.01f);
+        CHECK(fabsf(part[0] - rows[part.size() / store.groups()[0].rank[kd]]) < 0.01f);
     }
 }
 
@@ -132,15 +132,15 @@ static void test_stage(const llama_model & model, bool fused) {
 
     const auto sidecar = make_sidecar(model, { { 1, 3 }, { 2 } });
     auto       config  = make_config(*sidecar, fused);
-    config.n_slot = 3*N_PLAIN;
+    config.n_slot      = 3 * N_PLAIN;
     for (auto kd : { kind::K, kind::V }) {
         for (auto & segments : config.stages[0].segments[kd]) {
             segments[0].type = GGML_TYPE_Q4_0;
         }
     }
     xkv_config::stage plain = {};
-    plain.n_slot = N_PLAIN;
-    plain.type   = GGML_TYPE_Q8_0;
+    plain.n_slot            = N_PLAIN;
+    plain.type              = GGML_TYPE_Q8_0;
     config.stages.insert(config.stages.begin(), plain);
 
     xkv_store store(model, *sidecar, config, 1, false);
@@ -148,12 +148,14 @@ static void test_stage(const llama_model & model, bool fused) {
     CHECK(store.plain() && store.n_stage() == 2);
 
     std::vector<uint32_t> chunks; // with holes
-    for (uint32_t ic = 0; ic < N_PLAIN/N_CHUNK; ++ic) {
+    for (uint32_t ic = 0; ic < N_PLAIN / N_CHUNK; ++ic) {
         if (ic % 5 != 2) {
             chunks.push_back(ic);
         }
     }
-    const auto stored = [&](kind kd, uint32_t ig, uint32_t ic) { return numbers((size_t) N_CHUNK*store.groups()[ig].dim[kd], 0.1f*ic + kd + 2*ig); };
+    const auto stored = [&](kind kd, uint32_t ig, uint32_t ic) {
+        return numbers((size_t) N_CHUNK * store.groups()[ig].dim[kd], 0.1f * ic + kd + 2 * ig);
+    };
     size_t n_basis = 0; // bytes of the bases of the largest group
     for (uint32_t ig = 0; ig < 2; ++ig) {
         size_t n = 0;
@@ -161,7 +163,7 @@ static void test_stage(const llama_model & model, bool fused) {
             for (uint32_t ic : chunks) {
                 store.set_coef(kd, ig, 0, ic, stored(kd, ig, ic).data());
             }
-            n += sizeof(ggml_fp16_t)*store.groups()[ig].dim[kd]*store.groups()[ig].dim[kd];
+            n += sizeof(ggml_fp16_t) * store.groups()[ig].dim[kd] * store.groups()[ig].dim[kd];
         }
         n_basis = std::max(n_basis, n);
     }
@@ -174,9 +176,9 @@ static void test_stage(const llama_model & model, bool fused) {
         xkv_turns turns;
         for (auto kd : { kind::K, kind::V }) {
             const uint32_t n = store.groups()[ig].dim[kd];
-            xkv_floats     rows((size_t) n*n, 0.0f);
+            xkv_floats     rows((size_t) n * n, 0.0f);
             for (uint32_t i = 0; i < n; ++i) {
-                rows[(size_t) i*n + n - 1 - i] = 1.0f;
+                rows[(size_t) i * n + n - 1 - i] = 1.0f;
             }
             store.set_basis(kd, ig, 0, rows, &next, 2);
             turns[kd] = xkv_turn_all(rows, n, n);
@@ -188,10 +190,10 @@ static void test_stage(const llama_model & model, bool fused) {
     store.commit(std::move(next));
     CHECK(store.stage() == 1);
     if (fused) {
-        const size_t n_round = 2*128/N_CHUNK*n_chunk;
-        CHECK(chunks.size()*n_chunk > 2*(n_basis + n_round));
-        CHECK(waiting > 0 && waiting <= n_basis + 2*n_round);
-        CHECK(store.staged_peak() <= n_basis + 16*1024);
+        const size_t n_round = 2 * 128 / N_CHUNK * n_chunk;
+        CHECK(chunks.size() * n_chunk > 2 * (n_basis + n_round));
+        CHECK(waiting > 0 && waiting <= n_basis + 2 * n_round);
+        CHECK(store.staged_peak() <= n_basis + 16 * 1024);
     }
     for (uint32_t ig = 0; ig < 2; ++ig) {
         for (auto kd : { kind::K, kind::V }) {
@@ -201,7 +203,7 @@ static void test_stage(const llama_model & model, bool fused) {
                 const auto found    = store.get_coef(kd, ig, 0, ic);
                 double     error    = 0.0;
                 for (size_t i = 0; i < found.size(); ++i) {
-                    error = std::max(error, (double) fabsf(found[i] - expected[i/n*n + n - 1 - i%n]));
+                    error = std::max(error, (double) fabsf(found[i] - expected[i / n * n + n - 1 - i % n]));
                 }
                 CHECK(found.size() == expected.size() && error < 0.15);
             }
@@ -212,15 +214,15 @@ static void test_stage(const llama_model & model, bool fused) {
 
 static void test_window(const llama_model & model) {
     llama_memory_params params = {};
-    params.type_k = GGML_TYPE_F16;
-    params.type_v = GGML_TYPE_F16;
+    params.type_k              = GGML_TYPE_F16;
+    params.type_v              = GGML_TYPE_F16;
 
     llama_cparams cparams = {};
-    cparams.n_seq_max  = 1;
-    cparams.kv_unified = true;
+    cparams.n_seq_max     = 1;
+    cparams.kv_unified    = true;
 
-    xkv_window all (model, params, cparams, { 0, 1, 2, 3 }, N_CELL);
-    xkv_window some(model, params, cparams, { 1, 3 },       N_CELL);
+    xkv_window all(model, params, cparams, { 0, 1, 2, 3 }, N_CELL);
+    xkv_window some(model, params, cparams, { 1, 3 }, N_CELL);
 
     for (uint32_t il : { 1, 3 }) {
         CHECK(some.k(il, 0)->ne[0] == (int64_t) model.hparams.n_embd_k_gqa(il) && some.k(il, 0)->ne[1] == N_CELL);
@@ -233,7 +235,7 @@ static void test_window(const llama_model & model) {
         }
         return res;
     };
-    CHECK(2*bytes(some) == bytes(all));
+    CHECK(2 * bytes(some) == bytes(all));
 }
 
 static void test_threads(const char * path) {
@@ -246,7 +248,7 @@ static void test_threads(const char * path) {
     std::vector<char> same(400);
     xkv_parallel(same.size(), 4, [&](size_t i) {
         const uint32_t g = i % expected.size();
-        same[i] = sidecar.basis(g, kind::K, sidecar.groups[g].dim[0]) == expected[g];
+        same[i]          = sidecar.basis(g, kind::K, sidecar.groups[g].dim[0]) == expected[g];
     });
     CHECK(std::accumulate(same.begin(), same.end(), 0) == (int) same.size());
 }

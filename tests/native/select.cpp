@@ -8,12 +8,12 @@
 
 static int n_failed = 0;
 
-#define CHECK(x)                                                       \
-    do {                                                               \
-        if (!(x)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);    \
-            n_failed++;                                                \
-        }                                                              \
+#define CHECK(x)                                                                                                                           \
+    do {                                                                                                                                   \
+        if (!(x)) {                                                                                                                        \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x);                                                                        \
+            n_failed++;                                                                                                                    \
+        }                                                                                                                                  \
     } while (0)
 
 using ints = std::vector<uint32_t>;
@@ -39,7 +39,7 @@ static void test_whole_chunks() {
     const auto jobs = xkv_select(tokens(0, 100), { 4, 16, 32 });
 
     CHECK(jobs.size() == 2); // 80 may leave: two chunks, and 16 that would need younger ones
-    CHECK(jobs[0].pos == 4  && jobs[0].cells.size() == 32);
+    CHECK(jobs[0].pos == 4 && jobs[0].cells.size() == 32);
     CHECK(jobs[1].pos == 36 && jobs[1].cells.size() == 32);
     CHECK(jobs[0].cells.front() == 104 && jobs[1].cells.back() == 167);
     CHECK(jobs[0].offsets.front() == 0 && jobs[0].offsets.back() == 31);
@@ -59,7 +59,7 @@ static void test_holes() {
     const auto jobs = xkv_select(list, { 4, 16, 32 });
 
     CHECK(jobs.size() == 2); // a hole ends a chunk where its positions would be too far apart
-    CHECK(jobs[0].pos == 4  && jobs[0].cells == (ints { 104, 105, 106, 107, 108, 109 }));
+    CHECK(jobs[0].pos == 4 && jobs[0].cells == (ints{ 104, 105, 106, 107, 108, 109 }));
     CHECK(jobs[1].pos == 50 && jobs[1].cells.size() == 32);
 }
 
@@ -72,19 +72,19 @@ static void test_sequences() {
 
     CHECK(jobs.size() == 3);
     CHECK(jobs[0].cells.size() == 16 && jobs[0].seqs == seqs({ 0, 1 }));
-    CHECK(jobs[1].pos == 20          && jobs[1].seqs == seqs({ 0 }));
+    CHECK(jobs[1].pos == 20 && jobs[1].seqs == seqs({ 0 }));
 }
 
 static void test_sinks() {
-    auto list = tokens(0, 52);
+    auto list     = tokens(0, 52);
     list[10].sink = true;
     CHECK(xkv_select(list, { 4, 16, 32 }).size() == 1); // 31 tokens: the chunk's positions end here
     list[3].sink = true;
     CHECK(xkv_select(list, { 0, 16, 32 }).front().cells.size() == 30);
 
     const ints cells = { 7, 8, 9, 10 };
-    CHECK(xkv_select_sinks(cells, { 0.04f, 0.5f, 0.01f, 0.02f }, 2) == (ints { 9, 10 }));
-    CHECK(xkv_select_sinks(cells, { 0.04f, 0.5f, 0.01f, 0.02f }, 9) == (ints { 9, 10, 7 }));
+    CHECK(xkv_select_sinks(cells, { 0.04f, 0.5f, 0.01f, 0.02f }, 2) == (ints{ 9, 10 }));
+    CHECK(xkv_select_sinks(cells, { 0.04f, 0.5f, 0.01f, 0.02f }, 9) == (ints{ 9, 10, 7 }));
     CHECK(xkv_select_sinks(cells, { 0.05f, 0.5f, 0.10f, 0.20f }, 9).empty());
 }
 
@@ -106,9 +106,9 @@ static void test_leave_out() {
 
 static void test_stage() {
     const ints n_slot = { 256, 1024 };
-    CHECK(xkv_select_stage(n_slot, 0, 32,  8) == 0);
-    CHECK(xkv_select_stage(n_slot, 0, 32,  9) == 1);
-    CHECK(xkv_select_stage(n_slot, 1, 32,  1) == 1); // never back
+    CHECK(xkv_select_stage(n_slot, 0, 32, 8) == 0);
+    CHECK(xkv_select_stage(n_slot, 0, 32, 9) == 1);
+    CHECK(xkv_select_stage(n_slot, 1, 32, 1) == 1); // never back
     CHECK(xkv_select_stage(n_slot, 0, 32, 33) == 2);
 }
 
@@ -117,16 +117,16 @@ static void test_table() {
     CHECK(table.empty() && table.pos_min(0) == -1 && table.pos_max(0) == -1);
 
     table.put(1, { 10, 3, seqs({ 0, 1 }), { 1, 5, 9 } });
-    table.put(4, { 50, 2, seqs({ 1 }),    { 0, 1 } });
-    CHECK(table.used() == (ints { 1, 4 }));
-    CHECK(table.free(4) == (ints { 0, 2, 3, 5 }));
+    table.put(4, { 50, 2, seqs({ 1 }), { 0, 1 } });
+    CHECK(table.used() == (ints{ 1, 4 }));
+    CHECK(table.free(4) == (ints{ 0, 2, 3, 5 }));
     CHECK(table.free(99).size() == 6);
     CHECK(table.n_slot() == 160 && table.n_token() == 5 && table.n_token(0) == 3);
     CHECK(table.pos_min(0) == 11 && table.pos_max(0) == 19 && table.pos_max(1) == 51);
 
     CHECK(table.find(1, 0, 10).empty());
-    CHECK(table.find(1, 19, 51) == (ints { 1, 4 }));
-    CHECK(table.find(0, 0, 99)  == (ints { 1 }));
+    CHECK(table.find(1, 19, 51) == (ints{ 1, 4 }));
+    CHECK(table.find(0, 0, 99) == (ints{ 1 }));
 
     xkv_chunk_table other(32, 8);
     other.copy(table, 7);
@@ -135,7 +135,7 @@ static void test_table() {
     table.seq_rm(1, 0);
     CHECK(table.n_token(0) == 0 && table.n_token(1) == 5);
     table.seq_rm(1, 1);
-    CHECK(table.used() == (ints { 4 }));
+    CHECK(table.used() == (ints{ 4 }));
     table.seq_add(4, 2);
     table.seq_keep(2);
     CHECK(table[4].seqs == seqs({ 2 }));

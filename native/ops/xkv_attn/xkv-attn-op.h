@@ -49,12 +49,12 @@ enum xkv_attn_flag {
 
 // op_params
 struct xkv_attn_params {
-    float    scale;                    // of scores
-    float    tolerance;                // share of the softmax beyond which a block is refined
-    uint16_t n_chunk;                  // tokens of a chunk: 32, 64, 128 or 256
-    uint16_t rot_first;                // first number of a head that is turned
-    uint16_t lead[2];                  // directions of K and V that count for all tokens, multiples of 32
-    uint16_t rank[2][XKV_ATTN_N_TYPE]; // directions of K and V by type; of a head when plain
+    float    scale;                       // of scores
+    float    tolerance;                   // share of the softmax beyond which a block is refined
+    uint16_t n_chunk;                     // tokens of a chunk: 32, 64, 128 or 256
+    uint16_t rot_first;                   // first number of a head that is turned
+    uint16_t lead[2];                     // directions of K and V that count for all tokens, multiples of 32
+    uint16_t rank[2][XKV_ATTN_N_TYPE];    // directions of K and V by type; of a head when plain
     uint8_t  type_basis[XKV_ATTN_N_TYPE]; // index of the bases' type, K in the low and V in the high four bits
     uint8_t  flags;
 };

@@ -35,11 +35,11 @@ static inline int64_t xkv_tile_cols(enum ggml_type type) {
 
 // bytes of n_row rows of n_col columns, multiples of a tile
 static inline size_t xkv_tile_bytes(enum ggml_type type, int64_t n_row, int64_t n_col) {
-    return n_row*ggml_row_size(type, n_col);
+    return n_row * ggml_row_size(type, n_col);
 }
 
 // between 16 rows of one block of columns and a tile; rows are nb1 bytes apart
-void xkv_tile_pack  (enum ggml_type type, const void * rows, size_t nb1, void * tile);
+void xkv_tile_pack(enum ggml_type type, const void * rows, size_t nb1, void * tile);
 void xkv_tile_unpack(enum ggml_type type, const void * tile, void * rows, size_t nb1);
 
 #ifdef __cplusplus

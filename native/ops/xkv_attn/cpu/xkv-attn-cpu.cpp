@@ -16,8 +16,8 @@ bool xkv_attn_cpu_supported(const ggml_tensor * t) {
     const auto * q = t->src[0];
     const auto * m = t->src[3];
     return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] % 16 == 0 && t->ne[0] % 16 == 0 &&
-           q->ne[0] <= XKV_ATTN_MAX_HEAD && t->ne[0] <= XKV_ATTN_MAX_HEAD && q->ne[1] <= XKV_ATTN_MAX_HEADS &&
-           exact(t->src[1]) && exact(t->src[2]) && (m->type == GGML_TYPE_F32 || m->type == GGML_TYPE_F16);
+           q->ne[0] <= XKV_ATTN_MAX_HEAD && t->ne[0] <= XKV_ATTN_MAX_HEAD && q->ne[1] <= XKV_ATTN_MAX_HEADS && exact(t->src[1]) &&
+           exact(t->src[2]) && (m->type == GGML_TYPE_F32 || m->type == GGML_TYPE_F16);
 #else
     GGML_UNUSED(t);
     return false;
@@ -32,7 +32,7 @@ size_t xkv_attn_cpu_work_size(const ggml_tensor * t, int n_tasks) {
 void xkv_attn_cpu(const ggml_compute_params * params, ggml_tensor * t) {
     const xkv_attn_layer l(t);
 
-    char *     work = (char *) (((uintptr_t) params->wdata + 63)/64*64);
+    char *     work = (char *) (((uintptr_t) params->wdata + 63) / 64 * 64);
     const auto wait = [](void * pool) { ggml_barrier((ggml_threadpool *) pool); };
     (xkv_is_prefill(t) ? xkv_attn_prefill : xkv_attn_decode)(l, params->ith, params->nth, work, wait, params->threadpool);
 }

@@ -15,23 +15,23 @@ static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, in
     const int64_t rv = xkv_pad16(l.rank[XKV_V]);
 
     xkv_arena shared = { work };
-    b.state = shared.take<float>(2*l.n_query);
-    b.kt    = shared.take<float>(l.n_head_kv*XKV_BATCH_TILES*XKV_TILE_TOKENS*dk);
-    b.vt    = shared.take<float>(l.n_head_kv*XKV_BATCH_TILES*XKV_TILE_TOKENS*dv);
+    b.state          = shared.take<float>(2 * l.n_query);
+    b.kt             = shared.take<float>(l.n_head_kv * XKV_BATCH_TILES * XKV_TILE_TOKENS * dk);
+    b.vt             = shared.take<float>(l.n_head_kv * XKV_BATCH_TILES * XKV_TILE_TOKENS * dv);
 
     const auto own = [&](xkv_arena a) {
-        b.base_k = a.take<float>(dk*rk);
-        b.base_v = a.take<float>(rv*dv);
+        b.base_k = a.take<float>(dk * rk);
+        b.base_v = a.take<float>(rv * dv);
         // a tile of coefficients has up to 128 columns
-        b.coef_k = a.take<float>((rk + 128)*XKV_TILE_TOKENS);
-        b.coef_v = a.take<float>(rv*(XKV_TILE_TOKENS + 128));
-        b.s      = a.take<float>(XKV_MUL_ROWS*XKV_TILE_TOKENS);
-        b.q      = a.take<float>(XKV_UNIT_ROWS*dk);
+        b.coef_k = a.take<float>((rk + 128) * XKV_TILE_TOKENS);
+        b.coef_v = a.take<float>(rv * (XKV_TILE_TOKENS + 128));
+        b.s      = a.take<float>(XKV_MUL_ROWS * XKV_TILE_TOKENS);
+        b.q      = a.take<float>(XKV_UNIT_ROWS * dk);
         return a.at;
     };
     const size_t size = own({ nullptr }) - (char *) nullptr;
-    b.bytes = (shared.at - work) + nth*size;
-    own({ shared.at + ith*size });
+    b.bytes           = (shared.at - work) + nth * size;
+    own({ shared.at + ith * size });
     return b;
 }
 
@@ -41,7 +41,7 @@ size_t xkv_attn_prefill_bytes(const xkv_attn_layer & l, int nth) {
 
 struct xkv_prefill : xkv_prefill_head {
     // query j of the KV head's
-    int64_t query(int64_t j) const { return j/l.n_gqa*l.n_head + head*l.n_gqa + j % l.n_gqa; }
+    int64_t query(int64_t j) const { return j / l.n_gqa * l.n_head + head * l.n_gqa + j % l.n_gqa; }
 
     // what is added to a query's scores: nullptr for nothing; false when it sees none of the tile
     bool see(const xkv_tile_of & tile, int64_t t, float * bias, const float *& add) const {
@@ -60,8 +60,8 @@ struct xkv_prefill : xkv_prefill_head {
         bool all = tile.n == tile.n_pad;
         for (int64_t i = 0; i < tile.n_pad; ++i) {
             bias[i] = i < tile.n ? l.mask_at(tile.first + i, t, s) : -INFINITY;
-            any = any || bias[i] > -INFINITY;
-            all = all && bias[i] == 0.0f;
+            any     = any || bias[i] > -INFINITY;
+            all     = all && bias[i] == 0.0f;
         }
         add = all ? nullptr : bias;
         return any;
@@ -72,7 +72,7 @@ struct xkv_prefill : xkv_prefill_head {
         for (int64_t j = j0; j < j1; ++j) {
             const float * q = l.query(query(j), s);
             for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
-                b.q[(j - j0)*dk + d] = q[d]*l.par.scale;
+                b.q[(j - j0) * dk + d] = q[d] * l.par.scale;
             }
         }
     }
@@ -81,23 +81,23 @@ struct xkv_prefill : xkv_prefill_head {
     void attend(const xkv_tile_of & tile, int64_t it, int64_t j0, int64_t j1) const {
         const int64_t n = tile.n_pad;
 
-        float   bias[XKV_MUL_ROWS][XKV_TILE_TOKENS];
-        int64_t bias_of = -1; // token of the batch that the last bias is of
-        int     n_bias  = 0;
-        bool    seen    = false;
-        const float * add = nullptr;
+        float         bias[XKV_MUL_ROWS][XKV_TILE_TOKENS];
+        int64_t       bias_of = -1; // token of the batch that the last bias is of
+        int           n_bias  = 0;
+        bool          seen    = false;
+        const float * add     = nullptr;
         for (int64_t j = j0; j < j1; j += XKV_MUL_ROWS) {
             int m = 0;
 
-            const float * adds [XKV_MUL_ROWS];
+            const float * adds[XKV_MUL_ROWS];
             float *       state[XKV_MUL_ROWS];
-            float *       o    [XKV_MUL_ROWS];
-            const float * a    [XKV_MUL_ROWS];
-            float *       c    [XKV_MUL_ROWS];
+            float *       o[XKV_MUL_ROWS];
+            const float * a[XKV_MUL_ROWS];
+            float *       c[XKV_MUL_ROWS];
             n_bias  = 0;
             bias_of = -1;
             for (int64_t k = j; k < std::min(j + XKV_MUL_ROWS, j1); ++k) {
-                const int64_t t = k/l.n_gqa;
+                const int64_t t = k / l.n_gqa;
                 if (t != bias_of) {
                     seen    = see(tile, t, bias[n_bias++], add);
                     bias_of = t;
@@ -105,11 +105,11 @@ struct xkv_prefill : xkv_prefill_head {
                 if (!seen) {
                     continue;
                 }
-                adds [m] = add;
-                state[m] = b.state + 2*query(k);
-                o    [m] = l.out(query(k), s);
-                a    [m] = b.q + (k - j0)*dk;
-                c    [m] = b.s + m*XKV_TILE_TOKENS;
+                adds[m]  = add;
+                state[m] = b.state + 2 * query(k);
+                o[m]     = l.out(query(k), s);
+                a[m]     = b.q + (k - j0) * dk;
+                c[m]     = b.s + m * XKV_TILE_TOKENS;
                 m++;
             }
             if (m == 0) {
@@ -131,9 +131,9 @@ struct xkv_prefill : xkv_prefill_head {
                 if (max > old) {
                     const float f = old == -INFINITY ? 0.0f : expf(old - max);
                     for (int64_t d = 0; d < dv; d += 16) {
-                        xkv_store(o[i] + d, xkv_load(o[i] + d)*f);
+                        xkv_store(o[i] + d, xkv_load(o[i] + d) * f);
                     }
-                    state[i][0]  = max;
+                    state[i][0] = max;
                     state[i][1] *= f;
                 }
                 f32r sum = {};
@@ -172,26 +172,26 @@ static std::vector<xkv_tile_of> xkv_list_tiles(const xkv_attn_layer & l, int64_t
 void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, xkv_barrier_t barrier, void * user) {
     const xkv_prefill_buffers b = xkv_lay_out(l, work, ith, nth);
 
-    const int64_t n_row  = l.n_gqa*l.n_tps;
-    const int64_t n_unit = (n_row + XKV_UNIT_ROWS - 1)/XKV_UNIT_ROWS;
+    const int64_t n_row  = l.n_gqa * l.n_tps;
+    const int64_t n_unit = (n_row + XKV_UNIT_ROWS - 1) / XKV_UNIT_ROWS;
     for (int64_t s = 0; s < l.n_stream; ++s) {
         const auto tiles = xkv_list_tiles(l, s);
 
         int64_t u0, u1;
         xkv_share(l.n_query, ith, nth, &u0, &u1);
         for (int64_t i = u0; i < u1; ++i) {
-            memset(l.out(i, s), 0, l.dim[XKV_V]*sizeof(float));
-            b.state[2*i]     = -INFINITY;
-            b.state[2*i + 1] = 0.0f;
+            memset(l.out(i, s), 0, l.dim[XKV_V] * sizeof(float));
+            b.state[2 * i]     = -INFINITY;
+            b.state[2 * i + 1] = 0.0f;
         }
         for (size_t first = 0; first < tiles.size(); first += XKV_BATCH_TILES) {
             const int64_t n_tile = std::min<int64_t>(XKV_BATCH_TILES, tiles.size() - first);
 
-            xkv_share(l.n_head_kv*n_tile, ith, nth, &u0, &u1);
+            xkv_share(l.n_head_kv * n_tile, ith, nth, &u0, &u1);
             int64_t expanded = -1;
             for (int64_t u = u0; u < u1; ++u) {
-                const xkv_prefill_head h { l, b, s, u/n_tile };
-                const auto & tile = tiles[first + u % n_tile];
+                const xkv_prefill_head h{ l, b, s, u / n_tile };
+                const auto &           tile = tiles[first + u % n_tile];
                 if (!l.plain && tile.ic >= 0 && expanded != h.head) {
                     xkv_prefill_expand_bases(h);
                     expanded = h.head;
@@ -199,11 +199,11 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
                 xkv_prefill_make(h, tile, u % n_tile);
             }
             barrier(user);
-            xkv_share(l.n_head_kv*n_unit, ith, nth, &u0, &u1);
+            xkv_share(l.n_head_kv * n_unit, ith, nth, &u0, &u1);
             for (int64_t u = u0; u < u1; ++u) {
-                const xkv_prefill p { { l, b, s, u/n_unit } };
-                const int64_t j0 = u % n_unit*XKV_UNIT_ROWS;
-                const int64_t j1 = std::min(j0 + XKV_UNIT_ROWS, n_row);
+                const xkv_prefill p{ { l, b, s, u / n_unit } };
+                const int64_t     j0 = u % n_unit * XKV_UNIT_ROWS;
+                const int64_t     j1 = std::min(j0 + XKV_UNIT_ROWS, n_row);
                 p.load_queries(j0, j1);
                 for (int64_t it = 0; it < n_tile; ++it) {
                     p.attend(tiles[first + it], it, j0, j1);
@@ -213,10 +213,10 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
         }
         xkv_share(l.n_query, ith, nth, &u0, &u1);
         for (int64_t i = u0; i < u1; ++i) {
-            const float sum = b.state[2*i + 1];
+            const float sum = b.state[2 * i + 1];
             float *     o   = l.out(i, s);
             for (int64_t d = 0; d < l.dim[XKV_V]; ++d) {
-                o[d] *= sum > 0.0f ? 1.0f/sum : 0.0f;
+                o[d] *= sum > 0.0f ? 1.0f / sum : 0.0f;
             }
         }
         barrier(user);

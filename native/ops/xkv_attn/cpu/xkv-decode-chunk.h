@@ -17,14 +17,14 @@ struct xkv_decode_chunk {
     const int64_t n_fine;
 
     xkv_decode_chunk(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t part) :
-        l(l), b(b), s(s), part(part), n_query(l.n_query), n_chunk(l.n_chunk), n_fine(l.n_chunk/XKV_ATTN_FINE) {}
+        l(l), b(b), s(s), part(part), n_query(l.n_query), n_chunk(l.n_chunk), n_fine(l.n_chunk / XKV_ATTN_FINE) {}
 
     // where a kind's coefficients of a segment begin for a KV head
     const uint8_t * coef(int64_t ic, int kd, const xkv_attn_segment & seg, int64_t head) const {
-        return l.chunk(ic, s) + seg.coef + (l.plain ? head*l.head_coef[kd] : 0);
+        return l.chunk(ic, s) + seg.coef + (l.plain ? head * l.head_coef[kd] : 0);
     }
 
-    float * score(int64_t i) const { return b.score + i*n_chunk; }
+    float * score(int64_t i) const { return b.score + i * n_chunk; }
 
     // query i in the chunk's frame; its scores begin with the mean of K
     void turn_query(int64_t ic, int64_t i) const {
@@ -35,9 +35,9 @@ struct xkv_decode_chunk {
         l.rotate(ic, s, l.query(i, s), x);
         f32r sum = {};
         for (int64_t j = 0; j < n; j += 16) {
-            const f32r y = xkv_load(x + j)*l.par.scale;
+            const f32r y = xkv_load(x + j) * l.par.scale;
             xkv_store(x + j, y);
-            sum += y*xkv_load(mean + j);
+            sum += y * xkv_load(mean + j);
         }
         for (int64_t j = n; j < b.q.stride; ++j) {
             x[j] = 0.0f;
@@ -53,7 +53,7 @@ struct xkv_decode_chunk {
     void project(const int64_t * list, int n, int64_t d0, int64_t d1) const {
         if (l.plain) {
             for (int k = 0; k < n; ++k) {
-                memcpy(b.y.row(list[k]), b.q.row(list[k]), l.dim[XKV_K]*sizeof(float));
+                memcpy(b.y.row(list[k]), b.q.row(list[k]), l.dim[XKV_K] * sizeof(float));
                 b.y.round(list[k], 0, l.dim[XKV_K]);
             }
             return;
@@ -67,13 +67,13 @@ struct xkv_decode_chunk {
             const size_t  tile = xkv_tile_bytes(seg.type_basis, 16, l.dim[XKV_K]);
             for (int64_t r = r0; r < r1; r += 16) {
                 for (int k0 = 0; k0 < n; k0 += XKV_DOT_MAX) {
-                    const int m = std::min(XKV_DOT_MAX, n - k0);
+                    const int   m = std::min(XKV_DOT_MAX, n - k0);
                     xkv_rounded y[XKV_DOT_MAX];
-                    f32r res[XKV_DOT_MAX] = {};
+                    f32r        res[XKV_DOT_MAX] = {};
                     for (int k = 0; k < m; ++k) {
                         y[k] = b.q.at(list[k0 + k], 0);
                     }
-                    xkv_dot_tiles(m, seg.type_basis, base + seg.basis + r/16*tile, l.dim[XKV_K], y, res);
+                    xkv_dot_tiles(m, seg.type_basis, base + seg.basis + r / 16 * tile, l.dim[XKV_K], y, res);
                     for (int k = 0; k < m; ++k) {
                         xkv_store(b.y.row(list[k0 + k]) + seg.first + r, res[k]);
                     }
@@ -89,7 +89,7 @@ struct xkv_decode_chunk {
     void add_scores(int64_t ic, const int64_t * list, int n, int64_t head, int64_t t0, int64_t d0, int64_t d1) const {
         for (int k0 = 0; k0 < n; k0 += XKV_DOT_MAX) {
             const int m = std::min(XKV_DOT_MAX, n - k0);
-            f32r res[XKV_DOT_MAX];
+            f32r      res[XKV_DOT_MAX];
             for (int k = 0; k < m; ++k) {
                 res[k] = xkv_load(score(list[k0 + k]) + t0);
             }
@@ -104,7 +104,8 @@ struct xkv_decode_chunk {
                 for (int k = 0; k < m; ++k) {
                     y[k] = b.y.at(list[k0 + k], seg.first + r0);
                 }
-                const uint8_t * tiles = coef(ic, XKV_K, seg, head) + t0/16*xkv_tile_bytes(seg.type, 16, seg.rank) + xkv_tile_bytes(seg.type, 16, r0);
+                const uint8_t * tiles =
+                    coef(ic, XKV_K, seg, head) + t0 / 16 * xkv_tile_bytes(seg.type, 16, seg.rank) + xkv_tile_bytes(seg.type, 16, r0);
                 xkv_dot_tiles(m, seg.type, tiles, r1 - r0, y, res);
             }
             for (int k = 0; k < m; ++k) {
@@ -115,17 +116,17 @@ struct xkv_decode_chunk {
 
     // adds directions [d0, d1) of V of tokens [t0, t1), whole tiles of the segment, weighted
     void add_values(int64_t ic, const xkv_attn_segment & seg, const xkv_rows & weight, const int64_t * list, int n, int64_t head,
-            int64_t t0, int64_t t1, int64_t d0, int64_t d1) const {
+                    int64_t t0, int64_t t1, int64_t d0, int64_t d1) const {
         const int64_t r0   = std::max(d0 - seg.first, (int64_t) 0);
         const int64_t r1   = std::min(d1 - seg.first, seg.rank);
         const size_t  tile = xkv_tile_bytes(seg.type, 16, n_chunk);
         const size_t  skip = xkv_tile_bytes(seg.type, 16, t0);
         for (int64_t r = r0; r < r1; r += 16) {
-            const uint8_t * tiles = coef(ic, XKV_V, seg, head) + r/16*tile + skip;
+            const uint8_t * tiles = coef(ic, XKV_V, seg, head) + r / 16 * tile + skip;
             for (int k0 = 0; k0 < n; k0 += XKV_DOT_MAX) {
-                const int m = std::min(XKV_DOT_MAX, n - k0);
+                const int   m = std::min(XKV_DOT_MAX, n - k0);
                 xkv_rounded y[XKV_DOT_MAX];
-                f32r res[XKV_DOT_MAX];
+                f32r        res[XKV_DOT_MAX];
                 for (int k = 0; k < m; ++k) {
                     y[k]   = weight.at(list[k0 + k], t0);
                     res[k] = xkv_load(b.parts.sums(part, list[k0 + k]) + seg.first + r);
@@ -140,7 +141,7 @@ struct xkv_decode_chunk {
 
     // tokens that the query doesn't see
     void mask_tail(int64_t ic, int64_t i) const {
-        for (int64_t t = l.n_fill(ic, i/l.n_head, s); t < n_chunk; ++t) {
+        for (int64_t t = l.n_fill(ic, i / l.n_head, s); t < n_chunk; ++t) {
             score(i)[t] = -INFINITY;
         }
     }

@@ -3,41 +3,41 @@
 #include "xkv-decode.h"
 
 static void xkv_row_f32(const ggml_tensor * t, int64_t j, int64_t head, int64_t s, float * dst) {
-    const char *  p = (const char *) t->data + head*t->nb[1] + j*t->nb[2] + s*t->nb[3];
+    const char *  p = (const char *) t->data + head * t->nb[1] + j * t->nb[2] + s * t->nb[3];
     const int64_t n = t->ne[0];
     switch (t->type) {
-        case GGML_TYPE_F32:
-            memcpy(dst, p, n*sizeof(float));
-            break;
-        case GGML_TYPE_F16: {
-            int64_t i = 0;
-            for (; i + 16 <= n; i += 16) {
-                xkv_store(dst + i, xkv_load_f16(p + 2*i));
-            }
-            for (; i < n; ++i) {
-                dst[i] = xkv_f16(p + 2*i);
-            }
-            break;
+    case GGML_TYPE_F32:
+        memcpy(dst, p, n * sizeof(float));
+        break;
+    case GGML_TYPE_F16: {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            xkv_store(dst + i, xkv_load_f16(p + 2 * i));
         }
-        default: // Q8_0
-            for (int64_t c = 0; c < n/32; ++c, p += 34) {
-                const float d = xkv_f16(p);
-                xkv_store(dst + 32*c,      xkv_load_i8(p + 2)*d);
-                xkv_store(dst + 32*c + 16, xkv_load_i8(p + 18)*d);
-            }
-            break;
+        for (; i < n; ++i) {
+            dst[i] = xkv_f16(p + 2 * i);
+        }
+        break;
+    }
+    default: // Q8_0
+        for (int64_t c = 0; c < n / 32; ++c, p += 34) {
+            const float d = xkv_f16(p);
+            xkv_store(dst + 32 * c, xkv_load_i8(p + 2) * d);
+            xkv_store(dst + 32 * c + 16, xkv_load_i8(p + 18) * d);
+        }
+        break;
     }
 }
 
 static float xkv_dot_f32(int64_t n, const float * x, const float * y) {
-    f32r acc = {};
-    int64_t i = 0;
+    f32r    acc = {};
+    int64_t i   = 0;
     for (; i + 16 <= n; i += 16) {
-        acc += xkv_load(x + i)*xkv_load(y + i);
+        acc += xkv_load(x + i) * xkv_load(y + i);
     }
     float res = xkv_sum(acc);
     for (; i < n; ++i) {
-        res += x[i]*y[i];
+        res += x[i] * y[i];
     }
     return res;
 }
@@ -47,7 +47,7 @@ static void xkv_add_rows(int64_t n, int64_t dim, const float * f, const float * 
     for (int64_t c = 0; c < dim; c += 16) {
         f32r acc = xkv_load(sums + c);
         for (int64_t k = 0; k < n; ++k) {
-            acc += xkv_load(rows + k*dim + c)*f[k];
+            acc += xkv_load(rows + k * dim + c) * f[k];
         }
         xkv_store(sums + c, acc);
     }
@@ -60,32 +60,32 @@ void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int6
 
     for (int64_t t = 0; t < l.n_tps; ++t) {
         for (int64_t g = 0; g < l.n_gqa; ++g) {
-            const int64_t i = t*l.n_head + head*l.n_gqa + g;
-            memset(b.exact.sums(span, i), 0, dv*sizeof(float));
+            const int64_t i = t * l.n_head + head * l.n_gqa + g;
+            memset(b.exact.sums(span, i), 0, dv * sizeof(float));
             b.exact.max(span, i) = -INFINITY;
             b.exact.sum(span, i) = 0.0f;
         }
     }
     for (int64_t j = j0; j < j1; j += XKV_EXACT_BLOCK) {
-        const int64_t n = std::min(XKV_EXACT_BLOCK, j1 - j);
-        bool have = false;
+        const int64_t n    = std::min(XKV_EXACT_BLOCK, j1 - j);
+        bool          have = false;
         for (int64_t t = 0; t < l.n_tps; ++t) {
             float bias[XKV_EXACT_BLOCK];
             bool  any = false;
             for (int64_t k = 0; k < XKV_EXACT_BLOCK; ++k) {
                 bias[k] = k < n ? l.mask_at(j + k, t, s) : -INFINITY;
-                any = any || bias[k] > -INFINITY;
+                any     = any || bias[k] > -INFINITY;
             }
             if (!any) {
                 continue;
             }
             for (int64_t k = 0; k < n && !have; ++k) {
-                xkv_row_f32(l.k, j + k, head, s, b.row_k + k*dk);
-                xkv_row_f32(l.v, j + k, head, s, b.row_v + k*dv);
+                xkv_row_f32(l.k, j + k, head, s, b.row_k + k * dk);
+                xkv_row_f32(l.v, j + k, head, s, b.row_v + k * dv);
             }
             have = true;
             for (int64_t g = 0; g < l.n_gqa; ++g) {
-                const int64_t i    = t*l.n_head + head*l.n_gqa + g;
+                const int64_t i    = t * l.n_head + head * l.n_gqa + g;
                 const float * q    = l.query(i, s);
                 float *       sums = b.exact.sums(span, i);
                 float &       max  = b.exact.max(span, i);
@@ -93,15 +93,15 @@ void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int6
 
                 float list[XKV_EXACT_BLOCK];
                 for (int64_t k = 0; k < XKV_EXACT_BLOCK; ++k) {
-                    list[k] = bias[k] + (k < n ? l.par.scale*xkv_dot_f32(dk, q, b.row_k + k*dk) : 0.0f);
+                    list[k] = bias[k] + (k < n ? l.par.scale * xkv_dot_f32(dk, q, b.row_k + k * dk) : 0.0f);
                 }
-                const f32r score = xkv_load(list);
-                const float m = std::max(max, xkv_max(score));
+                const f32r  score = xkv_load(list);
+                const float m     = std::max(max, xkv_max(score));
                 if (m > max) {
                     const float f = max == -INFINITY ? 0.0f : expf(max - m);
                     xkv_scale_f32(dv, f, sums);
                     sum *= f;
-                    max  = m;
+                    max = m;
                 }
                 const f32r p = xkv_exp(score - max);
                 sum += xkv_sum(p);

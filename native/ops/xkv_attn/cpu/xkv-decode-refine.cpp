@@ -6,17 +6,17 @@
 struct xkv_decode_refine_chunk : xkv_decode_chunk {
     using xkv_decode_chunk::xkv_decode_chunk;
 
-    const uint8_t * fine(int64_t i) const { return b.fine + i*n_fine; }
+    const uint8_t * fine(int64_t i) const { return b.fine + i * n_fine; }
 
     // marks the blocks of a query that are refined
     bool mark(int64_t i) const {
-        const float max   = b.parts.max(part, i);
-        bool        any   = false;
+        const float max = b.parts.max(part, i);
+        bool        any = false;
         for (int64_t f = 0; f < n_fine; ++f) {
-            const float sum = xkv_sum(xkv_exp(xkv_load(score(i) + 16*f) - max));
-            const float all = logf(sum) + max;
-            b.fine[i*n_fine + f] = all > b.least[i] && all <= b.above[i];
-            any = any || b.fine[i*n_fine + f];
+            const float sum        = xkv_sum(xkv_exp(xkv_load(score(i) + 16 * f) - max));
+            const float all        = logf(sum) + max;
+            b.fine[i * n_fine + f] = all > b.least[i] && all <= b.above[i];
+            any                    = any || b.fine[i * n_fine + f];
         }
         return any;
     }
@@ -24,18 +24,18 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
     // weights of refined blocks, and those by the lead, rounded as they were when they were added
     void weigh(int64_t i) const {
         const float max = b.parts.max(part, i);
-        float * w = b.weight.row(i);
-        float * r = b.taken.row(i);
-        f32r sum = {};
+        float *     w   = b.weight.row(i);
+        float *     r   = b.taken.row(i);
+        f32r        sum = {};
         for (int64_t f = 0; f < n_fine; ++f) {
-            const f32r rough = xkv_exp(xkv_load(b.rough + i*n_chunk + 16*f) - max);
-            f32r p = {};
+            const f32r rough = xkv_exp(xkv_load(b.rough + i * n_chunk + 16 * f) - max);
+            f32r       p     = {};
             if (fine(i)[f]) {
-                p = xkv_exp(xkv_load(score(i) + 16*f) - max);
+                p = xkv_exp(xkv_load(score(i) + 16 * f) - max);
                 sum += p - rough;
             }
-            xkv_store(w + 16*f, p);
-            xkv_store(r + 16*f, rough);
+            xkv_store(w + 16 * f, p);
+            xkv_store(r + 16 * f, rough);
         }
         b.parts.sum(part, i) += xkv_sum(sum);
         b.weight.round(i, 0, n_chunk);
@@ -43,7 +43,7 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         b.taken.negate(i, n_chunk);
         for (int64_t f = 0; f < n_fine; ++f) {
             if (!fine(i)[f]) {
-                b.taken.clear(i, 16*f);
+                b.taken.clear(i, 16 * f);
             }
         }
     }
@@ -53,7 +53,7 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         int n_res = 0;
         for (int k = 0; k < n; ++k) {
             bool any = false;
-            for (int64_t f = t0/XKV_ATTN_FINE; f < std::min(t1/XKV_ATTN_FINE, n_fine); ++f) {
+            for (int64_t f = t0 / XKV_ATTN_FINE; f < std::min(t1 / XKV_ATTN_FINE, n_fine); ++f) {
                 any = any || fine(list[k])[f];
             }
             if (any) {
@@ -64,15 +64,15 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
     }
 
     void run(int64_t ic) const {
-        int64_t list[XKV_ATTN_MAX_QUERY*XKV_ATTN_MAX_HEADS]; // queries with blocks to refine, by KV head
-        int64_t some_of[XKV_ATTN_MAX_QUERY*XKV_ATTN_MAX_HEADS];
+        int64_t list[XKV_ATTN_MAX_QUERY * XKV_ATTN_MAX_HEADS]; // queries with blocks to refine, by KV head
+        int64_t some_of[XKV_ATTN_MAX_QUERY * XKV_ATTN_MAX_HEADS];
         int     n = 0;
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
             const int first = n;
             for (int64_t t = 0; t < l.n_tps; ++t) {
                 for (int64_t g = 0; g < l.n_gqa; ++g) {
-                    const int64_t i = t*l.n_head + h*l.n_gqa + g;
-                    if (b.peak[i*l.n_frame + ic] > b.least[i] && b.above[i] > b.least[i]) {
+                    const int64_t i = t * l.n_head + h * l.n_gqa + g;
+                    if (b.peak[i * l.n_frame + ic] > b.least[i] && b.above[i] > b.least[i]) {
                         list[n++] = i;
                         turn_query(ic, i);
                     }
@@ -92,7 +92,7 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         for (int k = 0; k < n; ++k) {
             const int64_t i = list[k];
             mask_tail(ic, i);
-            memcpy(b.rough + i*n_chunk, score(i), n_chunk*sizeof(float));
+            memcpy(b.rough + i * n_chunk, score(i), n_chunk * sizeof(float));
             if (mark(i)) {
                 list[n_kept++] = i;
             }
@@ -107,7 +107,7 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
             raise_max(i, max_score(i));
             if (!b.parts.deep(part, i)) {
                 b.parts.set_deep(part, i, true);
-                memset(b.parts.sums(part, i) + l.lead[XKV_V], 0, (l.rank[XKV_V] - l.lead[XKV_V])*sizeof(float));
+                memset(b.parts.sums(part, i) + l.lead[XKV_V], 0, (l.rank[XKV_V] - l.lead[XKV_V]) * sizeof(float));
             }
             weigh(i);
         }
@@ -116,7 +116,7 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
             const int64_t cols = xkv_tile_cols(seg.type);
             for (int64_t t = 0; t < n_chunk; t += cols) {
                 const int m = some(list, n, t, t + cols, some_of);
-                add_values(ic, seg, b.taken,  some_of, m, 0, t, t + cols, 0, l.lead[XKV_V]);
+                add_values(ic, seg, b.taken, some_of, m, 0, t, t + cols, 0, l.lead[XKV_V]);
                 add_values(ic, seg, b.weight, some_of, m, 0, t, t + cols, 0, l.rank[XKV_V]);
             }
         }

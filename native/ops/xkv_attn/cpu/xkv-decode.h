@@ -25,9 +25,9 @@ struct xkv_partials {
     float * data;
     int64_t n_query, n;
 
-    float * sums(int64_t part, int64_t i) const { return data + (part*n_query + i)*(n + XKV_PAD); }
-    float & max (int64_t part, int64_t i) const { return sums(part, i)[n]; }
-    float & sum (int64_t part, int64_t i) const { return sums(part, i)[n + 1]; }
+    float * sums(int64_t part, int64_t i) const { return data + (part * n_query + i) * (n + XKV_PAD); }
+    float & max(int64_t part, int64_t i) const { return sums(part, i)[n]; }
+    float & sum(int64_t part, int64_t i) const { return sums(part, i)[n + 1]; }
     // whether the sums hold more than the lead
     bool deep(int64_t part, int64_t i) const { return sums(part, i)[n + 2] > 0.0f; }
     void set_deep(int64_t part, int64_t i, bool deep) const { sums(part, i)[n + 2] = deep; }
@@ -47,33 +47,33 @@ struct xkv_rows {
     int64_t   stride; // a multiple of 32
 
     xkv_rounded at(int64_t row, int64_t col) const {
-        const int64_t i = row*stride + col;
-        return { x + i, codes + i, scales + i/32, n + i/32 };
+        const int64_t i = row * stride + col;
+        return { x + i, codes + i, scales + i / 32, n + i / 32 };
     }
-    float * row(int64_t i) const { return x + i*stride; }
+    float * row(int64_t i) const { return x + i * stride; }
 
     // numbers [c0, c1)
     void round(int64_t row, int64_t c0, int64_t c1) const {
-        const int64_t i = row*stride + c0;
-        xkv_round(x + i, (c1 - c0 + 31)/32*32, codes + i, scales + i/32, n + i/32);
+        const int64_t i = row * stride + c0;
+        xkv_round(x + i, (c1 - c0 + 31) / 32 * 32, codes + i, scales + i / 32, n + i / 32);
     }
 
     void negate(int64_t row, int64_t n_col) const {
-        const int64_t i = row*stride;
+        const int64_t i = row * stride;
         for (int64_t c = 0; c < n_col; c += 16) {
-            xkv_store(x + i + c, xkv_load(x + i + c)*-1.0f);
+            xkv_store(x + i + c, xkv_load(x + i + c) * -1.0f);
         }
         for (int64_t c = 0; c < n_col; c += 32) {
-            scales[(i + c)/32] *= -1.0f;
+            scales[(i + c) / 32] *= -1.0f;
         }
     }
 
     // 16 rounded numbers become 0
     void clear(int64_t row, int64_t col) const {
-        const int64_t i = row*stride + col;
+        const int64_t i = row * stride + col;
         xkv_store(x + i, f32r());
         for (int64_t c = i; c < i + 16; ++c) {
-            n[i/32] -= codes[c];
+            n[i / 32] -= codes[c];
         }
         memset(codes + i, 0, 16);
     }
@@ -83,8 +83,8 @@ struct xkv_rows {
 struct xkv_ticket {
     int64_t value;
 
-    void    reset()       { __atomic_store_n(&value, 0, __ATOMIC_RELAXED); }
-    int64_t next()        { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
+    void    reset() { __atomic_store_n(&value, 0, __ATOMIC_RELAXED); }
+    int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
 };
 
 struct xkv_decode_buffers {
@@ -117,10 +117,10 @@ static inline int64_t xkv_n_part(const xkv_attn_layer & l) {
 static inline void xkv_add_f32(int64_t n, float a, const float * x, float * y) {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        xkv_store(y + i, xkv_load(y + i) + xkv_load(x + i)*a);
+        xkv_store(y + i, xkv_load(y + i) + xkv_load(x + i) * a);
     }
     for (; i < n; ++i) {
-        y[i] += a*x[i];
+        y[i] += a * x[i];
     }
 }
 

@@ -14,13 +14,13 @@ struct xkv_prefill_maker : xkv_prefill_head {
                 if (kd == XKV_K) {
                     for (int64_t r = 0; r < seg.rank; r += 16) {
                         for (int64_t c = 0; c < l.dim[XKV_K]; c += cols, p += tile) {
-                            xkv_expand_tile(seg.type_basis, p, b.base_k + c*rk + seg.first + r, rk);
+                            xkv_expand_tile(seg.type_basis, p, b.base_k + c * rk + seg.first + r, rk);
                         }
                     }
                 } else {
                     for (int64_t c = 0; c < l.dim[XKV_V]; c += 16) {
                         for (int64_t r = 0; r < seg.rank; r += cols, p += tile) {
-                            xkv_expand_tile(seg.type_basis, p, b.base_v + (seg.first + r)*dv + c, dv);
+                            xkv_expand_tile(seg.type_basis, p, b.base_v + (seg.first + r) * dv + c, dv);
                         }
                     }
                 }
@@ -35,19 +35,19 @@ struct xkv_prefill_maker : xkv_prefill_head {
                 const auto &    seg  = l.segments[kd][is];
                 const int64_t   cols = xkv_tile_cols(seg.type);
                 const size_t    tile = xkv_tile_bytes(seg.type, 16, cols);
-                const uint8_t * p    = l.chunk(ic, s) + seg.coef + (l.plain ? head*l.head_coef[kd] : 0);
+                const uint8_t * p    = l.chunk(ic, s) + seg.coef + (l.plain ? head * l.head_coef[kd] : 0);
                 if (kd == XKV_K) {
                     for (int64_t t = 0; t < n; t += 16) {
-                        const uint8_t * q = p + (t0 + t)/16*xkv_tile_bytes(seg.type, 16, seg.rank);
+                        const uint8_t * q = p + (t0 + t) / 16 * xkv_tile_bytes(seg.type, 16, seg.rank);
                         for (int64_t r = 0; r < seg.rank; r += cols, q += tile) {
-                            xkv_expand_tile(seg.type, q, b.coef_k + (seg.first + r)*n + t, n);
+                            xkv_expand_tile(seg.type, q, b.coef_k + (seg.first + r) * n + t, n);
                         }
                     }
                 } else {
                     for (int64_t r = 0; r < seg.rank; r += 16) {
-                        const uint8_t * q = p + r/16*xkv_tile_bytes(seg.type, 16, l.n_chunk) + t0/cols*tile;
+                        const uint8_t * q = p + r / 16 * xkv_tile_bytes(seg.type, 16, l.n_chunk) + t0 / cols * tile;
                         for (int64_t t = 0; t < n; t += cols, q += tile) {
-                            xkv_expand_tile(seg.type, q, b.coef_v + t*rv + seg.first + r, rv);
+                            xkv_expand_tile(seg.type, q, b.coef_v + t * rv + seg.first + r, rv);
                         }
                     }
                 }
@@ -64,11 +64,11 @@ struct xkv_prefill_maker : xkv_prefill_head {
         for (int64_t d = 0; d < l.dim[XKV_K]; d += XKV_MUL_ROWS) {
             const int m = (int) std::min<int64_t>(XKV_MUL_ROWS, l.dim[XKV_K] - d);
             for (int i = 0; i < m; ++i) {
-                a[i] = b.base_k + (d + i)*rk;
-                c[i] = kt + (d + i)*n;
+                a[i] = b.base_k + (d + i) * rk;
+                c[i] = kt + (d + i) * n;
             }
             if (l.plain) {
-                memcpy(c[0], b.coef_k + d*n, m*n*sizeof(float));
+                memcpy(c[0], b.coef_k + d * n, m * n * sizeof(float));
             } else {
                 xkv_mul<false>(m, l.rank[XKV_K], n, a, b.coef_k, n, c);
             }
@@ -76,12 +76,12 @@ struct xkv_prefill_maker : xkv_prefill_head {
         for (int64_t t = 0; t < n; t += XKV_MUL_ROWS) {
             const int m = (int) std::min<int64_t>(XKV_MUL_ROWS, n - t);
             for (int i = 0; i < m; ++i) {
-                a[i] = b.coef_v + (t + i)*rv;
-                c[i] = vt + (t + i)*dv;
+                a[i] = b.coef_v + (t + i) * rv;
+                c[i] = vt + (t + i) * dv;
             }
             if (l.plain) {
                 for (int i = 0; i < m; ++i) {
-                    memcpy(c[i], a[i], l.dim[XKV_V]*sizeof(float));
+                    memcpy(c[i], a[i], l.dim[XKV_V] * sizeof(float));
                 }
             } else {
                 xkv_mul<false>(m, l.rank[XKV_V], dv, a, b.base_v, dv, c);
@@ -90,7 +90,7 @@ struct xkv_prefill_maker : xkv_prefill_head {
         const float * mean = l.mean_k(head);
         for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
             for (int64_t t = 0; t < n; t += 16) {
-                xkv_store(kt + d*n + t, xkv_load(kt + d*n + t) + mean[d]);
+                xkv_store(kt + d * n + t, xkv_load(kt + d * n + t) + mean[d]);
             }
         }
         turn_back(ic, n, kt);
@@ -101,20 +101,20 @@ struct xkv_prefill_maker : xkv_prefill_head {
             return;
         }
         const float * cs   = l.pairs(ic, s);
-        const int64_t half = l.n_rot/2;
+        const int64_t half = l.n_rot / 2;
         const bool    neox = l.par.flags & XKV_ATTN_ROPE_NEOX;
         for (int64_t i = 0; i < half; ++i) {
-            const int64_t at0 = neox ? i        : 2*i;
-            const int64_t at1 = neox ? i + half : 2*i + 1;
+            const int64_t at0 = neox ? i : 2 * i;
+            const int64_t at1 = neox ? i + half : 2 * i + 1;
             const float   c   = cs[at0];
             const float   d   = -cs[at1];
-            float * x = kt + (l.par.rot_first + at0)*n;
-            float * y = kt + (l.par.rot_first + at1)*n;
+            float *       x   = kt + (l.par.rot_first + at0) * n;
+            float *       y   = kt + (l.par.rot_first + at1) * n;
             for (int64_t t = 0; t < n; t += 16) {
                 const f32r xv = xkv_load(x + t);
                 const f32r yv = xkv_load(y + t);
-                xkv_store(x + t, xv*c - yv*d);
-                xkv_store(y + t, xv*d + yv*c);
+                xkv_store(x + t, xv * c - yv * d);
+                xkv_store(y + t, xv * d + yv * c);
             }
         }
     }
@@ -122,7 +122,7 @@ struct xkv_prefill_maker : xkv_prefill_head {
     void load_exact(int64_t j0, int64_t n, int64_t n_pad, float * kt, float * vt) const {
         const auto get = [](const char * p, ggml_type type, int64_t n, float * dst) {
             if (type == GGML_TYPE_F32) {
-                memcpy(dst, p, n*sizeof(float));
+                memcpy(dst, p, n * sizeof(float));
             } else {
                 ggml_get_type_traits(type)->to_float(p, dst, n);
             }
@@ -130,14 +130,15 @@ struct xkv_prefill_maker : xkv_prefill_head {
         float row[XKV_ATTN_MAX_HEAD] = {};
         for (int64_t t = 0; t < n_pad; ++t) {
             if (t < n) {
-                get((const char *) l.k->data + head*l.k->nb[1] + (j0 + t)*l.k->nb[2] + s*l.k->nb[3], l.k->type, l.dim[XKV_K], row);
-                get((const char *) l.v->data + head*l.v->nb[1] + (j0 + t)*l.v->nb[2] + s*l.v->nb[3], l.v->type, l.dim[XKV_V], vt + t*dv);
+                get((const char *) l.k->data + head * l.k->nb[1] + (j0 + t) * l.k->nb[2] + s * l.k->nb[3], l.k->type, l.dim[XKV_K], row);
+                get((const char *) l.v->data + head * l.v->nb[1] + (j0 + t) * l.v->nb[2] + s * l.v->nb[3], l.v->type, l.dim[XKV_V],
+                    vt + t * dv);
             } else {
                 memset(row, 0, sizeof(row));
-                memset(vt + t*dv, 0, dv*sizeof(float));
+                memset(vt + t * dv, 0, dv * sizeof(float));
             }
             for (int64_t d = 0; d < l.dim[XKV_K]; ++d) {
-                kt[d*n_pad + t] = row[d];
+                kt[d * n_pad + t] = row[d];
             }
         }
     }
@@ -152,9 +153,9 @@ struct xkv_prefill_maker : xkv_prefill_head {
 };
 
 void xkv_prefill_expand_bases(const xkv_prefill_head & h) {
-    xkv_prefill_maker { h }.expand_bases();
+    xkv_prefill_maker{ h }.expand_bases();
 }
 
 void xkv_prefill_make(const xkv_prefill_head & h, const xkv_tile_of & tile, int64_t i) {
-    xkv_prefill_maker { h }.make(tile, i);
+    xkv_prefill_maker{ h }.make(tile, i);
 }

@@ -9,10 +9,10 @@ static const int64_t XKV_TILE_TOKENS = 64;
 static const int64_t XKV_BATCH_TILES = 8;
 
 // queries of a KV head that one thread takes at a time: a multiple of the rows that meet a tile together
-static const int64_t XKV_UNIT_ROWS = 16*XKV_MUL_ROWS;
+static const int64_t XKV_UNIT_ROWS = 16 * XKV_MUL_ROWS;
 
 static inline int64_t xkv_pad16(int64_t n) {
-    return (n + 15)/16*16;
+    return (n + 15) / 16 * 16;
 }
 
 // tokens of one chunk, or exact ones
@@ -44,13 +44,13 @@ static inline void xkv_mul_block(int64_t n, const float * const * a, const float
     f32r acc[M][NV];
     for (int m = 0; m < M; ++m) {
         for (int v = 0; v < NV; ++v) {
-            acc[m][v] = ADD ? xkv_load(c[m] + 16*v) : f32r{};
+            acc[m][v] = ADD ? xkv_load(c[m] + 16 * v) : f32r{};
         }
     }
     xkv_mul_panel<M, NV>(n, a, b, ldb, acc);
     for (int m = 0; m < M; ++m) {
         for (int v = 0; v < NV; ++v) {
-            xkv_store(c[m] + 16*v, acc[m][v]);
+            xkv_store(c[m] + 16 * v, acc[m][v]);
         }
     }
 }
@@ -58,12 +58,24 @@ static inline void xkv_mul_block(int64_t n, const float * const * a, const float
 template <int NV, bool ADD>
 static inline void xkv_mul_rows(int m, int64_t n, const float * const * a, const float * b, int64_t ldb, float * const * c) {
     switch (m) {
-        case 1: xkv_mul_block<1, NV, ADD>(n, a, b, ldb, c); break;
-        case 2: xkv_mul_block<2, NV, ADD>(n, a, b, ldb, c); break;
-        case 3: xkv_mul_block<3, NV, ADD>(n, a, b, ldb, c); break;
-        case 4: xkv_mul_block<4, NV, ADD>(n, a, b, ldb, c); break;
-        case 5: xkv_mul_block<5, NV, ADD>(n, a, b, ldb, c); break;
-        case 6: xkv_mul_block<6, NV, ADD>(n, a, b, ldb, c); break;
+    case 1:
+        xkv_mul_block<1, NV, ADD>(n, a, b, ldb, c);
+        break;
+    case 2:
+        xkv_mul_block<2, NV, ADD>(n, a, b, ldb, c);
+        break;
+    case 3:
+        xkv_mul_block<3, NV, ADD>(n, a, b, ldb, c);
+        break;
+    case 4:
+        xkv_mul_block<4, NV, ADD>(n, a, b, ldb, c);
+        break;
+    case 5:
+        xkv_mul_block<5, NV, ADD>(n, a, b, ldb, c);
+        break;
+    case 6:
+        xkv_mul_block<6, NV, ADD>(n, a, b, ldb, c);
+        break;
     }
 }
 
@@ -75,10 +87,10 @@ static inline void xkv_mul(int m, int64_t n, int64_t n_col, const float * const 
         for (int i = 0; i < m; ++i) {
             c[i] = c0[i] + j;
         }
-        const int64_t rest = (n_col - j)/16;
+        const int64_t rest = (n_col - j) / 16;
         if (XKV_MUL_VECS >= 4 && rest >= 4) {
             xkv_mul_rows<XKV_MUL_VECS, ADD>(m, n, a, b + j, ldb, c);
-            j += 16*XKV_MUL_VECS;
+            j += 16 * XKV_MUL_VECS;
         } else if (XKV_MUL_VECS >= 4 && rest >= 2) {
             xkv_mul_rows<2, ADD>(m, n, a, b + j, ldb, c);
             j += 32;
@@ -102,8 +114,8 @@ struct xkv_prefill_head {
     const int64_t rk = xkv_pad16(l.rank[XKV_K]);
     const int64_t rv = xkv_pad16(l.rank[XKV_V]);
 
-    float * kt(int64_t tile) const { return b.kt + (head*XKV_BATCH_TILES + tile)*XKV_TILE_TOKENS*dk; }
-    float * vt(int64_t tile) const { return b.vt + (head*XKV_BATCH_TILES + tile)*XKV_TILE_TOKENS*dv; }
+    float * kt(int64_t tile) const { return b.kt + (head * XKV_BATCH_TILES + tile) * XKV_TILE_TOKENS * dk; }
+    float * vt(int64_t tile) const { return b.vt + (head * XKV_BATCH_TILES + tile) * XKV_TILE_TOKENS * dv; }
 };
 
 // the head's bases as f32, in the thread's buffers

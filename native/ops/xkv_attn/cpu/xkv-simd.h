@@ -28,13 +28,13 @@
 template <typename T> struct xkv_wide {
     typedef T reg __attribute__((vector_size(XKV_LANE_BYTES)));
 
-    static constexpr int n = 64/XKV_LANE_BYTES;
+    static constexpr int n = 64 / XKV_LANE_BYTES;
 
     reg v[n];
 
     inline __attribute__((always_inline)) T operator[](int i) const {
-        constexpr int each = XKV_LANE_BYTES/(int) sizeof(T);
-        return v[i/each][i % each];
+        constexpr int each = XKV_LANE_BYTES / (int) sizeof(T);
+        return v[i / each][i % each];
     }
 };
 
@@ -43,20 +43,20 @@ typedef xkv_wide<int32_t>  i32r;
 typedef xkv_wide<uint8_t>  u8r;
 typedef xkv_wide<uint16_t> u16r;
 
-#define XKV_WIDE_OP(op)                                                                                             \
-    template <typename T> XKV_INLINE xkv_wide<T> operator op(const xkv_wide<T> & a, const xkv_wide<T> & b) {        \
-        xkv_wide<T> res;                                                                                            \
-        for (int i = 0; i < xkv_wide<T>::n; ++i) {                                                                  \
-            res.v[i] = a.v[i] op b.v[i];                                                                            \
-        }                                                                                                           \
-        return res;                                                                                                 \
-    }                                                                                                               \
-    template <typename T> XKV_INLINE xkv_wide<T> operator op(const xkv_wide<T> & a, T b) {                          \
-        xkv_wide<T> res;                                                                                            \
-        for (int i = 0; i < xkv_wide<T>::n; ++i) {                                                                  \
-            res.v[i] = a.v[i] op b;                                                                                 \
-        }                                                                                                           \
-        return res;                                                                                                 \
+#define XKV_WIDE_OP(op)                                                                                                                    \
+    template <typename T> XKV_INLINE xkv_wide<T> operator op(const xkv_wide<T> & a, const xkv_wide<T> & b) {                               \
+        xkv_wide<T> res;                                                                                                                   \
+        for (int i = 0; i < xkv_wide<T>::n; ++i) {                                                                                         \
+            res.v[i] = a.v[i] op b.v[i];                                                                                                   \
+        }                                                                                                                                  \
+        return res;                                                                                                                        \
+    }                                                                                                                                      \
+    template <typename T> XKV_INLINE xkv_wide<T> operator op(const xkv_wide<T> & a, T b) {                                                 \
+        xkv_wide<T> res;                                                                                                                   \
+        for (int i = 0; i < xkv_wide<T>::n; ++i) {                                                                                         \
+            res.v[i] = a.v[i] op b;                                                                                                        \
+        }                                                                                                                                  \
+        return res;                                                                                                                        \
     }
 XKV_WIDE_OP(+)
 XKV_WIDE_OP(-)
@@ -106,7 +106,7 @@ template <typename To, typename T> XKV_INLINE xkv_wide<To> xkv_as(const xkv_wide
 template <typename T> XKV_INLINE xkv_wide<T> xkv_get(const void * p) {
     xkv_wide<T> res;
     for (int i = 0; i < xkv_wide<T>::n; ++i) {
-        memcpy(&res.v[i], (const char *) p + i*XKV_LANE_BYTES, XKV_LANE_BYTES);
+        memcpy(&res.v[i], (const char *) p + i * XKV_LANE_BYTES, XKV_LANE_BYTES);
     }
     return res;
 }
@@ -121,7 +121,7 @@ XKV_INLINE f32r xkv_load(const float * p) {
 
 XKV_INLINE void xkv_store(float * p, const f32r & x) {
     for (int i = 0; i < f32r::n; ++i) {
-        memcpy(p + i*XKV_LANE_BYTES/4, &x.v[i], XKV_LANE_BYTES);
+        memcpy(p + i * XKV_LANE_BYTES / 4, &x.v[i], XKV_LANE_BYTES);
     }
 }
 
@@ -150,11 +150,11 @@ XKV_INLINE f32r xkv_load_i8(const void * p) {
 #if defined(__AVX512F__)
         res.v[i] = (f32r::reg) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
 #elif defined(__AVX2__)
-        res.v[i] = (f32r::reg) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) ((const char *) p + 8*i))));
+        res.v[i] = (f32r::reg) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) ((const char *) p + 8 * i))));
 #else
-        typedef int8_t part __attribute__((vector_size(XKV_LANE_BYTES/4)));
-        part x;
-        memcpy(&x, (const char *) p + i*sizeof(x), sizeof(x));
+        typedef int8_t part __attribute__((vector_size(XKV_LANE_BYTES / 4)));
+        part           x;
+        memcpy(&x, (const char *) p + i * sizeof(x), sizeof(x));
         res.v[i] = __builtin_convertvector(x, f32r::reg);
 #endif
     }
@@ -180,8 +180,8 @@ XKV_INLINE float xkv_sum(const f32r & x) {
     return _mm512_reduce_add_ps((__m512) x.v[0]);
 #elif defined(__AVX__)
     const __m256 s = (__m256) (x.v[0] + x.v[1]);
-    __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    __m128       h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    h              = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 #else
     f32r::reg s = x.v[0];
@@ -189,7 +189,7 @@ XKV_INLINE float xkv_sum(const f32r & x) {
         s += x.v[i];
     }
     float res = 0.0f;
-    for (int i = 0; i < XKV_LANE_BYTES/4; ++i) {
+    for (int i = 0; i < XKV_LANE_BYTES / 4; ++i) {
         res += s[i];
     }
     return res;
@@ -201,8 +201,8 @@ XKV_INLINE float xkv_max(const f32r & x) {
     return _mm512_reduce_max_ps((__m512) x.v[0]);
 #elif defined(__AVX__)
     const __m256 m = _mm256_max_ps((__m256) x.v[0], (__m256) x.v[1]);
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    __m128       h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    h              = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 #else
     f32r::reg m = x.v[0];
@@ -210,7 +210,7 @@ XKV_INLINE float xkv_max(const f32r & x) {
         m = m > x.v[i] ? m : x.v[i];
     }
     float res = m[0];
-    for (int i = 1; i < XKV_LANE_BYTES/4; ++i) {
+    for (int i = 1; i < XKV_LANE_BYTES / 4; ++i) {
         res = m[i] > res ? m[i] : res;
     }
     return res;
@@ -228,12 +228,12 @@ XKV_INLINE f32r xkv_load_f16(const void * p) {
     }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     for (int i = 0; i < 4; ++i) {
-        res.v[i] = (f32r::reg) vcvt_f32_f16(vld1_f16((const __fp16 *) p + 4*i));
+        res.v[i] = (f32r::reg) vcvt_f32_f16(vld1_f16((const __fp16 *) p + 4 * i));
     }
 #else
     float x[16];
     for (int i = 0; i < 16; ++i) {
-        x[i] = xkv_f16((const char *) p + 2*i);
+        x[i] = xkv_f16((const char *) p + 2 * i);
     }
     res = xkv_load(x);
 #endif
@@ -242,7 +242,7 @@ XKV_INLINE f32r xkv_load_f16(const void * p) {
 
 // e^x to about 2 units in the last place; 0 below -87
 XKV_INLINE f32r xkv_exp(const f32r & x) {
-    const f32r t = xkv_max(x, xkv_set1(-87.0f))*1.44269504f;
+    const f32r t = xkv_max(x, xkv_set1(-87.0f)) * 1.44269504f;
 #if defined(__AVX512F__)
     f32r n;
     n.v[0] = (f32r::reg) _mm512_roundscale_ps((__m512) t.v[0], _MM_FROUND_TO_NEAREST_INT);
@@ -250,21 +250,21 @@ XKV_INLINE f32r xkv_exp(const f32r & x) {
     const f32r n = (t + 12582912.0f) - 12582912.0f; // 1.5*2^23: rounds to an integer
 #endif
     const f32r r = t - n;
-    f32r p = xkv_set1(1.535336188319500e-4f);
-    p = p*r + 1.339887440266574e-3f;
-    p = p*r + 9.618437357674640e-3f;
-    p = p*r + 5.550332471162809e-2f;
-    p = p*r + 2.402264791363012e-1f;
-    p = p*r + 6.931472028550421e-1f;
-    p = p*r + 1.0f;
+    f32r       p = xkv_set1(1.535336188319500e-4f);
+    p            = p * r + 1.339887440266574e-3f;
+    p            = p * r + 9.618437357674640e-3f;
+    p            = p * r + 5.550332471162809e-2f;
+    p            = p * r + 2.402264791363012e-1f;
+    p            = p * r + 6.931472028550421e-1f;
+    p            = p * r + 1.0f;
     f32r res;
     for (int i = 0; i < f32r::n; ++i) {
 #if defined(__AVX512F__)
         const __mmask16 in = _mm512_cmp_ps_mask((__m512) x.v[i], _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-        res.v[i] = (f32r::reg) _mm512_maskz_scalef_ps(in, (__m512) p.v[i], (__m512) n.v[i]);
+        res.v[i]           = (f32r::reg) _mm512_maskz_scalef_ps(in, (__m512) p.v[i], (__m512) n.v[i]);
 #else
         const i32r::reg e = (__builtin_convertvector(n.v[i], i32r::reg) + 127) << 23;
-        res.v[i] = x.v[i] >= -87.0f ? p.v[i]*(f32r::reg) e : f32r::reg{};
+        res.v[i]          = x.v[i] >= -87.0f ? p.v[i] * (f32r::reg) e : f32r::reg{};
 #endif
     }
     return res;
@@ -338,13 +338,13 @@ template <bool WIDE> XKV_INLINE void xkv_dot4(i32r & acc, const u8r & x, const i
     const int8x16_t yv = vreinterpretq_s8_s32(vdupq_n_s32(w));
     for (int i = 0; i < 4; ++i) {
         const int8x16_t u = (int8x16_t) x.v[i];
-        acc.v[i] = (i32r::reg) vdotq_s32((int32x4_t) acc.v[i], WIDE ? veorq_s8(u, vdupq_n_s8((int8_t) 0x80)) : u, yv);
+        acc.v[i]          = (i32r::reg) vdotq_s32((int32x4_t) acc.v[i], WIDE ? veorq_s8(u, vdupq_n_s8((int8_t) 0x80)) : u, yv);
     }
 #else
-    const u8r mask = xkv_same((uint8_t) 255);
-    const i32r xv  = xkv_as<int32_t>(x & mask);
+    const u8r  mask = xkv_same((uint8_t) 255);
+    const i32r xv   = xkv_as<int32_t>(x & mask);
     for (int j = 0; j < 4; ++j) {
-        acc += ((xv >> 8*j) & 255)*(int32_t) y[j];
+        acc += ((xv >> 8 * j) & 255) * (int32_t) y[j];
     }
     GGML_UNUSED(w);
 #endif

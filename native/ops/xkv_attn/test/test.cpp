@@ -15,7 +15,7 @@ static int n_fail = 0;
 
 static std::vector<float> run(const xkv_case & c, int seed, int n_thread, double * norm, double * diff) {
     ggml_context_ptr ctx(ggml_init({ (size_t) 512 << 20, nullptr, false }));
-    ggml_tensor * t = xkv_make_case(ctx.get(), c, seed);
+    ggml_tensor *    t = xkv_make_case(ctx.get(), c, seed);
 
     ggml_backend_ptr cpu(ggml_backend_cpu_init());
     ggml_backend_cpu_set_n_threads(cpu.get(), n_thread);
@@ -29,8 +29,8 @@ static std::vector<float> run(const xkv_case & c, int seed, int n_thread, double
     *norm = *diff = 0.0;
     for (size_t i = 0; i < ref.size(); ++i) {
         const double d = ((const float *) t->data)[i] - ref[i];
-        *norm += ref[i]*ref[i];
-        *diff += d*d;
+        *norm += ref[i] * ref[i];
+        *diff += d * d;
         if (!std::isfinite(d)) {
             *diff = INFINITY;
         }
@@ -40,16 +40,17 @@ static std::vector<float> run(const xkv_case & c, int seed, int n_thread, double
 
 // relative root mean square error below limit; the same result for any number of threads
 static void check(const std::string & name, const xkv_case & c, double limit) {
-    double norm, diff;
-    const auto one   = run(c, 1, 1, &norm, &diff);
-    const double err = sqrt(diff/norm);
-    double n2, d2;
-    const auto three = run(c, 1, 3, &n2, &d2);
+    double       norm, diff;
+    const auto   one = run(c, 1, 1, &norm, &diff);
+    const double err = sqrt(diff / norm);
+    double       n2, d2;
+    const auto   three = run(c, 1, 3, &n2, &d2);
 
     const bool ok = err < limit && one == three;
     (ok ? n_pass : n_fail)++;
     if (!ok || getenv("XKV_TEST_VERBOSE")) {
-        printf("%s %s: error %.3g, expected below %.3g%s\n", ok ? "ok" : "FAIL", name.c_str(), err, limit, one == three ? "" : "; other result with three threads");
+        printf("%s %s: error %.3g, expected below %.3g%s\n", ok ? "ok" : "FAIL", name.c_str(), err, limit,
+               one == three ? "" : "; other result with three threads");
     }
 }
 
@@ -72,8 +73,8 @@ int main() {
         return c;
     };
     for (int64_t n_tps : { 1, 2, 8, 9, 70 }) {
-        const std::string at = " queries " + std::to_string(n_tps);
-        const bool few = n_tps <= XKV_ATTN_MAX_QUERY;
+        const std::string at  = " queries " + std::to_string(n_tps);
+        const bool        few = n_tps <= XKV_ATTN_MAX_QUERY;
 
         const auto with = [&](xkv_case c) {
             c.n_tps   = n_tps;
@@ -85,51 +86,51 @@ int main() {
         c.n_stored = 0;
         check("exact only" + at, c, 1e-5);
         for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_Q8_0 }) {
-            c = with(f32(96));
+            c       = with(f32(96));
             c.exact = type;
             check(std::string("exact as ") + ggml_type_name(type) + at, c, 1e-5);
         }
-        c = with(f32(96));
+        c       = with(f32(96));
         c.flags = 0;
         check("pairs of neighbours" + at, c, 1e-5);
-        c.n_rot = 32;
+        c.n_rot     = 32;
         c.rot_first = 32;
         check("partly turned" + at, c, 1e-5);
-        c.n_rot = 0;
+        c.n_rot     = 0;
         c.rot_first = 0;
         check("not turned" + at, c, 1e-5);
         for (int64_t n_chunk : { 32, 128, 256 }) {
-            c = with(f32(64));
-            c.n_stored = 4*n_chunk;
+            c          = with(f32(64));
+            c.n_stored = 4 * n_chunk;
             c.n_chunk  = n_chunk;
             check("chunks of " + std::to_string(n_chunk) + at, c, 1e-5);
         }
         for (int64_t dim : { 80, 96, 128, 256 }) {
-            c = with(f32(48));
+            c       = with(f32(48));
             c.dim_k = dim;
             c.dim_v = dim == 256 ? 128 : dim;
             check("heads of " + std::to_string(dim) + at, c, 1e-5);
         }
-        c = with(f32(96));
-        c.n_stream  = 3;
+        c          = with(f32(96));
+        c.n_stream = 3;
         check("streams" + at, c, 1e-5);
         c = with(f32(96));
         for (int kd = 0; kd < 2; ++kd) {
-            c.rank[kd][0] = 32;
-            c.rank[kd][1] = 64;
+            c.rank[kd][0]  = 32;
+            c.rank[kd][1]  = 64;
             c.basis[kd][1] = GGML_TYPE_F16;
         }
         check("f32 and f16" + at, c, few ? 1e-5 : 1e-5);
 
         c = with(mixed(false));
         check("quantized" + at, c, few ? 2e-2 : 1e-5);
-        c.n_chunk = 128;
+        c.n_chunk  = 128;
         c.n_stored = 512;
         check("quantized, chunks of 128" + at, c, few ? 2e-2 : 1e-5);
         c = with(mixed(true));
         check("quantized to one bit" + at, c, few ? 2e-2 : 1e-5);
-        c = with(mixed(false));
-        c.n_stored = 40*64;
+        c          = with(mixed(false));
+        c.n_stored = 40 * 64;
         check("more chunks than spans" + at, c, few ? 2e-2 : 1e-5);
 
         c = with(xkv_case());
@@ -141,32 +142,32 @@ int main() {
         check("plain f32" + at, c, 1e-5);
 
         // with a small tolerance, what is left out is small
-        c = with(f32(96));
-        c.n_stored  = 1024;
-        c.lead[0]   = c.lead[1] = 32;
-        c.tolerance = 1e-6f;
+        c          = with(f32(96));
+        c.n_stored = 1024;
+        c.lead[0] = c.lead[1] = 32;
+        c.tolerance           = 1e-6f;
         check("refined nearly everywhere" + at, c, 2e-4);
         c.tolerance = 0.02f;
         c.decay     = 8.0f;
         check("refined where it matters" + at, c, 4e-2);
-        c = with(mixed(false));
-        c.n_stored  = 1024;
-        c.lead[0]   = c.lead[1] = 64;
-        c.tolerance = 0.01f;
+        c          = with(mixed(false));
+        c.n_stored = 1024;
+        c.lead[0] = c.lead[1] = 64;
+        c.tolerance           = 0.01f;
         check("quantized, refined where it matters" + at, c, 3e-2);
         c.lead[0] = c.lead[1] = 128; // inside the blocks of 64 directions
-        c.tolerance = 0.03f;
+        c.tolerance           = 0.03f;
         check("quantized, lead ends in a tile" + at, c, 5e-2);
 
         // what the lead gives most of the softmax gets next to none of it
-        c = with(xkv_case());
-        c.rank[XKV_K][0]  = c.rank[XKV_K][1] = c.lead[XKV_K] = 32;
-        c.basis[XKV_K][1] = GGML_TYPE_F16;
-        c.rank[XKV_V][2]  = c.lead[XKV_V] = 64;
-        c.basis[XKV_V][2] = GGML_TYPE_Q8_0;
-        c.n_stored  = 1024;
-        c.mislead   = 3.0f;
-        c.tolerance = 0.005f;
+        c                = with(xkv_case());
+        c.rank[XKV_K][0] = c.rank[XKV_K][1] = c.lead[XKV_K] = 32;
+        c.basis[XKV_K][1]                                   = GGML_TYPE_F16;
+        c.rank[XKV_V][2] = c.lead[XKV_V] = 64;
+        c.basis[XKV_V][2]                = GGML_TYPE_Q8_0;
+        c.n_stored                       = 1024;
+        c.mislead                        = 3.0f;
+        c.tolerance                      = 0.005f;
         check("misled by the lead" + at, c, 3e-2);
     }
     printf("%d passed, %d failed\n", n_pass, n_fail);
