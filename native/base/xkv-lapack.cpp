@@ -99,13 +99,12 @@ template <typename F> static void xkv_each_piece(int size, int n_thread, F && f)
     });
 }
 
-void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_thread, int stride) {
+void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_thread) {
     const float one = 1.0f;
-    const int   ld  = stride > 0 ? stride : dim;
     xkv_each_piece(dim, n_thread, [&](int first, int m) {
         const int n_col = first + m;
         XKV_LAPACK(sgemm)
-        ("N", "T", &n_col, &m, &n, &one, x.data(), &ld, x.data() + first, &ld, &one, sum.data() + (size_t) first * dim, &dim);
+        ("N", "T", &n_col, &m, &n, &one, x.data(), &dim, x.data() + first, &dim, &one, sum.data() + (size_t) first * dim, &dim);
     });
 }
 

@@ -13,8 +13,8 @@ bool xkv_orthonormalize(xkv_floats & rows, int n, int dim);
 // the m largest values of symmetric a [n, n], descending, and their eigenvectors [m, n]; a is lost; false when LAPACK fails
 bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & vectors);
 
-// sum [dim, dim] += x^T x of x [n, dim], whose rows are stride numbers apart (0: dim); in the lower triangle only
-void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_thread, int stride = 0);
+// sum [dim, dim] += x^T x of x [n, dim]; in the lower triangle only
+void xkv_add_gram(const xkv_floats & x, int n, int dim, xkv_floats & sum, int n_thread);
 
 // the lower triangle in the upper one too
 void xkv_mirror(xkv_floats & sum, int dim);

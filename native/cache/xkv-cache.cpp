@@ -195,8 +195,8 @@ void llama_kv_cache_xkv::empty(bool data) {
     for (auto & table : tables) {
         table.clear();
     }
-    if (data) {
-        flow->restart(0);
+    if (data || broken) {
+        flow->restart(0); // a change of stage that failed has left bases and coefficients of neither stage
     }
     drop_unused();
     broken         = false;

@@ -4,7 +4,6 @@
 
 #include "flow/xkv-online.h"
 #include "format/xkv-sidecar.h"
-#include "store/xkv-carry.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -91,25 +90,20 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
     const int  n_thread = lctx->get_cparams().n_threads_batch;
     for (uint32_t ig = 0; ig < next.groups.size(); ++ig) {
         store.begin_group(next, ig);
-        xkv_turns turns;
-        if (online) {
-            turns = online->enter_stage(lctx, stream, jobs, next, ig);
-        }
-        for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-            if (online) {
-                break;
-            }
-            const uint32_t rank = next.groups[ig].rank[kd];
-            auto           rows = setup.sidecar.basis(ig, kd, rank);
-            store.set_basis(kd, ig, stream, rows, &next, n_thread);
-            turns[kd] = store.plain() ? xkv_turn_all(std::move(rows), rank, store.groups()[ig].dim[kd]) : xkv_turn();
-        }
-        waiting_peak = std::max(waiting_peak, xkv_carry_stage(store, ig, stream, chunks, turns, next, n_thread));
-        turns        = {};
+        const auto turns = online ? online->enter_stage(lctx, stream, jobs, next, ig) : keep_calibrated(stream, next, ig, n_thread);
+        carry_peak       = std::max(carry_peak, xkv_carry_stage(store, ig, stream, chunks, turns, next, n_thread));
         store.end_group(next, ig);
         xkv_trim();
     }
     store.commit(std::move(next));
+}
+
+xkv_recodes xkv_flow::keep_calibrated(uint32_t stream, const xkv_store::layout & next, uint32_t ig, int n_thread) {
+    xkv_recodes turns;
+    for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+        turns[kd] = xkv_keep_basis(store, kd, ig, stream, setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]), next, n_thread);
+    }
+    return turns;
 }
 
 void xkv_flow::adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs) {
@@ -170,7 +164,7 @@ void xkv_flow::copy(uint32_t src, uint32_t dst) {
 }
 
 size_t xkv_flow::peak() const {
-    return std::max(flush.peak(), store.staged_peak() + waiting_peak + (online ? online->peak() : 0));
+    return std::max(flush.peak(), store.staged_peak() + std::max(carry_peak, online ? online->peak() : 0));
 }
 
 xkv_online_info xkv_flow::info(uint32_t stream) const {

@@ -3,6 +3,7 @@
 #include "base/xkv-error.h"
 #include "flow/xkv-flush.h"
 #include "flow/xkv-select.h"
+#include "store/xkv-carry.h"
 #include "store/xkv-config.h"
 #include "store/xkv-store.h"
 #include "window/xkv-chunks.h"
@@ -57,8 +58,8 @@ private:
     xkv_flush                         flush;
     std::unique_ptr<xkv_online_bases> online; // empty while bases stay as calibrated
 
-    bool   changing     = false; // the store is between two states
-    size_t waiting_peak = 0;     // most bytes of chunks that waited for their place in the next stage
+    bool   changing   = false; // the store is between two states
+    size_t carry_peak = 0;     // most bytes of turns, and of chunks that waited for their place
 
     // f changes the store
     template <typename F> void change(const char * what, F && f);
@@ -70,4 +71,7 @@ private:
     // moves the store to the stage that has chunks for the jobs, and gives them free ones
     void make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
     void enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs);
+
+    // the calibrated bases in the next stage
+    xkv_recodes keep_calibrated(uint32_t stream, const xkv_store::layout & next, uint32_t ig, int n_thread);
 };

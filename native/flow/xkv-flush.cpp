@@ -163,7 +163,7 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
                     const auto & seg = store.plain_segment(kd, il);
                     x                = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first * coef->nb[0]);
                 } else {
-                    const auto    rows  = store.get_basis_layer(kd, il, stream);
+                    const auto    rows  = store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch);
                     ggml_tensor * basis = graph.input(rows.size() / gr.rank[kd], gr.rank[kd], rows);
                     x                   = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, basis)), coef);
                 }

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <numeric>
 #include <random>
 
@@ -255,21 +254,15 @@ bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & s
     return gain * store.stage_slots()[next.stage] > lost * tables[stream].n_token();
 }
 
-xkv_turn xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread) {
+xkv_recode xkv_online_bases::carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread) {
     const uint32_t rank = rank_of(pr, &next);
-    xkv_turn       turn;
     if (store.plain() && !setup.sidecar.calibrated()) {
         xkv_throw(XKV_STATUS_INTERNAL, "no basis for %c of group %u: its eigenproblem has no solution, and there is no calibration",
                   pr.kd == kind::K ? 'K' : 'V', pr.ig);
     }
-    auto rows = rows_of(stream, pr, rank, n_thread);
-    store.set_basis(pr.kd, pr.ig, stream, rows, &next, n_thread);
-    if (store.plain()) {
-        turn = xkv_turn_all(std::move(rows), rank, store.groups()[pr.ig].dim[pr.kd]);
-    }
     auto & n_dir = states[stream].n_dir[pr.kd][pr.ig];
     n_dir        = std::min({ rank, n_dir, store.groups()[pr.ig].dim[pr.kd] });
-    return turn;
+    return xkv_keep_basis(store, pr.kd, pr.ig, stream, rows_of(stream, pr, rank, n_thread), next, n_thread);
 }
 
 bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
@@ -303,7 +296,7 @@ bool xkv_online_bases::solve(space & sp) {
     return std::all_of(sp.combos.begin(), sp.combos.end(), [](float v) { return std::isfinite(v); });
 }
 
-xkv_turn xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next) {
+xkv_recode xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next) {
     const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
     const uint32_t rank = rank_of(pr, next);
 
@@ -322,9 +315,9 @@ xkv_turn xkv_online_bases::apply(uint32_t stream, const problem & pr, space & sp
     }
     store.set_basis(pr.kd, pr.ig, stream, rows, next, sp.n_thread);
 
-    xkv_turn turn;
+    xkv_recode turn;
     if (store.plain()) {
-        turn = xkv_turn_all(std::move(rows), rank, dim);
+        turn = xkv_recode_all(std::move(rows), rank, dim);
     } else if (sp.n_old > 0) {
         rows = xkv_floats();
         turn.rows.resize((size_t) sp.n_best * sp.n_old, 0.0f);

@@ -96,16 +96,15 @@ void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush:
     wanted.clear();
 }
 
-xkv_turns xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                                        const xkv_store::layout & next, uint32_t ig) {
+xkv_recodes xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                          const xkv_store::layout & next, uint32_t ig) {
     std::vector<problem> list;
     std::copy_if(problems.begin(), problems.end(), std::back_inserter(list), [&](const problem & pr) { return pr.ig == ig; });
 
-    xkv_turns  turns;
-    const auto due = find_due(lctx, stream, jobs, list, &next);
-    update(lctx, stream, jobs, due, &next, &turns);
+    xkv_recodes turns;
+    const auto  applied = update(lctx, stream, jobs, find_due(lctx, stream, jobs, list, &next), &next, &turns);
     for (const auto & pr : list) {
-        if (std::none_of(due.begin(), due.end(), [&](const problem & d) { return d.kd == pr.kd; })) {
+        if (std::none_of(applied.begin(), applied.end(), [&](const problem & a) { return a.kd == pr.kd; })) {
             turns[pr.kd] = carry_over(stream, pr, next, lctx->get_cparams().n_threads_batch);
         }
     }
@@ -181,11 +180,10 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     double keep  = 0.0;
     each_exact(lctx, stream, jobs, pr, n_chunk, [&](const xkv_floats & z, uint32_t n) {
         const auto coef = xkv_mul_rows(z, rows, n, rank, dim, n_thread);
+        for (float v : z) {
+            total += v * v;
+        }
         for (uint32_t i = 0; i < n; ++i) {
-            for (uint32_t j = 0; j < dim; ++j) {
-                const float v = z[(size_t) i * dim + j];
-                total += v * v;
-            }
             for (uint32_t r = 0; r < rank; ++r) {
                 const float c = coef[(size_t) i * rank + r];
                 keep += c * c * weight[r];
@@ -239,10 +237,12 @@ void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const s
     }
 }
 
-void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                              const std::vector<problem> & due, const xkv_store::layout * next, xkv_turns * turns) {
+std::vector<xkv_online_bases::problem> xkv_online_bases::update(llama_context * lctx, uint32_t stream,
+                                                                const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
+                                                                const xkv_store::layout * next, xkv_recodes * turns) {
+    std::vector<problem> applied;
     if (due.empty()) {
-        return;
+        return applied;
     }
     store.own_bases(stream);
 
@@ -254,11 +254,9 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
         n_bytes = std::max(n_bytes, space_bytes(pr, rank_of(pr, next), xkv_job_cells(jobs).size()));
     }
     const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES / n_bytes));
-    problem_peak        = std::max(problem_peak, std::min(n_most, due.size()) * n_bytes);
-
-    uint32_t n_applied = 0;
     for (size_t first = 0; first < due.size(); first += n_most) {
         const size_t n = std::min(n_most, due.size() - first);
+        problem_peak   = std::max(problem_peak, n * n_bytes + (turns ? xkv_n_byte(*turns) : 0));
 
         std::vector<space> spaces(n);
         for (size_t i = 0; i < n; ++i) {
@@ -291,18 +289,17 @@ void xkv_online_bases::update(llama_context * lctx, uint32_t stream, const std::
             spaces[i].n_thread = n_thread;
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 auto turn = apply(stream, pr, spaces[i], next);
-                n_applied++;
+                applied.push_back(pr);
                 states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
                 if (next) {
                     (*turns)[pr.kd] = std::move(turn);
                 } else if (!turn.rows.empty()) {
                     xkv_carry_over(store, pr.kd, pr.ig, stream, tables[stream].used(), turn, n_thread);
                 }
-            } else if (next) {
-                (*turns)[pr.kd] = carry_over(stream, pr, *next, n_thread);
             }
             spaces[i] = {};
         }
     }
-    states[stream].info.n_update += n_applied > 0;
+    states[stream].info.n_update += !applied.empty();
+    return applied;
 }

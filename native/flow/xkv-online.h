@@ -33,9 +33,9 @@ public:
     void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
 
     // makes the bases of the store's next stage, group by group, and tells what becomes of stored coefficients; throws xkv_error
-    void      begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
-    xkv_turns enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next,
-                          uint32_t ig);
+    void        begin_stage(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
+    xkv_recodes enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const xkv_store::layout & next,
+                            uint32_t ig);
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
@@ -134,9 +134,9 @@ private:
     std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
                                   const std::vector<problem> & list, const xkv_store::layout * next);
 
-    // turns: of the next stage, for the caller to carry out
-    void update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
-                const xkv_store::layout * next, xkv_turns * turns);
+    // solves the problems and returns those whose new bases were written; turns are of the next stage, for the caller to carry out
+    std::vector<problem> update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                const std::vector<problem> & due, const xkv_store::layout * next, xkv_recodes * turns);
 
     // what an update to bases of a rank needs at most, about
     size_t space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const;
@@ -164,10 +164,10 @@ private:
     bool pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const;
 
     // the old basis as it is, in the next stage
-    xkv_turn carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread);
+    xkv_recode carry_over(uint32_t stream, const problem & pr, const xkv_store::layout & next, int n_thread);
 
     // writes the new basis to the next stage, or to the present one
-    xkv_turn apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next);
+    xkv_recode apply(uint32_t stream, const problem & pr, space & sp, const xkv_store::layout * next);
 
     // the directions in use; of a plain store the calibrated ones
     xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row, int n_thread) const;

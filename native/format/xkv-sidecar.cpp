@@ -77,8 +77,7 @@ void xkv_sidecar::fill_groups(const std::string & what) {
         if (gr.layers.empty()) {
             xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has no layers, expected at least one", what.c_str(), g);
         }
-        gr.dim[K] = 0;
-        gr.dim[V] = 0;
+        uint64_t dim[2] = { 0, 0 };
         for (size_t i = 0; i < gr.layers.size(); ++i) {
             const uint32_t il = gr.layers[i];
             if (il >= n_layer || seen[il] || (i > 0 && il < gr.layers[i - 1])) {
@@ -89,9 +88,15 @@ void xkv_sidecar::fill_groups(const std::string & what) {
                 xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, which has no K and V", what.c_str(), g, il);
             }
             seen[il] = true;
-            gr.dim[K] += n_embd[K][il];
-            gr.dim[V] += n_embd[V][il];
+            dim[K] += n_embd[K][il];
+            dim[V] += n_embd[V][il];
         }
+        if (std::max(dim[K], dim[V]) > UINT32_MAX) {
+            xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has %llu numbers of K and %llu of V, expected below 2^32", what.c_str(), g,
+                      (unsigned long long) dim[K], (unsigned long long) dim[V]);
+        }
+        gr.dim[K] = dim[K];
+        gr.dim[V] = dim[V];
     }
 }
 
@@ -147,9 +152,12 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     const auto     count  = xkv_get_u32s(*this, ctx.get(), "xkv.group.count");
     const auto     layers = xkv_get_u32s(*this, ctx.get(), "xkv.group.layers");
     const uint64_t n_all  = std::accumulate(count.begin(), count.end(), (uint64_t) 0);
-    if (count.empty() || n_all != layers.size()) {
-        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: %zu groups of %llu layers, but %zu layers are listed", path.c_str(), count.size(),
-                  (unsigned long long) n_all, layers.size());
+    if (count.empty()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key xkv.group.count is empty, expected at least one group", path.c_str());
+    }
+    if (n_all != layers.size()) {
+        xkv_throw(XKV_STATUS_FORMAT, "sidecar %s: key xkv.group.layers lists %zu layers, expected %llu, the sum of xkv.group.count",
+                  path.c_str(), layers.size(), (unsigned long long) n_all);
     }
     auto next = layers.begin();
     for (uint32_t n : count) {

@@ -11,16 +11,26 @@
 // tokens that are multiplied at once: a product has to read all of a turn
 static const uint32_t XKV_CARRY_BLOCK = 128;
 
-xkv_turn xkv_turn_all(xkv_floats rows, uint32_t n_to, uint32_t n_from) {
-    xkv_turn res = { std::move(rows), std::vector<uint32_t>(n_from), std::vector<uint32_t>(n_to) };
+xkv_recode xkv_recode_all(xkv_floats rows, uint32_t n_to, uint32_t n_from) {
+    xkv_recode res = { std::move(rows), std::vector<uint32_t>(n_from), std::vector<uint32_t>(n_to) };
     std::iota(res.from.begin(), res.from.end(), 0);
     std::iota(res.to.begin(), res.to.end(), 0);
     return res;
 }
 
+xkv_recode xkv_keep_basis(xkv_store & store, xkv_store::kind kd, uint32_t ig, uint32_t stream, xkv_floats rows,
+                          const xkv_store::layout & next, int n_thread) {
+    store.set_basis(kd, ig, stream, rows, &next, n_thread);
+    return store.plain() ? xkv_recode_all(std::move(rows), next.groups[ig].rank[kd], store.groups()[ig].dim[kd]) : xkv_recode();
+}
+
+size_t xkv_n_byte(const xkv_recodes & turns) {
+    return (turns[0].rows.size() + turns[1].rows.size()) * sizeof(float);
+}
+
 // the new coefficients of n chunks [n*n_chunk, rank]
 static xkv_floats xkv_turned(const xkv_store & store, xkv_store::kind kd, uint32_t ig, uint32_t stream, const uint32_t * chunks, size_t n,
-                             const xkv_turn & turn, uint32_t rank) {
+                             const xkv_recode & turn, uint32_t rank) {
     const size_t rank_old = store.groups()[ig].rank[kd];
     const size_t n_chunk  = store.n_chunk;
     const size_t n_from   = turn.from.size();
@@ -46,7 +56,7 @@ static xkv_floats xkv_turned(const xkv_store & store, xkv_store::kind kd, uint32
 }
 
 void xkv_carry_over(const xkv_store & store, xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<uint32_t> & chunks,
-                    const xkv_turn & turn, int n_thread) {
+                    const xkv_recode & turn, int n_thread) {
     const size_t rank    = store.groups()[ig].rank[kd];
     const size_t n_block = std::max<size_t>(1, XKV_CARRY_BLOCK / store.n_chunk);
 
@@ -60,8 +70,8 @@ void xkv_carry_over(const xkv_store & store, xkv_store::kind kd, uint32_t ig, ui
     });
 }
 
-size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, const std::vector<uint32_t> & chunks, const xkv_turns & turns,
-                       const xkv_store::layout & next, int n_thread) {
+size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, const std::vector<uint32_t> & chunks,
+                       const xkv_recodes & turns, const xkv_store::layout & next, int n_thread) {
     const auto & gr      = next.groups[ig];
     const size_t n_block = std::max<size_t>(1, XKV_CARRY_BLOCK / store.n_chunk);
     const size_t n_round = n_block * std::max(1, n_thread); // chunks that are read before some are written
@@ -76,15 +86,17 @@ size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, co
         xkv_parallel((n + n_block - 1) / n_block, n_thread, [&](size_t ib) {
             const size_t at     = ib * n_block;
             const size_t n_part = std::min(n_block, n - at);
+            for (size_t j = 0; gr.pack && j < n_part; ++j) {
+                made[at + j].resize(gr.packed->ne[0]);
+            }
             for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
                 const auto coef = xkv_turned(store, kd, ig, stream, chunks.data() + first + at, n_part, turns[kd], gr.rank[kd]);
                 for (size_t j = 0; j < n_part; ++j) {
                     const float * x = coef.data() + j * store.n_chunk * gr.rank[kd];
                     if (gr.pack) {
-                        made[at + j].resize(gr.packed->ne[0]);
                         store.pack_coef(gr, kd, x, made[at + j].data());
                     } else {
-                        store.set_coef(kd, ig, stream, chunks[first + at + j], x, &next);
+                        store.set_coef(gr, kd, stream, chunks[first + at + j], x);
                     }
                 }
             }
@@ -102,5 +114,5 @@ size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, co
             store.set_packed(gr, stream, waiting.front().first, waiting.front().second);
         }
     }
-    return peak;
+    return peak + xkv_n_byte(turns);
 }

@@ -12,7 +12,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 // decoding multiplies with coefficients and bases as they are stored
@@ -280,18 +279,17 @@ uint32_t xkv_store::n_free(const layout & next, uint32_t ig, uint32_t unread) co
 }
 
 std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const {
-    const auto   type = buft(l.groups[ig].layers[0]);
-    const auto * buf  = arena.at(type).get();
-    const auto   at   = [&](uint32_t i) {
-        return (size_t) ((char *) ggml_get_first_tensor(l.ctxs[i].get())->data -
-                         (char *) ggml_backend_buffer_get_base(const_cast<ggml_backend_buffer_t>(buf)));
+    const auto type = buft(l.groups[ig].layers[0]);
+    auto *     buf  = arena.at(type).get();
+    const auto at   = [&](uint32_t i) {
+        return (size_t) ((char *) ggml_get_first_tensor(l.ctxs[i].get())->data - (char *) ggml_backend_buffer_get_base(buf));
     };
     for (uint32_t i = ig + 1; i < l.groups.size(); ++i) {
         if (buft(l.groups[i].layers[0]) == type) {
             return { at(ig), at(i) };
         }
     }
-    return { at(ig), ggml_backend_buffer_get_size(const_cast<ggml_backend_buffer_t>(buf)) };
+    return { at(ig), ggml_backend_buffer_get_size(buf) };
 }
 
 void xkv_store::end_group(layout & next, uint32_t ig) const {

@@ -175,9 +175,7 @@ void xkv_store::set_packed(const group & gr, uint32_t stream, uint32_t ic, const
     ggml_backend_tensor_set(gr.packed, chunk.data(), stream * gr.packed->nb[2] + ic * gr.packed->nb[1], chunk.size());
 }
 
-void xkv_store::set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next) const {
-    const group & gr = (next ? *next : now).groups[ig];
-
+void xkv_store::set_coef(const group & gr, kind kd, uint32_t stream, uint32_t ic, const float * coef) const {
     std::vector<uint8_t> data;
     if (gr.packed) {
         data.resize(gr.packed->ne[0]);

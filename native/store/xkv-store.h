@@ -85,8 +85,9 @@ public:
         basis_set          bases;
 
         // per group: bases, then coefficients
-        std::vector<ggml_context_ptr>        ctxs;
-        std::vector<ggml_backend_buffer_ptr> bufs; // in host memory, while the group is not in the store
+        std::vector<ggml_context_ptr> ctxs;
+        std::vector<ggml_backend_buffer_ptr>
+            bufs; // in host memory: of a group that is packed its bases until it ends, else all until the commit
     };
 
     // starts in the last stage; throws xkv_error
@@ -111,18 +112,19 @@ public:
     // an empty store in another stage, with the calibrated bases
     void restart(uint32_t stage);
 
-    // Another stage with room for n_used slots, to be filled group by group, first by set_basis, then by xkv_carry_stage. What is packed has its coefficients in the place of those that the store has of the group
-    // now, so that no more than one group's bases are allocated beside the store; what is not is made in host memory until the
+    // Another stage with room for n_used slots, to be filled group by group, first by set_basis, then by xkv_carry_stage. What is
+    // packed has its coefficients in the place of those that the store has of the group now, so that no more than one group's bases are allocated beside the store; what is not, or takes more than now, is in host memory until the
     // commit. begin and begin_group throw xkv_error.
     layout begin(uint32_t stage, uint32_t n_used) const;
     void   begin_group(layout & next, uint32_t ig) const;
     void   end_group(layout & next, uint32_t ig) const;
     void   commit(layout && next);
 
-    // chunks of the next stage that can be written while those of the present one from `unread` on are still to be read
+    // of a store with one stream: chunks of the next stage that can be written while those of the present one from `unread` on are
+    // still to be read
     uint32_t n_free(const layout & next, uint32_t ig, uint32_t unread) const;
 
-    // most bytes of groups in host memory at once
+    // most bytes of the next stage in host memory at once
     size_t staged_peak() const { return n_staged; }
 
     // basis of a layer and segment for a stream: K [n_embd_k, rank], V [rank, n_embd_v]; there are none in a plain store
@@ -155,7 +157,10 @@ public:
 
     // coefficients of a chunk, [n_chunk, rank]: one row of all directions per token
     xkv_floats get_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic) const;
-    void       set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef, const layout * next = nullptr) const;
+    void       set_coef(kind kd, uint32_t ig, uint32_t stream, uint32_t ic, const float * coef) const {
+        set_coef(now.groups[ig], kd, stream, ic, coef);
+    }
+    void set_coef(const group & gr, kind kd, uint32_t stream, uint32_t ic, const float * coef) const;
 
     // the same as bytes of a packed chunk
     void pack_coef(const group & gr, kind kd, const float * coef, uint8_t * chunk) const;

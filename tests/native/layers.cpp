@@ -173,7 +173,7 @@ static void test_stage(const llama_model & model, bool fused) {
     auto   next    = store.begin(1, N_PLAIN);
     for (uint32_t ig = 0; ig < 2; ++ig) {
         store.begin_group(next, ig);
-        xkv_turns turns;
+        xkv_recodes turns;
         for (auto kd : { kind::K, kind::V }) {
             const uint32_t n = store.groups()[ig].dim[kd];
             xkv_floats     rows((size_t) n * n, 0.0f);
@@ -181,7 +181,7 @@ static void test_stage(const llama_model & model, bool fused) {
                 rows[(size_t) i * n + n - 1 - i] = 1.0f;
             }
             store.set_basis(kd, ig, 0, rows, &next, 2);
-            turns[kd] = xkv_turn_all(rows, n, n);
+            turns[kd] = xkv_recode_all(rows, n, n);
         }
         waiting = std::max(waiting, xkv_carry_stage(store, ig, 0, chunks, turns, next, 2));
         store.end_group(next, ig);

@@ -180,7 +180,7 @@ def test_older_version(sidecar_file: Path, reseal: Reseal, version: int) -> None
         ("xkv.frame", 512, "frame 512, one of 32"),
         ("xkv.group_size", 0, "group size 0"),
         ("xkv.group_size", 4, "group size 4"),
-        ("xkv.group_size", 1, "group 0 has layers 0, 1"),
+        ("xkv.group_size", 1, "group 0 has 2 layers, 1 to 1 expected"),
         ("xkv.layer_count", 0, "expected"),
         ("xkv.layer_count", 4, "field xkv.embd_k has 3 entries, 4 expected"),
         ("xkv.plan.n_ctx", 0, "a plan for a context of 0 tokens"),
@@ -195,10 +195,10 @@ def test_impossible_value(sidecar_file: Path, reseal: Reseal, key: str, value: i
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("xkv.group.layers", 1, "group 0 has layers 1, 1, 1 to 2 ascending ones"),
+        ("xkv.group.layers", 1, "group 0 has layers 1, 1, ascending ones"),
         ("xkv.group.layers", 9, "group 0 has layers 9, 1"),
         ("xkv.group.count", 0, "field xkv.group.layers has 3 entries, 1 expected"),
-        ("xkv.embd_k", 0, "layers with K or V alone"),
+        ("xkv.embd_k", 0, "layer 0 has 0 numbers of K and 16 of V"),
         ("xkv.embd_k", 25, "tensor group.0.k.basis is F16"),
     ],
 )
@@ -223,7 +223,7 @@ def test_layers_in_any_groups(tmp_path: Path) -> None:
         ((Group((0, 3)),), "no group for layer 2"),
         ((Group((0, 3)), Group((1, 2))), "group 1 has layers 1, 2"),
         ((Group((3, 0)), Group((2,))), "group 0 has layers 3, 0"),
-        ((Group((0, 3)), Group((2,)), Group(())), "group 2 has layers none"),
+        ((Group((0, 3)), Group((2,)), Group(())), "group 2 has 0 layers"),
     ):
         with pytest.raises(ValueError, match=match):
             write_sidecar(path, dataclasses.replace(info, groups=groups), arrays)

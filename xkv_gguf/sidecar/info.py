@@ -139,8 +139,11 @@ def check_info(info: SidecarInfo) -> None:
     """
     if len(info.embd_k) != len(info.embd_v):
         raise ValueError(f"has {len(info.embd_k)} layers with K and {len(info.embd_v)} with V")
-    if not any(info.embd_k) or any((k < 1) != (v < 1) for k, v in zip(info.embd_k, info.embd_v, strict=True)):
-        raise ValueError("has no layers, or layers with K or V alone")
+    for layer, (k, v) in enumerate(zip(info.embd_k, info.embd_v, strict=True)):
+        if (k < 1) != (v < 1):
+            raise ValueError(f"layer {layer} has {k} numbers of K and {v} of V, both or neither expected")
+    if not any(info.embd_k):
+        raise ValueError(f"has {info.n_layer} layers and none with K and V, at least one expected")
     for kind, scales in (("K", info.scale_k), ("V", info.scale_v)):
         if len(scales) != info.n_layer:
             raise ValueError(f"has {len(scales)} scales of {kind}, {info.n_layer} expected")
@@ -161,10 +164,12 @@ def check_info(info: SidecarInfo) -> None:
     left = {il for il, embd in enumerate(info.embd_k) if embd > 0}
     for i, g in enumerate(info.groups):
         own = set(g.layers)
-        if not 1 <= len(g.layers) <= info.group_size or list(g.layers) != sorted(own) or not own <= left:
+        if not 1 <= len(g.layers) <= info.group_size:
+            raise ValueError(f"group {i} has {len(g.layers)} layers, 1 to {info.group_size} expected")
+        if list(g.layers) != sorted(own) or not own <= left:
             raise ValueError(
-                f"group {i} has layers {', '.join(map(str, g.layers)) or 'none'}, "
-                f"1 to {info.group_size} ascending ones with K and V expected that are in no other group"
+                f"group {i} has layers {', '.join(map(str, g.layers))}, "
+                "ascending ones with K and V expected that are in no other group"
             )
         left -= own
     if left:
