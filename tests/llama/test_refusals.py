@@ -24,6 +24,7 @@ from xkv_gguf.errors import (
     UnsupportedError,
     XkvError,
 )
+from xkv_gguf.sidecar.info import FORMAT_VERSION
 from xkv_gguf.sidecar.read import DIGEST_AT, file_digest, read_sidecar
 
 from .conftest import Open
@@ -251,7 +252,7 @@ def test_an_older_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> No
         data[data.index(key) + len(key) + 4] = 1
 
     options = damaged(sidecar, tmp_path / "o.xkv.gguf", renumber, sign=True)
-    refused(SidecarVersionError, "is older than 4", lambda: Llama(demo_model, xkv=options))
+    refused(SidecarVersionError, f"is older than {FORMAT_VERSION}", lambda: Llama(demo_model, xkv=options))
 
 
 def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
