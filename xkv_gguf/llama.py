@@ -203,7 +203,7 @@ class Llama(llama_cpp.Llama):
             return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch)
         n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
         online = native.online_info(self._ctx.ctx, 0)
-        counts = (n_exact, n_stored, online.n_update, online.n_check)
+        counts = (n_exact, n_stored, online.n_update, online.n_check, online.seconds)
         return KvReport("xkv", self.n_ctx(), parts, *counts, scratch)
 
     def eval(self, tokens: Sequence[int]) -> None:

@@ -34,6 +34,8 @@ class KvReport:
     n_update, n_check : int
         Times that the bases of an xkv cache were renewed, and that it was found out whether they should be; 0 for
         other caches.
+    renew_seconds : float
+        That these checks and renewals took since the cache was last empty.
     scratch : tuple of KvPart
         What is allocated beside the cache and does not grow with it, or is given back: the cells through which a
         micro-batch passes, compute buffers, and the most that a flush or a renewal of bases has taken so far.
@@ -46,6 +48,7 @@ class KvReport:
     n_stored: int = 0
     n_update: int = 0
     n_check: int = 0
+    renew_seconds: float = 0.0
     scratch: tuple[KvPart, ...] = ()
 
     @property
@@ -71,6 +74,7 @@ class KvReport:
             "n_stored": self.n_stored,
             "n_update": self.n_update,
             "n_check": self.n_check,
+            "renew_seconds": self.renew_seconds,
         }
 
     def to_json(self) -> str:
@@ -80,7 +84,7 @@ class KvReport:
     def __str__(self) -> str:
         head = f"KV cache {self.kv_mode}, n_ctx {self.n_ctx}: {self.n_exact} tokens exact, {self.n_stored} compressed"
         if self.kv_mode == "xkv":
-            head += f"; bases renewed {self.n_update} times in {self.n_check} checks"
+            head += f"; bases renewed {self.n_update} times in {self.n_check} checks ({self.renew_seconds:.1f} s)"
         rows = [[part.name, format_bytes(part.bytes)] for part in self.parts]
         rows.append(["total", format_bytes(self.total_bytes)])
         rows += [[f"scratch: {part.name}", format_bytes(part.bytes)] for part in self.scratch]

@@ -26,6 +26,16 @@ static const size_t XKV_ONLINE_BYTES = 8 * 1024 * 1024;
 // of a plain store are measured: a share of the variance needs no more
 static const size_t XKV_ONLINE_MEASURE = 1024 * 1024;
 
+// adds the seconds that it lives to a sum
+struct xkv_stopwatch {
+    double &      sum;
+    const int64_t start = ggml_time_us();
+
+    explicit xkv_stopwatch(double & sum) : sum(sum) {}
+
+    ~xkv_stopwatch() { sum += 1e-6 * (ggml_time_us() - start); }
+};
+
 static float xkv_mean(const xkv_floats & x) {
     return std::accumulate(x.begin(), x.end(), 0.0f) / x.size();
 }
@@ -98,6 +108,7 @@ void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush:
 
 xkv_recodes xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
                                           const xkv_store::layout & next, uint32_t ig) {
+    const xkv_stopwatch  watch(states[stream].info.seconds);
     std::vector<problem> list;
     std::copy_if(problems.begin(), problems.end(), std::back_inserter(list), [&](const problem & pr) { return pr.ig == ig; });
 
@@ -147,6 +158,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     if (n < st.n_next || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
         return;
     }
+    const xkv_stopwatch watch(st.info.seconds);
     begin_stage(stream, jobs);
     update(lctx, stream, jobs, find_due(lctx, stream, jobs, problems, nullptr), nullptr, nullptr);
     graph.release();

@@ -89,6 +89,7 @@ struct xkv_online_info {
     uint32_t n_update; // times that the bases were updated
     float    residual; // at the last check: share of the variance that compression loses, mean over groups, K and V
     float    expected; // the same for the calibration data
+    double   seconds;  // that checks and updates took
 };
 
 // One line of a memory report: bytes that are allocated now.

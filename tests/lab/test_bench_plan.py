@@ -15,7 +15,13 @@ PEAKS = {"f16": 2**30, "xkv": 2**29}
 
 
 def report(total: int, scratch: int) -> dict[str, Any]:
-    return {"total_bytes": total, "parts": {"all": total}, "scratch_bytes": scratch, "scratch": {"buffer": scratch}}
+    return {
+        "total_bytes": total,
+        "parts": {"all": total},
+        "scratch_bytes": scratch,
+        "scratch": {"buffer": scratch},
+        "renew_seconds": 1.5,
+    }
 
 
 REPORTS = {"f16": report(3 * 2**20, 2**19), "xkv": report(2**20, 2**20)}
@@ -60,6 +66,7 @@ def test_rows_hold_medians_and_sizes() -> None:
         "scratch_bytes": 2**19,
         "scratch_parts": {"buffer": 2**19},
         "peak_rss_bytes": 2**30,
+        "renew_seconds": 1.5,
         "prefill_runs": [100.0, 300.0, 110.0],
         "prompt_runs": [200.0, 600.0, 220.0],
         "decode_runs": [1000.0, 3000.0, 1100.0],

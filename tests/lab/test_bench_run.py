@@ -59,6 +59,7 @@ class MadeUpWorker:
                 "parts": {"K and V": size},
                 "scratch_bytes": rep,
                 "scratch": {"compute": rep},
+                "renew_seconds": 0.0,
             },
             "peak_rss_bytes": 1000 + rep,
         }

@@ -13,6 +13,7 @@ REPORT = KvReport(
     n_stored=64,
     n_update=2,
     n_check=7,
+    renew_seconds=1.25,
 )
 
 
@@ -32,12 +33,13 @@ def test_json_holds_everything() -> None:
         "n_stored": 64,
         "n_update": 2,
         "n_check": 7,
+        "renew_seconds": 1.25,
     }
 
 
 def test_text_has_a_line_per_part_and_the_total() -> None:
     assert str(REPORT).splitlines() == [
-        "KV cache xkv, n_ctx 1024: 260 tokens exact, 64 compressed; bases renewed 2 times in 7 checks",
+        "KV cache xkv, n_ctx 1024: 260 tokens exact, 64 compressed; bases renewed 2 times in 7 checks (1.2 s)",
         "  coefficients  3.0 MiB",
         "  means         0.5 KiB",
         "  total         3.0 MiB",

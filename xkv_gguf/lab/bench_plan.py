@@ -106,8 +106,8 @@ def summarize(timings: Sequence[Timing], caches: Sequence[str]) -> list[dict[str
     -------
     list of dict
         Keys cache, depth, prefill_tps, prompt_tps, decode_tps, cache_bytes, cache_parts, scratch_bytes, scratch_parts,
-        peak_rss_bytes, prefill_runs, prompt_runs, decode_runs. Scratch and peak are the most that the cache took in
-        the whole run, at any depth.
+        peak_rss_bytes, renew_seconds, prefill_runs, prompt_runs, decode_runs. Scratch and peak are the most that the
+        cache took in the whole run, at any depth.
     """
     rows = []
     for depth in sorted({timing.depth for timing in timings}):
@@ -130,6 +130,7 @@ def summarize(timings: Sequence[Timing], caches: Sequence[str]) -> list[dict[str
                     "scratch_bytes": largest["scratch_bytes"],
                     "scratch_parts": dict(largest["scratch"]),
                     "peak_rss_bytes": max(timing.peak_rss_bytes for timing in of_cache),
+                    "renew_seconds": statistics.median(run.report["renew_seconds"] for run in runs),
                     "prefill_runs": [run.prefill_tps for run in runs],
                     "prompt_runs": prompt_runs,
                     "decode_runs": [run.decode_tps for run in runs],

@@ -91,12 +91,15 @@ class OnlineInfo:
         Times that bases were renewed, and that it was found out whether they should be.
     residual, expected : float
         Share of the variance that the bases lost at the last check, and that the plan expects.
+    seconds : float
+        That checks and renewals took.
     """
 
     n_update: int
     n_check: int
     residual: float
     expected: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,7 @@ def online_info(context: int, seq_id: int) -> OnlineInfo:
     api = native()
     info = api.ffi.new("struct xkv_online_info *")
     check_status(api.lib.xkv_online(api.context(context), seq_id, info))
-    return OnlineInfo(int(info.n_update), int(info.n_check), float(info.residual), float(info.expected))
+    return OnlineInfo(int(info.n_update), int(info.n_check), float(info.residual), float(info.expected), info.seconds)
 
 
 def take_refusal(context: int) -> XkvError | None:
