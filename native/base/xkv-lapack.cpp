@@ -31,7 +31,7 @@ static void xkv_one_thread() {
 #endif
 }
 
-bool xkv_orthonormalize(xkv_floats & rows, int n, int dim) {
+bool xkv_orthonormalize(xkv_floats & rows, int n, int dim, int n_old, xkv_floats & meet) {
     xkv_one_thread();
 
     // row-major [n, dim] is LAPACK's dim x n
@@ -41,6 +41,12 @@ bool xkv_orthonormalize(xkv_floats & rows, int n, int dim) {
     xkv_floats work(lwork);
     XKV_LAPACK(sgeqrf)(&dim, &n, rows.data(), &dim, tau.data(), work.data(), &lwork, &info);
     if (info == 0) {
+        meet.assign((size_t) n * n_old, 0.0f); // R of the factors Q R
+        for (int j = 0; j < n_old; ++j) {
+            for (int i = 0; i <= j; ++i) {
+                meet[(size_t) i * n_old + j] = rows[(size_t) j * dim + i];
+            }
+        }
         XKV_LAPACK(sorgqr)(&dim, &n, &n, rows.data(), &dim, tau.data(), work.data(), &lwork, &info);
     }
     return info == 0;
@@ -88,13 +94,14 @@ bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & v
 }
 
 // products are dealt in pieces of this many rows or columns, whatever the number of threads is, so that results are the same
-static const int XKV_LAPACK_BLOCK = 128;
+static const int XKV_LAPACK_BLOCK = 96;
 
-// f(first, n) for pieces of 0 .. size - 1
+// f(first, n) for pieces of 0 .. size - 1, the last ones first: of a triangle they are the largest
 template <typename F> static void xkv_each_piece(int size, int n_thread, F && f) {
     xkv_one_thread();
-    xkv_parallel((size + XKV_LAPACK_BLOCK - 1) / XKV_LAPACK_BLOCK, n_thread, [&](size_t i) {
-        const int first = i * XKV_LAPACK_BLOCK;
+    const int n_piece = (size + XKV_LAPACK_BLOCK - 1) / XKV_LAPACK_BLOCK;
+    xkv_parallel(n_piece, n_thread, [&](size_t i) {
+        const int first = (n_piece - 1 - (int) i) * XKV_LAPACK_BLOCK;
         f(first, std::min(XKV_LAPACK_BLOCK, size - first));
     });
 }

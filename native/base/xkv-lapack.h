@@ -7,8 +7,9 @@
 // The dense problems that online bases need, by BLAS and LAPACK: products on several threads, the rest on the calling one. Matrices
 // are row-major.
 
-// rows [n, dim], n <= dim: an orthonormal basis of the space that they span, in place; false when LAPACK fails
-bool xkv_orthonormalize(xkv_floats & rows, int n, int dim);
+// rows [n, dim], n <= dim: an orthonormal basis of the space that they span, in place, and in meet [n, n_old] its products with the
+// first n_old of them as they were; false when LAPACK fails
+bool xkv_orthonormalize(xkv_floats & rows, int n, int dim, int n_old, xkv_floats & meet);
 
 // the m largest values of symmetric a [n, n], descending, and their eigenvectors [m, n]; a is lost; false when LAPACK fails
 bool xkv_eigen(xkv_floats & a, int n, int m, xkv_floats & values, xkv_floats & vectors);

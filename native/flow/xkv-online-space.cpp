@@ -42,12 +42,13 @@ size_t xkv_online_bases::space_bytes(const problem & pr, uint32_t rank, uint32_t
     const size_t n_new = setup.sidecar.calibrated() ? XKV_ONLINE_NEW : std::max(rank, XKV_ONLINE_NEW);
     const size_t n     = std::min<size_t>(dim, XKV_ONLINE_LARGE + n_new);
     const size_t n_dir = std::max<size_t>(rank, store.plain() ? n : store.groups()[pr.ig].rank[pr.kd]);
-    // The old basis and what is looked for outside it; rows before and after they are orthonormal; rows and tokens; the new
-    // directions and the basis that takes them up, a layer of it twice. Beside them covariance, what is added to it or
-    // eigenvectors, what rows and old directions share, and tokens in terms of rows.
-    const size_t rows =
-        std::max({ n_dir + 2 * n_new + XKV_ONLINE_BLOCK, 2 * n, n + n_token, n + n_dir + n_dir / store.groups()[pr.ig].layers.size() });
-    return (rows * dim + 3 * n * n + n_token * n) * sizeof(float);
+    // Tokens as f16, with the old basis and what is looked for outside it; with rows, covariance, what rows and old directions
+    // share, and what is added to the covariance or its eigenvectors; the new directions and the basis that takes them up, a layer
+    // of it twice.
+    const size_t find  = (n_dir + n_token / 2 + std::max<size_t>(2 * n_new + XKV_ONLINE_BLOCK, n)) * dim;
+    const size_t solve = (n + n_token / 2 + XKV_ONLINE_BLOCK) * dim + 3 * n * n;
+    const size_t write = (n + n_dir + n_dir / store.groups()[pr.ig].layers.size()) * dim;
+    return std::max({ find, solve, write }) * sizeof(float);
 }
 
 uint32_t xkv_online_bases::rank_of(const problem & pr, const xkv_store::layout * next) const {
@@ -62,8 +63,7 @@ xkv_floats xkv_online_bases::rows_of(uint32_t stream, const problem & pr, uint32
     return res;
 }
 
-void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                  uint32_t rank, space & sp) {
+void xkv_online_bases::build_rows(uint32_t stream, const problem & pr, uint32_t rank, space & sp) const {
     const uint32_t dim  = store.groups()[pr.ig].dim[pr.kd];
     const bool     cold = !setup.sidecar.calibrated();
     const bool     wide = xkv_is_wide(rank, dim);
@@ -73,13 +73,10 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
     sp.n_dir  = std::min(store.plain() ? (cold && !sp.unit ? 0 : dim) : states[stream].n_dir[pr.kd][pr.ig], wide ? rank : XKV_ONLINE_LARGE);
     sp.n_main = sp.i_last = sp.n_old = sp.n = sp.n_dir;
     if (!sp.unit) {
-        uint32_t n_token = store.plain() ? tables[stream].n_token() : 0;
-        for (const auto & job : jobs) {
-            n_token += job.cells.size();
-        }
-        const uint32_t n_most = XKV_ONLINE_LARGE + XKV_ONLINE_NEW;
-        const uint32_t n_cold = wide ? std::max(XKV_ONLINE_LARGE / 2, n_most - std::min(n_most, sp.n_dir)) : rank;
-        const uint32_t n_new  = std::min({ dim - sp.n_dir, n_token, cold ? n_cold : XKV_ONLINE_NEW });
+        const uint32_t n_token = (store.plain() ? tables[stream].n_token() : 0) + sp.tokens.size() / dim;
+        const uint32_t n_most  = XKV_ONLINE_LARGE + XKV_ONLINE_NEW;
+        const uint32_t n_cold  = wide ? std::max(XKV_ONLINE_LARGE / 2, n_most - std::min(n_most, sp.n_dir)) : rank;
+        const uint32_t n_new   = std::min({ dim - sp.n_dir, n_token, cold ? n_cold : XKV_ONLINE_NEW });
         if (wide) {
             // no more than there are: the first bases without calibration come from new directions alone
             const uint32_t n_last = std::min(sp.n_dir, n_new - std::min(n_new, rank - sp.n_dir));
@@ -87,24 +84,23 @@ void xkv_online_bases::build_rows(llama_context * lctx, uint32_t stream, const s
             sp.i_last             = sp.n_dir - n_last;
             sp.n_old              = sp.n_main + n_last;
         }
-        sp.n     = sp.n_old + n_new;
-        sp.basis = rows_of(stream, pr, sp.n_dir, sp.n_thread);
+        sp.n    = sp.n_old + n_new;
+        sp.rows = rows_of(stream, pr, sp.n_dir, sp.n_thread);
 
         // the main directions of what it misses in the tokens
-        const auto fresh = n_new > 0 ? sketch(lctx, stream, jobs, pr, n_new, sp) : xkv_floats();
-        sp.rows.reserve((size_t) sp.n * dim);
-        for (uint32_t i = 0; i < sp.n_old; ++i) {
-            const auto row = sp.basis.begin() + (size_t) sp.place(i) * dim;
-            sp.rows.insert(sp.rows.end(), row, row + dim);
+        const auto fresh = n_new > 0 ? sketch(stream, pr, n_new, sp) : xkv_floats();
+        for (uint32_t i = sp.n_main; i < sp.n_old; ++i) {
+            std::copy_n(sp.rows.begin() + (size_t) sp.place(i) * dim, dim, sp.rows.begin() + (size_t) i * dim);
         }
+        // what is between is read again when it is needed: it is large
+        sp.rows.resize((size_t) sp.n_old * dim);
+        sp.rows.reserve((size_t) sp.n * dim);
         sp.rows.insert(sp.rows.end(), fresh.begin(), fresh.end());
-        sp.basis = xkv_floats(); // read again when it is needed: it is large
     }
     sp.n_best = std::min(sp.n, sp.n_main + rank - sp.i_last);
 }
 
-xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                    uint32_t n_new, const space & sp) {
+xkv_floats xkv_online_bases::sketch(uint32_t stream, const problem & pr, uint32_t n_new, const space & sp) const {
     const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
 
     std::mt19937                    rng(pr.ig);
@@ -115,15 +111,15 @@ xkv_floats xkv_online_bases::sketch(llama_context * lctx, uint32_t stream, const
     // twice, since a stored basis is not quite orthonormal
     const auto leave_out_old = [&](xkv_floats & x) {
         for (int i = 0; i < 2 && sp.n_dir > 0; ++i) {
-            xkv_add_mul(xkv_mul_rows(x, sp.basis, n_new, sp.n_dir, dim, sp.n_thread), sp.basis, n_new, sp.n_dir, dim, -1.0f, x,
-                        sp.n_thread);
+            xkv_add_mul(xkv_mul_rows(x, sp.rows, n_new, sp.n_dir, dim, sp.n_thread), sp.rows, n_new, sp.n_dir, dim, -1.0f, x, sp.n_thread);
         }
     };
     // The second moments of tokens outside the old basis, times random directions [n_new, dim]. What is outside is taken of the
     // few directions instead of the many tokens.
     leave_out_old(omega);
-    xkv_floats res(omega.size(), 0.0f);
-    each_exact(lctx, stream, jobs, pr, XKV_ONLINE_SKETCH / ((size_t) store.n_chunk * dim), [&](const xkv_floats & z, uint32_t n) {
+    xkv_floats   res(omega.size(), 0.0f);
+    const size_t n_chunk = XKV_ONLINE_SKETCH / ((size_t) store.n_chunk * dim);
+    each_exact(stream, pr, sp.tokens, n_chunk, sp.n_thread, [&](const xkv_floats & z, uint32_t n) {
         xkv_add_cross(xkv_mul_rows(z, omega, n, n_new, dim, sp.n_thread), z, n, n_new, dim, res, sp.n_thread);
     });
     leave_out_old(res);
@@ -151,21 +147,20 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
 
     sp.cov.assign((size_t) sp.n * sp.n, 0.0f);
 
-    auto x    = xkv_into(sp.tokens, sp.rows, sp.unit, n_token, sp.n, dim, sp.n_thread); // [n_token, n]
-    sp.tokens = xkv_floats();
     // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
     // at hand stand for them.
-    if (!store.plain()) {
-        const uint32_t n_since = tables[stream].n_token() - std::min(tables[stream].n_token(), states[stream].n_update[pr.kd][pr.ig]);
-        const float    scale   = sqrtf((float) (n_since + n_token) / n_token);
-        for (uint32_t i = 0; i < n_token; ++i) {
-            for (uint32_t j = sp.n_old; j < sp.n; ++j) {
-                x[(size_t) i * sp.n + j] *= scale;
-            }
+    const uint32_t n_stored = tables[stream].n_token();
+    const uint32_t n_since  = store.plain() ? 0 : n_stored - std::min(n_stored, states[stream].n_update[pr.kd][pr.ig]);
+    const float    scale    = n_token > 0 ? sqrtf((float) (n_since + n_token) / n_token) : 1.0f;
+    each_block(sp.tokens, dim, [&](const xkv_floats & z, uint32_t n) {
+        auto x = xkv_into(z, sp.rows, sp.unit, n, sp.n, dim, sp.n_thread); // [n, sp.n]
+        for (uint32_t i = 0; i < n; ++i) {
+            std::for_each(x.begin() + (size_t) i * sp.n + sp.n_old, x.begin() + (size_t) (i + 1) * sp.n,
+                          [scale](float & v) { v *= scale; });
         }
-    }
-    xkv_add_gram(x, n_token, sp.n, sp.cov, sp.n_thread);
-    x = xkv_floats();
+        xkv_add_gram(x, n, sp.n, sp.cov, sp.n_thread);
+    });
+    sp.tokens = xkv_halves();
     add_prior(pr, sp);
     add_stored(stream, pr, sp);
     xkv_mirror(sp.cov, sp.n);
@@ -226,9 +221,16 @@ void xkv_online_bases::add_stored(uint32_t stream, const problem & pr, space & s
         xkv_add_gram(part, n, sp.n_old, sum, sp.n_thread);
     });
     xkv_mirror(sum, sp.n_old);
-    const auto turned = xkv_mul_rows(sp.meet, sum, sp.n, sp.n_old, sp.n_old, sp.n_thread);
-    sum               = xkv_floats();
-    xkv_add_mul_rows(turned, sp.meet, sp.n, sp.n, sp.n_old, sp.cov, sp.n_thread);
+    // the new rows are orthogonal to the old directions
+    for (uint32_t first = 0; first < sp.n_old; first += XKV_ONLINE_BLOCK) {
+        const uint32_t n     = std::min(XKV_ONLINE_BLOCK, sp.n_old - first);
+        const auto     begin = sp.meet.begin() + (size_t) first * sp.n_old;
+        const auto     part  = xkv_mul_rows({ begin, begin + (size_t) n * sp.n_old }, sum, n, sp.n_old, sp.n_old, sp.n_thread);
+        xkv_floats     turned((size_t) n * sp.n, 0.0f);
+        xkv_add_mul_rows(part, sp.meet, n, sp.n, sp.n_old, turned, sp.n_thread);
+        std::transform(turned.begin(), turned.end(), sp.cov.begin() + (size_t) first * sp.n, sp.cov.begin() + (size_t) first * sp.n,
+                       std::plus<float>());
+    }
 }
 
 bool xkv_online_bases::pays(uint32_t stream, const problem & pr, const space & sp, const xkv_store::layout & next) const {
@@ -270,15 +272,7 @@ bool xkv_online_bases::orthonormalize(const problem & pr, space & sp) const {
     if (sp.unit) {
         return true;
     }
-    const bool       meets = !store.plain() && sp.n_old > 0;
-    const xkv_floats old   = meets ? xkv_floats(sp.rows.begin(), sp.rows.begin() + (size_t) sp.n_old * dim) : xkv_floats();
-    if (!xkv_orthonormalize(sp.rows, sp.n, dim)) {
-        return false;
-    }
-    if (meets) {
-        sp.meet = xkv_mul_rows(sp.rows, old, sp.n, sp.n_old, dim, sp.n_thread);
-    }
-    return true;
+    return xkv_orthonormalize(sp.rows, sp.n, dim, store.plain() ? 0 : sp.n_old, sp.meet);
 }
 
 bool xkv_online_bases::solve(space & sp) {

@@ -21,10 +21,10 @@ static const float XKV_ONLINE_EXCESS_PLAIN = 0.15f;
 static const float XKV_ONLINE_EXCESS_MIN   = 0.0005f;
 
 // of spaces at a time
-static const size_t XKV_ONLINE_BYTES = 8 * 1024 * 1024;
+static const size_t XKV_ONLINE_BYTES = 16 * 1024 * 1024;
 
 // of a plain store are measured: a share of the variance needs no more
-static const size_t XKV_ONLINE_MEASURE = 1024 * 1024;
+static const size_t XKV_ONLINE_MEASURE = 512 * 1024;
 
 // adds the seconds that it lives to a sum
 struct xkv_stopwatch {
@@ -113,36 +113,29 @@ xkv_recodes xkv_online_bases::enter_stage(llama_context * lctx, uint32_t stream,
     std::copy_if(problems.begin(), problems.end(), std::back_inserter(list), [&](const problem & pr) { return pr.ig == ig; });
 
     xkv_recodes turns;
-    const auto  applied = update(lctx, stream, jobs, find_due(lctx, stream, jobs, list, &next), &next, &turns);
+    const auto  applied = renew(lctx, stream, jobs, list, &next, &turns);
     for (const auto & pr : list) {
         if (std::none_of(applied.begin(), applied.end(), [&](const problem & a) { return a.kd == pr.kd; })) {
             turns[pr.kd] = carry_over(stream, pr, next, lctx->get_cparams().n_threads_batch);
         }
     }
-    graph.release();
     return turns;
 }
 
-std::vector<xkv_online_bases::problem> xkv_online_bases::find_due(llama_context * lctx, uint32_t stream,
-                                                                  const std::vector<xkv_flush::job> & jobs,
-                                                                  const std::vector<problem> & list, const xkv_store::layout * next) {
+bool xkv_online_bases::is_due(uint32_t stream, const problem & pr, const xkv_halves & tokens, const xkv_store::layout * next,
+                              int n_thread) {
     auto &       st     = states[stream];
     const auto & groups = next ? next->groups : store.groups();
     const bool   cold   = !setup.sidecar.calibrated();
 
-    std::vector<problem> due;
-    for (const auto & pr : list) {
-        wanted.push_back(expect(groups, pr));
-        residual.push_back(cold && (store.plain() || st.info.n_update == 0) ? 1.0f : measure(lctx, stream, jobs, pr, groups));
-        const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
-        const float excess = std::max(share * wanted.back(), XKV_ONLINE_EXCESS_MIN);
-        if (cold || residual.back() > wanted.back() + excess) {
-            due.push_back(pr);
-        }
-    }
+    wanted.push_back(expect(groups, pr));
+    residual.push_back(cold && (store.plain() || st.info.n_update == 0) ? 1.0f : measure(stream, pr, tokens, groups, n_thread));
     st.info.residual = xkv_mean(residual);
     st.info.expected = xkv_mean(wanted);
-    return due;
+
+    const float share  = store.plain() ? XKV_ONLINE_EXCESS_PLAIN : next ? 0.0f : XKV_ONLINE_EXCESS;
+    const float excess = std::max(share * wanted.back(), XKV_ONLINE_EXCESS_MIN);
+    return cold || residual.back() > wanted.back() + excess;
 }
 
 void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
@@ -160,8 +153,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     }
     const xkv_stopwatch watch(st.info.seconds);
     begin_stage(stream, jobs);
-    update(lctx, stream, jobs, find_due(lctx, stream, jobs, problems, nullptr), nullptr, nullptr);
-    graph.release();
+    renew(lctx, stream, jobs, problems, nullptr, nullptr);
 }
 
 ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr) {
@@ -176,21 +168,20 @@ ggml_tensor * xkv_online_bases::input_tokens(uint32_t stream, const std::vector<
     return flush.build_group(graph, pr.kd, pr.ig, stream, inp_cells, inp_origin);
 }
 
-float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                const std::vector<xkv_store::group> & groups) {
+float xkv_online_bases::measure(uint32_t stream, const problem & pr, const xkv_halves & tokens,
+                                const std::vector<xkv_store::group> & groups, int n_thread) const {
     const uint32_t dim  = groups[pr.ig].dim[pr.kd];
     const uint32_t rank = std::min({ groups[pr.ig].rank[pr.kd], store.groups()[pr.ig].rank[pr.kd], dim });
 
     auto weight = kept(groups, pr);
     weight.resize(rank);
 
-    const int    n_thread = lctx->get_cparams().n_threads_batch;
-    const auto   rows     = rows_of(stream, pr, rank, n_thread);
-    const size_t n_chunk  = XKV_ONLINE_MEASURE / ((size_t) store.n_chunk * dim);
+    const auto   rows    = rows_of(stream, pr, rank, n_thread);
+    const size_t n_chunk = XKV_ONLINE_MEASURE / ((size_t) store.n_chunk * dim);
 
     double total = 0.0;
     double keep  = 0.0;
-    each_exact(lctx, stream, jobs, pr, n_chunk, [&](const xkv_floats & z, uint32_t n) {
+    each_exact(stream, pr, tokens, n_chunk, n_thread, [&](const xkv_floats & z, uint32_t n) {
         const auto coef = xkv_mul_rows(z, rows, n, rank, dim, n_thread);
         for (float v : z) {
             total += v * v;
@@ -205,10 +196,13 @@ float xkv_online_bases::measure(llama_context * lctx, uint32_t stream, const std
     return total > 0.0 ? std::max(0.0, 1.0 - keep / total) : 0.0;
 }
 
-void xkv_online_bases::each_token(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                  const use_t & use) {
+xkv_halves xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                                         const problem & pr) {
     const uint32_t dim     = store.groups()[pr.ig].dim[pr.kd];
-    const size_t   n_block = std::max<size_t>(1, XKV_ONLINE_BLOCK / 2 / store.n_chunk);
+    const size_t   n_block = std::max<size_t>(1, XKV_ONLINE_READ / ((size_t) store.n_chunk * dim));
+
+    xkv_halves res;
+    res.reserve((size_t) xkv_job_cells(jobs).size() * dim);
     for (size_t i = 0; i < jobs.size(); i += n_block) {
         const std::vector<xkv_flush::job> part(jobs.begin() + i, jobs.begin() + std::min(jobs.size(), i + n_block));
 
@@ -217,24 +211,27 @@ void xkv_online_bases::each_token(llama_context * lctx, uint32_t stream, const s
         graph.output(x);
         graph.run();
         const auto data = graph.read(x);
-        use(data, data.size() / dim);
+        res.resize(res.size() + data.size());
+        ggml_fp32_to_fp16_row(data.data(), res.data() + res.size() - data.size(), data.size());
     }
-}
-
-xkv_floats xkv_online_bases::read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                                         const problem & pr) {
-    xkv_floats res;
-    res.reserve((size_t) xkv_job_cells(jobs).size() * store.groups()[pr.ig].dim[pr.kd]);
-    each_token(lctx, stream, jobs, pr, [&](const xkv_floats & x, uint32_t) { res.insert(res.end(), x.begin(), x.end()); });
     return res;
 }
 
-void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                                  size_t n_chunk, const use_t & use) {
-    const uint32_t dim      = store.groups()[pr.ig].dim[pr.kd];
-    const int      n_thread = lctx->get_cparams().n_threads_batch;
+void xkv_online_bases::each_block(const xkv_halves & tokens, uint32_t dim, const use_t & use) {
+    const size_t n_token = tokens.size() / dim;
+    for (size_t first = 0; first < n_token; first += XKV_ONLINE_BLOCK) {
+        const size_t n = std::min<size_t>(XKV_ONLINE_BLOCK, n_token - first);
+        xkv_floats   x(n * dim);
+        ggml_fp16_to_fp32_row(tokens.data() + first * dim, x.data(), x.size());
+        use(x, n);
+    }
+}
 
-    each_token(lctx, stream, jobs, pr, use);
+void xkv_online_bases::each_exact(uint32_t stream, const problem & pr, const xkv_halves & tokens, size_t n_chunk, int n_thread,
+                                  const use_t & use) const {
+    const uint32_t dim = store.groups()[pr.ig].dim[pr.kd];
+
+    each_block(tokens, dim, use);
 
     auto         chunks = store.plain() ? tables[stream].used() : std::vector<uint32_t>();
     const size_t n_used = chunks.size();
@@ -249,50 +246,52 @@ void xkv_online_bases::each_exact(llama_context * lctx, uint32_t stream, const s
     }
 }
 
-std::vector<xkv_online_bases::problem> xkv_online_bases::update(llama_context * lctx, uint32_t stream,
-                                                                const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & due,
-                                                                const xkv_store::layout * next, xkv_recodes * turns) {
-    std::vector<problem> applied;
-    if (due.empty()) {
-        return applied;
-    }
-    store.own_bases(stream);
-
+std::vector<xkv_online_bases::problem> xkv_online_bases::renew(llama_context * lctx, uint32_t stream,
+                                                               const std::vector<xkv_flush::job> & jobs, const std::vector<problem> & list,
+                                                               const xkv_store::layout * next, xkv_recodes * turns) {
     // as many at a time as there are threads for eigenproblems and memory for spaces
     const size_t n_thread = std::max(1, lctx->get_cparams().n_threads_batch);
 
     size_t n_bytes = 0;
-    for (const auto & pr : due) {
+    for (const auto & pr : list) {
         n_bytes = std::max(n_bytes, space_bytes(pr, rank_of(pr, next), xkv_job_cells(jobs).size()));
     }
     const size_t n_most = std::max<size_t>(1, std::min(n_thread, XKV_ONLINE_BYTES / n_bytes));
-    for (size_t first = 0; first < due.size(); first += n_most) {
-        const size_t n = std::min(n_most, due.size() - first);
-        problem_peak   = std::max(problem_peak, n * n_bytes + (turns ? xkv_n_byte(*turns) : 0));
 
-        std::vector<space> spaces(n);
-        for (size_t i = 0; i < n; ++i) {
-            spaces[i].n_thread = n_thread;
-            build_rows(lctx, stream, jobs, due[first + i], rank_of(due[first + i], next), spaces[i]);
-        }
-        for (auto & sp : spaces) {
-            sp.n_thread = n_thread / n;
-        }
-        std::vector<char> solved(n);
-        xkv_parallel(n, n_thread, [&](size_t i) { solved[i] = orthonormalize(due[first + i], spaces[i]); });
-        for (size_t i = 0; i < n; ++i) {
-            spaces[i].tokens = read_tokens(lctx, stream, jobs, due[first + i]);
+    std::vector<problem> applied;
+    for (size_t first = 0; first < list.size(); first += n_most) {
+        std::vector<problem> due;
+        std::vector<space>   spaces;
+        for (size_t i = first; i < std::min(list.size(), first + n_most); ++i) {
+            auto tokens = read_tokens(lctx, stream, jobs, list[i]);
+            if (is_due(stream, list[i], tokens, next, n_thread)) {
+                due.push_back(list[i]);
+                spaces.emplace_back();
+                spaces.back().tokens = std::move(tokens);
+            }
         }
         graph.release();
+        if (due.empty()) {
+            continue;
+        }
+        store.own_bases(stream);
+
+        const size_t n = due.size();
+        problem_peak   = std::max(problem_peak, n * n_bytes + (turns ? xkv_n_byte(*turns) : 0));
+
+        std::vector<char> solved(n);
         xkv_parallel(n, n_thread, [&](size_t i) {
+            spaces[i].n_thread = n_thread / n;
+            build_rows(stream, due[i], rank_of(due[i], next), spaces[i]);
+            solved[i] = orthonormalize(due[i], spaces[i]);
             if (solved[i]) {
-                build_cov(stream, due[first + i], spaces[i]);
+                build_cov(stream, due[i], spaces[i]);
                 solved[i] = solve(spaces[i]);
             }
         });
         xkv_trim(); // of what reading coefficients left, before the new basis and coefficients are made
         for (size_t i = 0; i < n; ++i) {
-            const auto & pr = due[first + i];
+            const auto & pr = due[i];
             if (!solved[i]) {
                 LLAMA_LOG_WARN("%s: %c of group %u keeps its basis: its eigenproblem has no solution\n", __func__,
                                pr.kd == kind::K ? 'K' : 'V', pr.ig);

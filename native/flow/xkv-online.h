@@ -15,7 +15,13 @@
 static const size_t XKV_ONLINE_NODES_PER_LAYER = 16;
 
 // rows of the calibration, or tokens, that are looked at together
-static const uint32_t XKV_ONLINE_BLOCK = 256;
+static const uint32_t XKV_ONLINE_BLOCK = 128;
+
+// Tokens at hand, as exact as the window has them: all of a group and kind's are in memory while its basis is looked for.
+using xkv_halves = std::vector<ggml_fp16_t, xkv_page_allocator<ggml_fp16_t>>;
+
+// numbers of tokens at hand that are read together
+static const size_t XKV_ONLINE_READ = 256 * 1024;
 
 // Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
 // the window, onto which stored coefficients are projected. They are looked for at the end of each stage, and in the last one
@@ -85,9 +91,8 @@ private:
         bool unit     = false; // all numbers of a plain store, without rows
         int  n_thread = 1;
 
-        xkv_floats basis;  // [n_dir, dim] as it was, while rows are built
-        xkv_floats rows;   // [n, dim] orthonormal
-        xkv_floats tokens; // [n_token, dim] at hand
+        xkv_halves tokens; // [n_token, dim] at hand
+        xkv_floats rows;   // [n, dim] orthonormal; until new ones are found, the old directions [n_dir, dim]
         xkv_floats meet;   // [n, n_old] rows times old directions; not of a plain store
         xkv_floats cov;    // [n, n] the expected covariance of future tokens
         xkv_floats combos; // [n_best, n] the new directions in terms of rows
@@ -116,39 +121,38 @@ private:
     float expect(const std::vector<xkv_store::group> & groups, const problem & pr) const;
 
     // share of the tokens' variance that is lost when directions have the types of groups
-    float measure(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr,
-                  const std::vector<xkv_store::group> & groups);
+    float measure(uint32_t stream, const problem & pr, const xkv_halves & tokens, const std::vector<xkv_store::group> & groups,
+                  int n_thread) const;
+
+    // the tokens of the jobs [n_token, dim]
+    xkv_halves read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
 
     using use_t = std::function<void(const xkv_floats & x, uint32_t n)>; // of tokens [n, dim]
 
-    // the tokens of the jobs, some at a time, and all
-    void each_token(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, const use_t & use);
-    xkv_floats read_tokens(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr);
+    // some at a time
+    static void each_block(const xkv_halves & tokens, uint32_t dim, const use_t & use);
 
-    // the tokens that are known as they are, some at a time: those of the jobs, and of a plain store those in up to n_chunk of the
+    // the tokens that are known as they are, some at a time: those at hand, and of a plain store those in up to n_chunk of the
     // chunks
-    void each_exact(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, size_t n_chunk,
-                    const use_t & use);
+    void each_exact(uint32_t stream, const problem & pr, const xkv_halves & tokens, size_t n_chunk, int n_thread, const use_t & use) const;
 
-    // those whose bases lose more than expected in the next stage, or in the present one
-    std::vector<problem> find_due(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                                  const std::vector<problem> & list, const xkv_store::layout * next);
+    // whether its basis loses more than expected in the next stage, or in the present one
+    bool is_due(uint32_t stream, const problem & pr, const xkv_halves & tokens, const xkv_store::layout * next, int n_thread);
 
-    // solves the problems and returns those whose new bases were written; turns are of the next stage, for the caller to carry out
-    std::vector<problem> update(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
-                                const std::vector<problem> & due, const xkv_store::layout * next, xkv_recodes * turns);
+    // solves those of the problems that are due and returns those whose new bases were written; turns are of the next stage, for the
+    // caller to carry out
+    std::vector<problem> renew(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs,
+                               const std::vector<problem> & list, const xkv_store::layout * next, xkv_recodes * turns);
 
     // what an update to bases of a rank needs at most, about
     size_t space_bytes(const problem & pr, uint32_t rank, uint32_t n_token) const;
 
     // an update's steps: the space, an orthonormal basis of it, the covariance there
-    void build_rows(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t rank,
-                    space & sp);
+    void build_rows(uint32_t stream, const problem & pr, uint32_t rank, space & sp) const;
     bool orthonormalize(const problem & pr, space & sp) const;
 
     // directions that span what the tokens have outside the old basis (randomized range finder) [n_new, dim]
-    xkv_floats sketch(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs, const problem & pr, uint32_t n_new,
-                      const space & sp);
+    xkv_floats sketch(uint32_t stream, const problem & pr, uint32_t n_new, const space & sp) const;
 
     // of the tokens in n chunks [tokens, rank]
     xkv_floats stored_coef(uint32_t stream, const problem & pr, const std::vector<uint32_t> & chunks, size_t first, size_t n,
