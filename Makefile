@@ -1,5 +1,5 @@
 # make demo | test | lint | format | build | refresh-patches | clean
-# Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_RPC=ON"
+# Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
 TORCH      ?= torch==2.13.0

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class XkvWarning(UserWarning):
+    """Something is done otherwise than it was asked for."""
+
+
 class XkvError(Exception):
     """Base of all errors that a user can cause or repair."""
 
@@ -41,6 +45,10 @@ class DecodeError(XkvError, RuntimeError):
 
 class OutOfMemoryError(XkvError, MemoryError):
     """The cache or the context does not fit into memory."""
+
+
+class DeviceError(XkvError):
+    """A device cannot be used, or the server of another machine's does not answer."""
 
 
 class LibraryError(XkvError, ImportError):

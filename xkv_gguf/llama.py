@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from . import opening
+from . import opening, placing
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
 from .model.file import ModelFile, open_model
 from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
 from .plan.groups import FRAMES
 from .plan.sizes import CacheLayout
-from .report import KvPart, KvReport
-from .runtime import arguments, loader, log, native
+from .report import KvDevice, KvPart, KvReport
+from .runtime import arguments, devices, loader, log, native, rpc
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
 from .runtime.threads import default_decode_threads, default_threads
@@ -49,6 +49,10 @@ class Llama(llama_cpp.Llama):
         xkv (cross-layer low-rank cache), f16, q8_0 or q4_0.
     xkv : XkvOptions or dict, optional
         Options of an xkv cache. The sidecar is found beside the model or in the cache folder, or made on first use.
+    rpc_servers : str or sequence of str, optional
+        Servers of other machines, ``"HOST:PORT,..."``, whose devices take layers as GPUs of this one do, and keep their
+        part of the cache: see docs/devices.md. Their devices stay known to the process. ``n_gpu_layers`` is then -1
+        (all) unless given. Borders between devices move to where they cut no group of layers.
     **kwargs
         As in `llama_cpp.Llama`. ``n_ctx`` is 4096 unless given (at most the model's own), and is rounded up to a
         multiple of 256. Unknown names are refused, and so are ``type_k`` and ``type_v``, which follow from `kv_mode`.
@@ -61,6 +65,9 @@ class Llama(llama_cpp.Llama):
         Gets the tokens that are done and those in all after each batch of `eval`, for progress bars.
     xkv_plan : CachePlan or None
         How an xkv cache was laid out; None for the others.
+    xkv_device_bytes : dict of int to int
+        Of an xkv cache: predicted bytes on each device by its number, -1 for the host, with the cells through which a
+        micro-batch passes.
 
     Raises
     ------
@@ -74,6 +81,8 @@ class Llama(llama_cpp.Llama):
         The model's architecture or a setting cannot be used with the cache.
     OutOfMemoryError
         The context does not fit into memory.
+    DeviceError
+        A server does not answer, or is of another version.
 
     Examples
     --------
@@ -88,11 +97,13 @@ class Llama(llama_cpp.Llama):
         *,
         kv_mode: str = "xkv",
         xkv: XkvOptions | Mapping[str, Any] | None = None,
+        rpc_servers: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() needs it when a check below fails
         self.n_prompt_tokens = 0  # of the last call of generate()
         self._scope: native.ScopeParams | None = None
+        self.xkv_device_bytes: dict[int, int] = {}
         self._n_ubatch_given = "n_ubatch" in kwargs
         self.on_eval: Callable[[int, int], object] | None = None
         loader.verify()
@@ -105,7 +116,8 @@ class Llama(llama_cpp.Llama):
         arguments.check_mode(kv_mode, kwargs)
         model = open_model(model_path)
         settings = self._settings(kwargs, model)
-        self.xkv_plan = self._prepare(model, settings)
+        rpc_fused = self._connect(rpc_servers, settings)
+        self.xkv_plan = self._prepare(model, settings, rpc_fused)
         with contextlib.ExitStack() as around:
             if self._scope is not None:
                 around.enter_context(native.scope(self._scope))
@@ -134,7 +146,14 @@ class Llama(llama_cpp.Llama):
             settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
         return settings
 
-    def _prepare(self, model: ModelFile, settings: dict[str, Any]) -> CachePlan | None:
+    def _connect(self, rpc_servers: str | Sequence[str] | None, settings: dict[str, Any]) -> bool:
+        """Make servers known, and their devices the layers' unless settings say otherwise; whether they have our op."""
+        if rpc_servers is None:
+            return False
+        settings.setdefault("n_gpu_layers", -1)
+        return rpc.connect(rpc.parse_servers(rpc_servers))
+
+    def _prepare(self, model: ModelFile, settings: dict[str, Any], rpc_fused: bool) -> CachePlan | None:
         """Plan the cache, and check sizes before anything large is allocated; settings get what the plan chose."""
         n_ctx = settings["n_ctx"]
         on_cpu = settings.get("n_gpu_layers", 0) == 0
@@ -148,7 +167,9 @@ class Llama(llama_cpp.Llama):
 
         def planned(sidecar: Sidecar | None) -> opening.Planned:
             n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
-            found = opening.scope_params(sidecar, options, n_ctx, n_ubatch, model, n_batch)
+            found = opening.scope_params(
+                sidecar, options, n_ctx, n_ubatch, model, n_batch, on_devices=placing.on_devices(settings, rpc_fused)
+            )
             arguments.check_ctx_for_xkv(found.plan.layout)
             if on_cpu:
                 arguments.check_memory(found.plan.total_bytes, n_ctx, "xkv")
@@ -156,7 +177,9 @@ class Llama(llama_cpp.Llama):
 
         if model.shape is not None and not opening.has_sidecar(model, options):
             planned(None)  # what is out of reach is so with any spectra: it is refused before minutes of calibration
-        plan, self._scope = planned(opening.open_sidecar(model.path, options, settings["n_threads_batch"]))
+        found = planned(opening.open_sidecar(model.path, options, settings["n_threads_batch"]))
+        plan, self._scope, self.xkv_device_bytes = found.plan, found.params, found.device_bytes
+        placing.apply(found, settings)
         settings["n_ubatch"] = plan.layout.n_ubatch
         settings["type_k"] = settings["type_v"] = native.GGML_TYPES[plan.layout.type_window]
         return plan
@@ -199,12 +222,16 @@ class Llama(llama_cpp.Llama):
         """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
         parts = tuple(KvPart(name, size) for name, size in native.report(self._ctx.ctx))
         scratch = tuple(KvPart(name, size) for name, size in native.scratch(self._ctx.ctx))
+        found = tuple(
+            KvDevice(part.name, part.cache, part.compute, part.n_layer, part.n_fused)
+            for part in devices.context_devices(self._ctx.ctx)
+        )
         if self.kv_mode != "xkv":
-            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch)
+            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found)
         n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
         online = native.online_info(self._ctx.ctx, 0)
         counts = (n_exact, n_stored, online.n_update, online.n_check, online.seconds)
-        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch)
+        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch, found)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those that the context holds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from .model.shape import known_shape
 from .options import XkvOptions
 from .plan.cache_plan import CachePlan, Wishes, plan_cache
 from .plan.groups import default_frame, default_group_size, group_layers
+from .plan.placement import Placement, at_group_borders, place_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
-from .plan.sizes import ModelShape
+from .plan.sizes import ModelShape, predict_devices
 from .plan.work import Attention
 from .runtime.native import ScopeParams
 from .sidecar.find import find_sidecar
@@ -22,10 +24,34 @@ from .sidecar.read import Sidecar, read_sidecar
 
 
 class Planned(NamedTuple):
-    """A plan, and the parameters of the native scope that follow from it."""
+    """A plan, the parameters of the native scope that follow from it, where layers are, and what each device takes."""
 
     plan: CachePlan
     params: ScopeParams
+    placement: Placement
+    device_bytes: dict[int, int]
+
+
+@dataclass(frozen=True)
+class OnDevices:
+    """What is asked for of devices.
+
+    Attributes
+    ----------
+    n_gpu_layers : int
+        Layers that are on devices, the output included; below 0 all.
+    shares : tuple of float
+        Of each device in llama.cpp's order; none where layers stay on the host.
+    rpc_fused : bool
+        Whether all RPC servers are known to have the op XKV_ATTN.
+    """
+
+    n_gpu_layers: int = 0
+    shares: tuple[float, ...] = ()
+    rpc_fused: bool = False
+
+
+ON_HOST = OnDevices()
 
 
 def has_sidecar(model: ModelFile, options: XkvOptions) -> bool:
@@ -72,6 +98,7 @@ def scope_params(
     n_batch: int = 512,
     n_seq_max: int = 1,
     kv_unified: bool = False,
+    on_devices: OnDevices = ON_HOST,
 ) -> Planned:
     """Plan a cache.
 
@@ -91,6 +118,8 @@ def scope_params(
         Most sequences of the context.
     kv_unified : bool
         Whether they share its tokens; else each has an equal part, as a stream of its own.
+    on_devices : OnDevices
+        Layers are divided so, but for borders that would cut a group.
 
     Returns
     -------
@@ -117,6 +146,8 @@ def scope_params(
         stats = assumed_statistics(shape, options)
     target = options.target or (sidecar.info.target if sidecar is not None else DEFAULT_TARGET)
     assert isinstance(options.types, tuple)
+    asked = place_layers(len(shape.embd_k), on_devices.n_gpu_layers, on_devices.shares)
+    placement = at_group_borders(asked, stats.layers)
     plan = plan_cache(
         stats,
         shape,
@@ -140,6 +171,7 @@ def scope_params(
             attention=Attention(options.lead, options.tolerance),
             work_price=options.work_price,
             max_rank=options.max_rank,
+            places=placement.layers,
         ),
     )
     alone = sidecar is None
@@ -156,13 +188,15 @@ def scope_params(
         online=options.online,
         n_prior=options.n_prior,
         fused=options.fused,
+        rpc_fused=on_devices.rpc_fused,
         tolerance=options.tolerance,
         n_lead=options.lead,
         layers=stats.layers if alone else (),
         frame=stats.frame if alone else 0,
         stages=plan.stages,
     )
-    return Planned(plan, params)
+    there = predict_devices(shape, stats.layers, plan.segments, plan.layout, placement.layers)
+    return Planned(plan, params, placement, there)
 
 
 def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .base.text import format_bytes, format_table
@@ -15,6 +15,28 @@ class KvPart:
 
     name: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class KvDevice:
+    """What is on one device.
+
+    Attributes
+    ----------
+    name : str
+        Of the device's memory.
+    cache_bytes, compute_bytes : int
+        Of the cache, with the cells through which a micro-batch passes, and of compute buffers.
+    n_layer, n_fused : int
+        Of an xkv cache: layers whose K and V are there, and those of them whose attention is one op. The others' is
+        made of stock ops, which do the same more slowly.
+    """
+
+    name: str
+    cache_bytes: int
+    compute_bytes: int
+    n_layer: int = 0
+    n_fused: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,8 @@ class KvReport:
     scratch : tuple of KvPart
         What is allocated beside the cache and does not grow with it, or is given back: the cells through which a
         micro-batch passes, compute buffers, and the most that a flush or a renewal of bases has taken so far.
+    devices : tuple of KvDevice
+        The same cache and compute buffers by where they are.
     """
 
     kv_mode: str
@@ -50,6 +74,7 @@ class KvReport:
     n_check: int = 0
     renew_seconds: float = 0.0
     scratch: tuple[KvPart, ...] = ()
+    devices: tuple[KvDevice, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -75,6 +100,7 @@ class KvReport:
             "n_update": self.n_update,
             "n_check": self.n_check,
             "renew_seconds": self.renew_seconds,
+            "devices": {device.name: _device_dict(device) for device in self.devices},
         }
 
     def to_json(self) -> str:
@@ -88,4 +114,24 @@ class KvReport:
         rows = [[part.name, format_bytes(part.bytes)] for part in self.parts]
         rows.append(["total", format_bytes(self.total_bytes)])
         rows += [[f"scratch: {part.name}", format_bytes(part.bytes)] for part in self.scratch]
-        return head + "\n" + "\n".join("  " + line for line in format_table(rows, "<>"))
+        lines = ["  " + line for line in format_table(rows, "<>")]
+        return "\n".join([head, *lines, *(f"  {line}" for line in self._device_lines())])
+
+    def _device_lines(self) -> list[str]:
+        """Where the cache is, when it is not all in one place, and which layers lack the fused op."""
+        shown = [device for device in self.devices if device.cache_bytes]
+        slow = any(device.n_fused < device.n_layer for device in shown)
+        if not slow and [device.name for device in shown] in ([], ["CPU"]):
+            return []
+        found = []
+        for device in shown:
+            line = f"on {device.name}: {format_bytes(device.cache_bytes)}"
+            if device.n_layer:
+                how = "fused op" if device.n_fused == device.n_layer else "stock ops"
+                line += f", {device.n_layer} layers, attention by {how}"
+            found.append(line)
+        return found
+
+
+def _device_dict(device: KvDevice) -> dict[str, int]:
+    return {name: value for name, value in asdict(device).items() if name != "name"}

@@ -159,14 +159,15 @@ def main() -> None:
             for name, sidecar in sidecars.items():
                 # bases that stay as calibrated: this is what is compared
                 options = XkvOptions(sidecar=str(sidecar.path), types=args.types, online=False)
-                plans[name], params = scope_params(sidecar, options, args.context, None, open_model(args.model))
+                planned = scope_params(sidecar, options, args.context, None, open_model(args.model))
+                plans[name] = planned.plan
                 row: list[str] = []
                 for text in held_out:
                     row.append(
                         " / ".join(f"{mean_residual(text.sums, sidecar, plans[name], kind):.3f}" for kind in KINDS)
                     )
                 residual_rows.append([name, *row])
-                with native.scope(params):
+                with native.scope(planned.params):
                     engine.open_context(1, args.context)
                 row = []
                 for text in held_out:

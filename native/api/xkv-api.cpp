@@ -1,7 +1,6 @@
 // The C API: argument checks, and exceptions turned into codes.
 
-#include "xkv.h"
-
+#include "api/xkv-guard.h"
 #include "base/xkv-error.h"
 #include "cache/xkv-cache.h"
 #include "cache/xkv-capture.h"
@@ -13,23 +12,6 @@
 #include "llama-model.h"
 
 #include <cstring>
-
-template <typename F> static int xkv_guard(F && f) {
-    try {
-        f();
-        return XKV_STATUS_OK;
-    } catch (...) {
-        const auto failure = xkv_caught();
-        xkv_set_last_error(failure.text);
-        return failure.status;
-    }
-}
-
-static void xkv_require(const void * ptr, const char * name) {
-    if (!ptr) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s is NULL", name);
-    }
-}
 
 static llama_kv_cache_xkv * xkv_cast(const llama_context * ctx) {
     return dynamic_cast<llama_kv_cache_xkv *>(llama_get_memory(ctx));

@@ -74,7 +74,7 @@ struct xkv_params {
     int32_t n_absorb;                  // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
     int32_t online;                    // 1: bases follow the prompt, 0: they stay as calibrated
     int32_t n_prior;                   // tokens that the calibration is worth when bases are updated
-    int32_t fused;                     // 1: the op XKV_ATTN where a layer's device has it (CPU), 0: stock ops only
+    int32_t fused;                     // the op XKV_ATTN where a layer's device has it: 0 nowhere, 1 but for RPC servers, 2 there too
     float   tolerance;                 // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
                                        // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
     int32_t  n_lead;                   // a multiple of 32
@@ -96,6 +96,25 @@ struct xkv_online_info {
 struct xkv_report_part {
     char     name[32];
     uint64_t bytes;
+};
+
+// A device that ggml knows.
+struct xkv_device {
+    char     name[64];
+    char     description[128];
+    uint64_t free;  // bytes
+    uint64_t total; // bytes
+    int32_t  kind;  // 0 = CPU, 1 = GPU, 2 = GPU with the host's memory, 3 = of an RPC server, 4 = other
+    int32_t  fused; // 1 where it has XKV_ATTN, 0 where attention is made of stock ops; of an RPC server not known: 1
+};
+
+// What a context has on one device.
+struct xkv_device_part {
+    char     name[64]; // of the device's memory, such as CPU or RPC0[HOST:PORT]
+    uint64_t cache;    // bytes of the KV cache, with the cells through which a micro-batch passes
+    uint64_t compute;  // bytes of compute buffers
+    uint32_t n_layer;  // of an xkv cache: layers whose K and V are there
+    uint32_t n_fused;  // those of them whose attention is the op XKV_ATTN
 };
 
 // What the cache of one layer looks like, for calibration and for predicting sizes.
@@ -132,6 +151,21 @@ int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts,
 
 // the same for scratch: what does not grow with n_ctx, or is given back; for any kind of KV cache
 int xkv_scratch(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
+
+// the devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache
+int xkv_context_devices(const struct llama_context * ctx, struct xkv_device_part * parts, uint32_t * n_parts);
+int xkv_context_splits(struct llama_context * ctx, uint32_t * n_split);
+
+// all devices, in ggml's order
+int xkv_devices(struct xkv_device * devices, uint32_t * n_device);
+
+// Servers of llama.cpp's RPC backend. The version [3] of the protocol is that of ggml-rpc.h; a patch level from 128 on belongs to
+// a library with XKV_ATTN. ggml ends the process where an endpoint "HOST:PORT" does not answer: ask it before.
+int xkv_rpc_version(uint32_t * version);
+int xkv_rpc_add(const char * endpoint);
+
+// serves devices with commas between, or by default the GPUs, or the CPU; returns when it cannot, else never
+int xkv_rpc_serve(const char * endpoint, const char * devices, uint32_t n_thread);
 
 // tokens of a sequence by where they are kept: exact (sinks and window) and compressed
 int xkv_seq_tokens(const struct llama_context * ctx, int32_t seq_id, uint32_t * n_exact, uint32_t * n_stored);

@@ -11,6 +11,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 ggml_backend_buffer_type_t xkv_store::buft(uint32_t il) const {
@@ -21,20 +22,45 @@ ggml_backend_dev_t xkv_store::device(uint32_t il) const {
     return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+bool xkv_is_rpc(ggml_backend_dev_t dev) {
+    return strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") == 0;
+}
+
+void xkv_store::check_devices() const {
+    for (size_t ig = 0; ig < sidecar.groups.size(); ++ig) {
+        const auto & list = sidecar.groups[ig].layers;
+        for (uint32_t il : list) {
+            if (buft(il) != buft(list[0])) {
+                xkv_throw(
+                    XKV_STATUS_UNSUPPORTED,
+                    "group %zu has layer %u on %s and layer %u on %s, expected one device for layers that share coefficients; move the "
+                    "border by tensor_split or n_gpu_layers",
+                    ig, list[0], ggml_backend_buft_name(buft(list[0])), il, ggml_backend_buft_name(buft(il)));
+            }
+        }
+    }
+}
+
+bool xkv_has_attn(ggml_backend_dev_t dev, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
+    ggml_context_ptr ctx(ggml_init({ /*.mem_size =*/8 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true }));
+
+    const xkv_attn_params params = {};
+    ggml_tensor *         q      = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, d_k, n_head, 1, 1);
+    ggml_tensor *         k      = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, d_k, n_head_kv, 32, 1);
+    ggml_tensor *         v      = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, d_v, n_head_kv, 32, 1);
+    ggml_tensor *         m      = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, 32, 1, 1, 1);
+    ggml_tensor *         t      = xkv_attn(ctx.get(), { q, k, v, m, nullptr, nullptr, nullptr, nullptr, nullptr }, &params);
+    return xkv_attn_fits(t) && ggml_backend_dev_supports_op(dev, t);
+}
+
 bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
-    const auto & hparams = model.hparams;
+    const auto & hp = model.hparams;
 
-    return fused && std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
-               ggml_context_ptr ctx(
-                   ggml_init({ /*.mem_size =*/8 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true }));
-
-               const xkv_attn_params params = {};
-               ggml_tensor *         q = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), hparams.n_head(il), 1, 1);
-               ggml_tensor * k = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_k(il), hparams.n_head_kv(il), 32, 1);
-               ggml_tensor * v = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, hparams.n_embd_head_v(il), hparams.n_head_kv(il), 32, 1);
-               ggml_tensor * m = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, 32, 1, 1, 1);
-               return ggml_backend_dev_supports_op(
-                   device(il), xkv_attn(ctx.get(), { q, k, v, m, nullptr, nullptr, nullptr, nullptr, nullptr }, &params));
+    return fused != XKV_FUSED_NONE && std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
+               if (xkv_is_rpc(device(il)) && fused != XKV_FUSED_RPC) {
+                   return false; // ggml takes it for granted that a server has every op
+               }
+               return xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
            });
 }
 
@@ -86,6 +112,7 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         }
     }
 
+    check_devices();
     make_arena();
 
     means = make_pool(PART_MEANS, 3 * layer_list.size(), [&](const ctx_of_t & ctx_of) {

@@ -168,6 +168,9 @@ public:
 
     void copy_stream(uint32_t src, uint32_t dst);
 
+    // where a layer's tensors are
+    ggml_backend_buffer_type_t buft(uint32_t il) const;
+
     // bytes allocated, by part
     std::vector<std::pair<std::string, size_t>> parts() const;
 
@@ -196,7 +199,7 @@ private:
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
-    const bool          fused;
+    const xkv_fused     fused;
 
     std::vector<xkv_config::stage> stages;
 
@@ -216,8 +219,10 @@ private:
 
     mutable size_t n_staged = 0;
 
-    ggml_backend_buffer_type_t buft(uint32_t il) const;
-    ggml_backend_dev_t         device(uint32_t il) const;
+    ggml_backend_dev_t device(uint32_t il) const;
+
+    // the layers of a group share coefficients; throws xkv_error where they are on several devices
+    void check_devices() const;
 
     // whether the device of the layers has XKV_ATTN for them
     bool can_pack(const std::vector<uint32_t> & layers) const;
@@ -254,6 +259,12 @@ private:
     void     copy_bases(const basis_set & src, const basis_set & dst) const;
     void     fill_means();
 };
+
+// of a server on another machine
+bool xkv_is_rpc(ggml_backend_dev_t dev);
+
+// whether a device has XKV_ATTN for heads of these sizes
+bool xkv_has_attn(ggml_backend_dev_t dev, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
 
 // with a basis as it is stored: x [n_embd, n] of coefficients [rank, n]
 ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef);

@@ -17,7 +17,7 @@ ROOMS = (
     ("sidecar",),
     ("runtime",),
     ("convert",),
-    ("options", "report", "opening"),
+    ("options", "report", "opening", "placing"),
     ("llama",),
     ("lab",),
     ("cli", "demo", "__main__"),

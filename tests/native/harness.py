@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,9 +27,14 @@ GGML_F16 = 1
 GGML_Q8_0 = 8
 
 
-def open_model(path: Path) -> Any:
-    """Load a model; the caller frees it with `close_model`."""
-    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+def open_model(path: Path, on_devices: Sequence[int] = ()) -> Any:
+    """Load a model, as many layers on each device as given, the output included; `close_model` frees it."""
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = sum(on_devices)
+    split = (ctypes.c_float * lib.llama_max_devices())(*on_devices)
+    if on_devices:
+        params.tensor_split = split
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
     assert model, f"{path} does not load"
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from xkv_gguf.plan.cache_plan import Wishes, plan_cache
 from xkv_gguf.plan.coef_types import TYPES
+from xkv_gguf.plan.segments import KINDS, stored_rank
 from xkv_gguf.plan.size_target import SizeTarget
-from xkv_gguf.plan.sizes import SLOT_PAD, predict_parts
+from xkv_gguf.plan.sizes import SLOT_PAD, predict_parts, store_bytes
 from xkv_gguf.plan.stages import GROWTH
 
 from .test_cache_plan import plan, shape, statistics
@@ -55,3 +57,33 @@ def test_a_plain_stage_needs_heads_of_whole_blocks(head: int) -> None:
     found = plan_cache(statistics(embd=96), shape(head=head, embd=96), Wishes(8192, SizeTarget("coef_ratio", "12")))
     assert found.stages
     assert [not stage.segments for stage in found.stages] == [i == 0 and head == 32 for i in range(len(found.stages))]
+
+
+def test_a_device_keeps_its_bytes_in_every_stage() -> None:
+    """Groups differ in what they are worth: bytes of one device must not go to groups of another."""
+    stats = statistics()
+    n_layer = len(shape().embd_k)
+    first = stats.layers[0]
+    places = tuple(0 if layer in first else 1 for layer in range(n_layer))
+    wishes = Wishes(8192, SizeTarget("coef_ratio", "12"), places=places)
+    found = plan_cache(stats, shape(), wishes)
+    assert any(stage.segments for stage in found.stages)
+    for device in (0, 1):
+        groups = [g for g, layers in enumerate(stats.layers) if places[layers[0]] == device]
+        full = store_bytes(shape(), stats.layers, found.segments, found.layout, groups)
+        numbers = sum(shape().dim(kind, stats.layers[g]) for g in groups for kind in KINDS)
+        for stage in found.stages:
+            if stage.segments:
+                own = [s for s in stage.segments if s.group in groups]
+                coef = sum(stored_rank(s) * TYPES[s.type].bytes for s in own) * stage.n_slot
+                bases = sum(
+                    shape().dim(s.kind, stats.layers[s.group]) * stored_rank(s) * TYPES[s.type_basis].bytes for s in own
+                )
+                assert 0.8 * full < coef + bases <= full
+            else:
+                assert stage.n_slot * numbers * TYPES[stage.type].bytes <= full
+    alone = plan_cache(stats, shape(), replace(wishes, places=()))
+    assert found.segments == alone.segments
+    assert [stage.n_slot for stage in found.stages if stage.segments] == [
+        stage.n_slot for stage in alone.stages if stage.segments
+    ]

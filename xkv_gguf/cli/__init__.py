@@ -10,9 +10,10 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import OptionError, XkvError
@@ -26,6 +27,8 @@ VERBS = {
     "bench": "measure speed and memory of caches side by side",
     "eval": "score caches against f16 on texts: divergence, perplexity, bytes",
     "ruler": "score caches on the RULER tasks",
+    "doctor": "show which devices there are, and what an xkv cache runs on",
+    "rpc-server": "lend this machine's devices to models that run on another one",
 }
 EXIT_ERROR = 1
 EXIT_INTERRUPT = 130
@@ -53,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 after an error (one line on standard error), 130 after Ctrl-C.
     """
     _take_any_text()
+    warnings.showwarning = _note
     try:
         args, unknown = build_parser(sys.argv[1:] if argv is None else argv).parse_known_args(argv)
         if unknown:
@@ -83,6 +87,11 @@ def _take_any_text() -> None:
             stream.reconfigure(errors="replace")
 
 
+def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning in one line."""
+    print(f"{PROGRAM}: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def build_parser(argv: Sequence[str]) -> Parser:
     """Parser for a command line: only the verb that `argv` names is imported."""
     parser = Parser(prog=PROGRAM, description="GGUF models on a cross-layer low-rank KV cache.")
@@ -98,7 +107,7 @@ def build_parser(argv: Sequence[str]) -> Parser:
 
 def verb_module(verb: str) -> ModuleType:
     """Import the module of a verb."""
-    return importlib.import_module(f".{verb}", __name__)
+    return importlib.import_module(f".{verb.replace('-', '_')}", __name__)
 
 
 def _fail(message: str) -> int:

@@ -16,11 +16,13 @@ from ..options import KV_MODES
 from ._args import (
     OPTIONS,
     add_adaptation,
+    add_devices,
     add_model,
     add_sidecar,
     add_size,
     add_threads,
     check_counts,
+    device_settings,
     model_path,
     thread_settings,
     xkv_values,
@@ -85,6 +87,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, temp: float) -> None:
     add_size(parser, "none of them takes what the sidecar was made for")
     model = parser.add_argument_group("generation")
     add_threads(model)
+    add_devices(model)
     model.add_argument(
         "--temp", type=float, default=temp, metavar="T", help="temperature, 0 is greedy (default: %(default)s)"
     )
@@ -120,7 +123,7 @@ def open_llama(args: argparse.Namespace) -> Llama:
 
     if not args.verbose:
         log.silence()
-    settings = {"n_ctx": n_ctx, "verbose": args.verbose, **thread_settings(args.threads)}
+    settings = {"n_ctx": n_ctx, "verbose": args.verbose, **thread_settings(args.threads), **device_settings(args)}
     return Llama(path, kv_mode=args.kv_mode, xkv=xkv or None, **settings)
 
 

@@ -46,6 +46,22 @@ def thread_settings(threads: int | None) -> dict[str, int]:
     return {} if threads is None else dict.fromkeys(("n_threads", "n_threads_batch"), threads)
 
 
+def add_devices(parser: argparse._ActionsContainer) -> None:
+    """Add --n-gpu-layers and --rpc."""
+    parser.add_argument(
+        "--n-gpu-layers", type=int, metavar="N", help="layers on devices, -1 for all (default: 0, with --rpc all)"
+    )
+    parser.add_argument(
+        "--rpc", metavar="HOST:PORT,...", help="servers (xkv-gguf rpc-server) whose devices take layers as well"
+    )
+
+
+def device_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `Llama` for --n-gpu-layers and --rpc."""
+    values = {"n_gpu_layers": args.n_gpu_layers, "rpc_servers": args.rpc}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def add_n_ubatch(parser: argparse.ArgumentParser) -> None:
     """Add --n-ubatch."""
     parser.add_argument("--n-ubatch", type=int, metavar="N", help="micro-batch (default: 512, xkv: the plan's)")

@@ -26,11 +26,13 @@ from ..runtime.threads import default_decode_threads, default_threads
 from ._args import (
     add_adaptation,
     add_caches,
+    add_devices,
     add_model,
     add_sidecar,
     add_size,
     add_threads,
     check_counts,
+    device_settings,
     model_path,
     shared_sidecar,
     with_sidecar,
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PICTURE", help="draw speeds against depth into a .png, .svg or .pdf")
     parser.add_argument("--reps", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
     add_threads(parser)
+    add_devices(parser)
     parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context in tokens (default: %(default)s)")
     add_sidecar(parser, "xkv caches that name none")
     add_adaptation(parser, "text")
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         "n_ctx": n_ctx,
         "threads": args.threads or default_threads(),
         "threads_decode": args.threads or default_decode_threads(),
+        **device_settings(args),
     }
     settings = {
         "model": model.name,

@@ -93,7 +93,7 @@ class Plan:
         Tokens, ascending.
     reps : int
     settings : mapping
-        Of every cache: n_ctx, threads, threads_decode.
+        Of every cache: n_ctx, threads, threads_decode; n_gpu_layers and rpc_servers where layers are on devices.
     """
 
     model: Path
@@ -116,7 +116,7 @@ class Plan:
 
 
 def measure(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
-    """Run all measurements in turns; what `partial` has is taken from there.
+    """Run all measurements in turns, on RPC servers one cache after the other; what `partial` has is taken from there.
 
     Parameters
     ----------
@@ -139,18 +139,22 @@ def measure(plan: Plan, partial: Partial) -> list[dict[str, Any]]:
     missing = [turn for turn in plan.order if turn not in found]
     if found:
         print(f"{len(found)} of {len(keys)} measurements are taken from {partial.path}", file=sys.stderr)
-    names = {name for name, _, _ in missing}
-    with contextlib.ExitStack() as stack:
-        total = sum(n_tokens(depth) for _, depth, _ in missing)
-        bar = stack.enter_context(tqdm(total=total, unit="tok", disable=None))
-        workers = {spec.name: stack.enter_context(Worker(spec)) for spec in plan.specs if spec.name in names}
-        for name, worker in workers.items():
-            bar.set_description(f"opening {name}")
-            worker.ask(op="open", model=str(plan.model), **worker.spec.arguments, **plan.settings)
-        for name, depth, rep in missing:
-            bar.set_description(f"{name} at {depth}, run {rep + 1} of {plan.reps}")
-            found[name, depth, rep] = timing = _one(workers[name], depth, bar)
-            partial.put(timing, **keys[name, depth, rep])
+    specs = [spec for spec in plan.specs if spec.name in {name for name, _, _ in missing}]
+    # a server serves one process at a time: caches on it cannot take turns
+    at_once = [[spec] for spec in specs] if "rpc_servers" in plan.settings else [specs]
+    with tqdm(total=sum(n_tokens(depth) for _, depth, _ in missing), unit="tok", disable=None) as bar:
+        for together in at_once:
+            with contextlib.ExitStack() as stack:
+                workers = {spec.name: stack.enter_context(Worker(spec)) for spec in together}
+                for name, worker in workers.items():
+                    bar.set_description(f"opening {name}")
+                    worker.ask(op="open", model=str(plan.model), **worker.spec.arguments, **plan.settings)
+                for name, depth, rep in missing:
+                    if name not in workers:
+                        continue
+                    bar.set_description(f"{name} at {depth}, run {rep + 1} of {plan.reps}")
+                    found[name, depth, rep] = timing = _one(workers[name], depth, bar)
+                    partial.put(timing, **keys[name, depth, rep])
     timings = [Timing(name, depth, **found[name, depth, rep]) for name, depth, rep in plan.order]
     return summarize(timings, [spec.name for spec in plan.specs])
 

@@ -145,7 +145,8 @@ def conditions(settings: Mapping[str, Any]) -> str:
     some = f"{threads} thread{'s' * (threads != 1)}"
     also = "" if decode == threads else f" ({decode} to decode)"
     reps = settings["reps"]
-    medians = f"medians of {reps} runs in turns" if reps > 1 else "one run in turns"
+    turns = "one cache after the other" if "rpc_servers" in settings else "in turns"
+    medians = f"medians of {reps} runs {turns}" if reps > 1 else f"one run {turns}"
     return f"every cache: {some}{also}, n_ctx {settings['n_ctx']}; {medians}"
 
 

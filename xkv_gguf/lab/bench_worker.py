@@ -7,7 +7,8 @@ standard input and answers on the descriptor that standard output had at the sta
 request                                                 answer
 ======================================================  ==============================================
 ``{"op": "open", "model", "kv_mode", "xkv", "n_ctx",    ``{}``
-"threads", "threads_decode"}``
+"threads", "threads_decode"}``, and, where layers are
+on devices, "n_gpu_layers" and "rpc_servers"
 ``{"op": "measure", "depth"}``                          ``{"prefill_tps", "decode_tps", "prompt_tps",
                                                         "report": KvReport.to_dict(),
                                                         "peak_rss_bytes"}``, after any number of
@@ -55,6 +56,7 @@ class Bench:
             n_threads=request["threads_decode"],
             n_threads_batch=request["threads"],
             verbose=False,
+            **{name: request[name] for name in ("n_gpu_layers", "rpc_servers") if name in request},
         )
         self._tokens = filler_tokens(self.llm, request["n_ctx"])
         # the first evaluation allocates and touches what later ones reuse

@@ -40,8 +40,17 @@ from .segments import (
     same_rank,
 )
 from .size_target import DEFAULT_TARGET, SizeTarget
-from .sizes import CacheLayout, ModelShape, coef_bytes_per_token, mean_bytes, padded_ctx, predict_parts, window_bytes
-from .stages import Stage, plan_stages
+from .sizes import (
+    CacheLayout,
+    ModelShape,
+    coef_bytes_per_token,
+    mean_bytes,
+    padded_ctx,
+    predict_parts,
+    store_bytes,
+    window_bytes,
+)
+from .stages import Share, Stage, plan_stages
 from .work import DEFAULT_ATTENTION, Attention, work_charges
 
 N_BATCH = 512
@@ -92,6 +101,8 @@ class Wishes:
         How much the work of directions counts beside their bytes, see `work.work_charges`: 0 for nothing.
     max_rank : int, optional
         Most directions of one kind of one group.
+    places : tuple of int
+        The device of each layer, see `placement.Placement.layers`; empty where all are on one.
 
     Raises
     ------
@@ -118,6 +129,7 @@ class Wishes:
     attention: Attention = DEFAULT_ATTENTION
     work_price: float | None = None
     max_rank: int | None = None
+    places: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_seq_max <= MAX_SEQ:
@@ -221,10 +233,15 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
 
 
 def _stages(stats: Statistics, shape: ModelShape, wishes: Wishes, plan: CachePlan) -> tuple[Stage, ...]:
-    n_bytes = plan.total_bytes - window_bytes(shape, plan.layout) - mean_bytes(shape)
+    places = wishes.places or (0,) * len(shape.embd_k)
+    shares = []
+    for device in sorted(set(places)):
+        groups = tuple(g for g, layers in enumerate(stats.layers) if places[layers[0]] == device)
+        if groups:
+            shares.append(Share(groups, store_bytes(shape, stats.layers, plan.segments, plan.layout, groups)))
     prices = _prices(stats, shape, wishes, plan.layout)
     return plan_stages(
-        stats, shape, plan.segments, plan.layout.n_slot, n_bytes, wishes.types, wishes.max_segments, prices
+        stats, shape, plan.segments, plan.layout.n_slot, shares, wishes.types, wishes.max_segments, prices
     )
 
 

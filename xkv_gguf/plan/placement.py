@@ -96,9 +96,7 @@ def at_group_borders(placement: Placement, groups: Sequence[Layers]) -> Placemen
     """
     n_layer = placement.n_layer
     free = [
-        border
-        for border in range(n_layer + 1)
-        if all(max(group) < border or min(group) >= border for group in groups)
+        border for border in range(n_layer + 1) if all(max(group) < border or min(group) >= border for group in groups)
     ]
 
     def nearest(border: int) -> int:

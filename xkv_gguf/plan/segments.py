@@ -130,6 +130,17 @@ class Prices:
     work_price: float | None = None
 
 
+def of_groups(stats: Statistics, groups: Sequence[int]) -> Statistics:
+    """The same statistics of some groups, which count from 0 there."""
+    return replace(
+        stats,
+        layers=tuple(stats.layers[g] for g in groups),
+        spectra={kind: tuple(stats.spectra[kind][g] for g in groups) for kind in KINDS},
+        weights={kind: tuple(stats.weights[kind][g] for g in groups) for kind in KINDS},
+        held={kind: tuple(stats.held[kind][g] for g in groups) for kind in KINDS} if stats.held else {},
+    )
+
+
 def keep_at_most(stats: Statistics, max_rank: int) -> Statistics:
     """The same statistics, of which a plan takes at most `max_rank` directions of each kind and group."""
     held: dict[Kind, tuple[int, ...]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .coef_types import QUANT_BLOCK, TYPES, bytes_per_coef
 from .segments import KINDS, Kind, Layers, Segment, stored_rank
@@ -170,6 +170,56 @@ def mean_bytes(shape: ModelShape) -> int:
     return 4 * (shape.numbers + sum(shape.embd_out))
 
 
+def store_bytes(
+    shape: ModelShape,
+    layers: Sequence[Layers],
+    segments: Sequence[Segment],
+    layout: CacheLayout,
+    groups: Sequence[int],
+) -> int:
+    """Bytes of coefficients and bases of some groups, of all streams."""
+    coef = sum(_coef_bytes([s for s in segments if s.group in groups], layout).values())
+    return coef + round(sum(_basis_bytes(shape, layers, segments, g) for g in groups)) * layout.n_basis_set
+
+
+def predict_devices(
+    shape: ModelShape,
+    layers: Sequence[Layers],
+    segments: Sequence[Segment],
+    layout: CacheLayout,
+    places: Sequence[int],
+) -> dict[int, int]:
+    """Bytes that an xkv cache allocates on each device, the cells through which a micro-batch passes included.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    layers : sequence of tuple of int
+        Of each group.
+    segments : sequence of Segment
+    layout : CacheLayout
+    places : sequence of int
+        The device of each layer, the same one for all of a group, see `placement.Placement.layers`.
+
+    Returns
+    -------
+    dict of int to int
+    """
+    found = {}
+    for device in sorted(set(places)):
+        own = [layer for layer, place in enumerate(places) if place == device]
+        groups = [g for g, group in enumerate(layers) if places[group[0]] == device]
+        part = replace(
+            shape,
+            embd_k=tuple(shape.embd_k[layer] for layer in own),
+            embd_v=tuple(shape.embd_v[layer] for layer in own),
+            embd_out=tuple(shape.embd_out[layer] for layer in own),
+        )
+        exact = window_bytes(part, layout) + transit_bytes(part, layout) + mean_bytes(part)
+        found[device] = exact + store_bytes(shape, layers, segments, layout, groups)
+    return found
+
+
 def predict_parts(
     shape: ModelShape, layers: Sequence[Layers], segments: Sequence[Segment], layout: CacheLayout
 ) -> dict[str, int]:
@@ -191,23 +241,29 @@ def predict_parts(
     dict of str to int
         Bytes of "K coefficients", "V coefficients", "bases and means", "sinks and window".
     """
-    coef = {
-        kind: round(coef_bytes_per_token([s for s in segments if s.kind == kind]) * layout.n_slot) * layout.n_stream
-        for kind in KINDS
-    }
-    bases = 0.0
-    for g, group in enumerate(layers):
-        for kind in KINDS:
-            per_number = sum(
-                stored_rank(s) * TYPES[s.type_basis].bytes for s in segments if (s.group, s.kind) == (g, kind)
-            )
-            bases += shape.dim(kind, group) * per_number
+    coef = _coef_bytes(segments, layout)
+    bases = sum(_basis_bytes(shape, layers, segments, g) for g in range(len(layers)))
     return {
         "K coefficients": coef["k"],
         "V coefficients": coef["v"],
         "bases and means": round(bases) * layout.n_basis_set + mean_bytes(shape),
         "sinks and window": window_bytes(shape, layout),
     }
+
+
+def _coef_bytes(segments: Sequence[Segment], layout: CacheLayout) -> dict[Kind, int]:
+    return {
+        kind: round(coef_bytes_per_token([s for s in segments if s.kind == kind]) * layout.n_slot) * layout.n_stream
+        for kind in KINDS
+    }
+
+
+def _basis_bytes(shape: ModelShape, layers: Sequence[Layers], segments: Sequence[Segment], group: int) -> float:
+    return sum(
+        shape.dim(s.kind, layers[group]) * stored_rank(s) * TYPES[s.type_basis].bytes
+        for s in segments
+        if s.group == group
+    )
 
 
 def _pad(n: int, step: int) -> int:

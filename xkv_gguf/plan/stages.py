@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .coef_types import TYPES
-from .segments import Prices, Segment, Statistics, distortion, plan_segments
+from .segments import KINDS, Prices, Segment, Statistics, distortion, of_groups, plan_segments
 from .sizes import SLOT_PAD, ModelShape
 
 GROWTH = 2.0
@@ -46,12 +46,20 @@ class Stage:
         return lost if self.segments else lost * TYPES[self.type].noise
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one device has of a store: the groups that are there, and the bytes of their coefficients and bases."""
+
+    groups: tuple[int, ...]
+    n_bytes: int
+
+
 def plan_stages(
     stats: Statistics,
     shape: ModelShape,
     segments: Sequence[Segment],
     n_slot: int,
-    n_bytes: int,
+    shares: Sequence[Share],
     types: Sequence[str],
     max_segments: int,
     prices: Prices,
@@ -66,8 +74,8 @@ def plan_stages(
         Of the full store.
     n_slot : int
         Tokens that the full store has room for.
-    n_bytes : int
-        Bytes of its coefficients and bases.
+    shares : sequence of Share
+        Of each device. Bytes stay where they are: in every stage, a device has those of the full store.
     types : sequence of str
         Coefficient types that may be used, by descending bytes.
     max_segments : int
@@ -78,18 +86,16 @@ def plan_stages(
     Returns
     -------
     tuple of Stage
-        By ascending `n_slot`; none takes more than `n_bytes`, or is predicted to lose more than the stage after it.
+        By ascending `n_slot`; none takes more than its shares, or is predicted to lose more than the stage after it.
     """
-    n_tensor = sum((1 + len(layers)) * max_segments for layers in stats.layers) * 2
-    budget = n_bytes - TENSOR_PAD * n_tensor
     lost = full = distortion(stats, segments)
-    plain = _plain_stage(shape, n_bytes)
+    plain = _plain_stage(stats, shape, shares)
     fewest = max(FEWEST, GROWTH * plain.n_slot if plain else 0)
     found: list[Stage] = []
     size = int(n_slot / GROWTH)
     while size >= fewest and lost > NEGLIGIBLE * full:
         size -= size % SLOT_PAD
-        fresh = plan_segments(stats, types, max_segments, replace(prices, slots=size), budget)
+        fresh = _divide(stats, shares, types, max_segments, replace(prices, slots=size))
         if fresh is None or distortion(stats, fresh) > lost:
             break
         lost = distortion(stats, fresh)
@@ -100,11 +106,39 @@ def plan_stages(
     return tuple(reversed(found))
 
 
-def _plain_stage(shape: ModelShape, n_bytes: int) -> Stage | None:
+def _divide(
+    stats: Statistics, shares: Sequence[Share], types: Sequence[str], max_segments: int, prices: Prices
+) -> tuple[Segment, ...] | None:
+    """Segments of every group within the bytes of its device; None where those of one are too few."""
+    found: list[Segment] = []
+    for share in shares:
+        own = of_groups(stats, share.groups)
+        n_tensor = sum((1 + len(layers)) * max_segments for layers in own.layers) * 2
+        charges = {
+            (i, kind): prices.charges[g, kind]
+            for i, g in enumerate(share.groups)
+            for kind in KINDS
+            if (g, kind) in prices.charges
+        }
+        segments = plan_segments(
+            own, types, max_segments, replace(prices, charges=charges), share.n_bytes - TENSOR_PAD * n_tensor
+        )
+        if segments is None:
+            return None
+        found += [replace(segment, group=share.groups[segment.group]) for segment in segments]
+    return tuple(sorted(found, key=lambda segment: segment.group))
+
+
+def _plain_stage(stats: Statistics, shape: ModelShape, shares: Sequence[Share]) -> Stage | None:
     """K and V as they are; None where nothing fits, or a head is not whole blocks."""
     if not shape.quantizable:
         return None
-    budget = n_bytes - TENSOR_PAD * 2 * len(shape.embd_k)
-    n_slot = int(budget / (shape.numbers * TYPES[PLAIN].bytes))
+    room = []
+    for share in shares:
+        layers = [layer for g in share.groups for layer in stats.layers[g]]
+        numbers = sum(shape.dim(kind, layers) for kind in KINDS)
+        budget = share.n_bytes - TENSOR_PAD * 2 * len(layers)
+        room.append(int(budget / (numbers * TYPES[PLAIN].bytes)))
+    n_slot = min(room)
     n_slot -= n_slot % SLOT_PAD
     return Stage(n_slot, type=PLAIN) if n_slot >= FEWEST else None

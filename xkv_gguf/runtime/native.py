@@ -60,6 +60,8 @@ class ScopeParams:
     n_keep, n_cell, n_slot : int
         Of a stream, for all its sequences: cells of the window that tokens stay in, those and the ones through which a
         micro-batch passes, tokens that the store has room for. See `plan.sizes.CacheLayout`.
+    fused, rpc_fused : bool
+        Whether attention is the op XKV_ATTN where a layer's device has it, and whether RPC servers are known to.
     """
 
     segments: tuple[Segment, ...]
@@ -74,6 +76,7 @@ class ScopeParams:
     online: bool = True
     n_prior: int = 2000
     fused: bool = True
+    rpc_fused: bool = False
     tolerance: float = 0.0
     n_lead: int = 128
     layers: tuple[tuple[int, ...], ...] = ()
@@ -193,7 +196,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "n_absorb": params.n_absorb,
         "online": int(params.online),
         "n_prior": params.n_prior,
-        "fused": int(params.fused),
+        "fused": int(params.fused) * (2 if params.rpc_fused else 1),
         "tolerance": params.tolerance,
         "n_lead": params.n_lead,
         "n_keep": params.n_keep,

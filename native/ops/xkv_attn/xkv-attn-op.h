@@ -75,6 +75,13 @@ static inline int xkv_attn_type_index(enum ggml_type type) {
     return -1;
 }
 
+// whether heads can be packed as tiles; what else a device needs is its own
+static inline bool xkv_attn_fits(const struct ggml_tensor * t) {
+    const struct ggml_tensor * q = t->src[0];
+    return q->ne[0] % 16 == 0 && t->ne[0] % 16 == 0 && q->ne[0] <= XKV_ATTN_MAX_HEAD && t->ne[0] <= XKV_ATTN_MAX_HEAD &&
+           q->ne[1] <= XKV_ATTN_MAX_HEADS;
+}
+
 struct xkv_attn_src {
     struct ggml_tensor * q;
     struct ggml_tensor * k;

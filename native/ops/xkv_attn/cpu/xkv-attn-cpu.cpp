@@ -15,9 +15,8 @@ bool xkv_attn_cpu_supported(const ggml_tensor * t) {
     };
     const auto * q = t->src[0];
     const auto * m = t->src[3];
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] % 16 == 0 && t->ne[0] % 16 == 0 &&
-           q->ne[0] <= XKV_ATTN_MAX_HEAD && t->ne[0] <= XKV_ATTN_MAX_HEAD && q->ne[1] <= XKV_ATTN_MAX_HEADS && exact(t->src[1]) &&
-           exact(t->src[2]) && (m->type == GGML_TYPE_F32 || m->type == GGML_TYPE_F16);
+    return xkv_attn_fits(t) && q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && exact(t->src[1]) && exact(t->src[2]) &&
+           (m->type == GGML_TYPE_F32 || m->type == GGML_TYPE_F16);
 #else
     GGML_UNUSED(t);
     return false;
