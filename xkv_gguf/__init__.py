@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from .errors import XkvError
     from .llama import Llama
     from .options import XkvOptions
-    from .report import KvPart, KvReport
+    from .report import KvDevice, KvPart, KvReport
 
 __version__ = "0.1.0"
-__all__ = ["KvPart", "KvReport", "Llama", "XkvError", "XkvOptions", "__version__"]
+__all__ = ["KvDevice", "KvPart", "KvReport", "Llama", "XkvError", "XkvOptions", "__version__"]
 
 # imported when first used: the library and llama_cpp take longer to load than the command line's help needs
-_MODULES = {"KvPart": "report", "KvReport": "report", "Llama": "llama", "XkvError": "errors", "XkvOptions": "options"}
+_MODULES = {
+    "KvDevice": "report",
+    "KvPart": "report",
+    "KvReport": "report",
+    "Llama": "llama",
+    "XkvError": "errors",
+    "XkvOptions": "options",
+}
 
 
 def __getattr__(name: str) -> Any:

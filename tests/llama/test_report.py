@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from xkv_gguf import KvPart, KvReport
+from xkv_gguf import KvDevice, KvPart, KvReport
 from xkv_gguf.base.text import format_bytes, format_table
 
 REPORT = KvReport(
@@ -34,6 +34,7 @@ def test_json_holds_everything() -> None:
         "n_update": 2,
         "n_check": 7,
         "renew_seconds": 1.25,
+        "devices": {},
     }
 
 
@@ -68,3 +69,18 @@ def test_bytes_are_printed_in_a_unit_that_shows_them() -> None:
 
 def test_tables_align_their_columns() -> None:
     assert format_table([["a", "10"], ["bcd", "5"]], "<>") == ["a    10", "bcd   5"]
+
+
+def test_devices_are_told_where_there_are_several_or_an_op_is_missing() -> None:
+    def lines(*devices: KvDevice) -> list[str]:
+        report = KvReport("xkv", 1024, (KvPart("all", 2**20),), devices=devices)
+        return [line.strip() for line in str(report).splitlines() if line.strip().startswith("on ")]
+
+    cpu = KvDevice("CPU", 2**20, 2**20, 4, 4)
+    idle = KvDevice("CPU_REPACK", 0, 2**20)
+    assert lines(cpu) == lines(cpu, idle) == []
+    assert lines(KvDevice("CPU", 2**20, 0, 4, 0)) == ["on CPU: 1.0 MiB, 4 layers, attention by stock ops"]
+    assert lines(cpu, KvDevice("CUDA0", 2**21, 0, 6, 6)) == [
+        "on CPU: 1.0 MiB, 4 layers, attention by fused op",
+        "on CUDA0: 2.0 MiB, 6 layers, attention by fused op",
+    ]
