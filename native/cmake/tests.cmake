@@ -25,6 +25,14 @@ set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
 xkv_add_test(xkv-test-attn "${xkv_op}/test/test.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
 target_link_libraries(xkv-test-attn PRIVATE ggml)
 
+# its kernels for CUDA, which a shim runs on the CPU
+if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    xkv_add_test(xkv-test-attn-cuda "${xkv_op}/test/test-cuda.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+    target_include_directories(xkv-test-attn-cuda PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims")
+    target_compile_options(xkv-test-attn-cuda PRIVATE -O2 -U_FORTIFY_SOURCE)
+    target_link_libraries(xkv-test-attn-cuda PRIVATE ggml)
+endif()
+
 file(GLOB xkv_op_cpu "${xkv_op}/cpu/*.cpp")
 list(FILTER xkv_op_cpu EXCLUDE REGEX "xkv-attn-cpu.cpp$")
 xkv_add_test(xkv-bench-attn "${xkv_op}/test/bench.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp" ${xkv_op_cpu})

@@ -12,14 +12,14 @@ from .conftest import Tiny
 
 
 def run(repo_root: Path, name: str, *arguments: str) -> None:
-    found = [path for path in repo_root.glob(f"build/*/tests/{name}*") if path.suffix in ("", ".exe")]
+    found = [path for path in repo_root.glob(f"build/*/tests/{name}*") if path.name in (name, f"{name}.exe")]
     if not found:
         pytest.skip(f"{name} is not built: make test, or cmake --build build/<tag> --target xkv-tests")
     done = subprocess.run([str(found[0]), *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
-@pytest.mark.parametrize("name", ["xkv-test-select", "xkv-test-attn"])
+@pytest.mark.parametrize("name", ["xkv-test-select", "xkv-test-attn", "xkv-test-attn-cuda"])
 def test_program(name: str, repo_root: Path) -> None:
     run(repo_root, name)
 

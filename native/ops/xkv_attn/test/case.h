@@ -18,6 +18,7 @@ struct xkv_case {
     ggml_type basis[2][XKV_ATTN_N_TYPE] = {};
     int64_t   lead[2]                   = { 0, 0 };
     ggml_type exact                     = GGML_TYPE_F16;
+    ggml_type mask                      = GGML_TYPE_F16;
     float     tolerance                 = 0.0f;
     int       flags                     = XKV_ATTN_ROPE_NEOX;
     int64_t   n_rot                     = -1; // of a head, -1: all
@@ -88,12 +89,18 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
         }
         xkv_encode_rows(c.exact, x.data(), kv[kd]->data, x.size());
     }
-    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, c.n_exact, c.n_tps, 1, c.n_stream);
+    ggml_tensor * mask = ggml_new_tensor_4d(ctx, c.mask, c.n_exact, c.n_tps, 1, c.n_stream);
     for (int64_t s = 0; s < c.n_stream; ++s) {
         for (int64_t t = 0; t < c.n_tps; ++t) {
             for (int64_t j = 0; j < c.n_exact; ++j) {
-                const bool see = !c.causal || (j <= t + c.n_exact - c.n_tps && (j % 7 != 3 || j == 0));
-                ((ggml_fp16_t *) mask->data)[(s * c.n_tps + t) * c.n_exact + j] = ggml_fp32_to_fp16(see ? 0.0f : -INFINITY);
+                const bool    see  = !c.causal || (j <= t + c.n_exact - c.n_tps && (j % 7 != 3 || j == 0));
+                const float   bias = see ? 0.0f : -INFINITY;
+                const int64_t at   = (s * c.n_tps + t) * c.n_exact + j;
+                if (c.mask == GGML_TYPE_F32) {
+                    ((float *) mask->data)[at] = bias;
+                } else {
+                    ((ggml_fp16_t *) mask->data)[at] = ggml_fp32_to_fp16(bias);
+                }
             }
         }
     }

@@ -68,7 +68,7 @@ static inline std::vector<double> xkv_ref_attn(const ggml_tensor * t) {
                         };
                         if (l.plain) {
                             for (int64_t tok = 0; tok < l.n_chunk; ++tok) {
-                                for (int64_t d = 0; d < dim; ++d) {
+                                for (int64_t d = 0; d < seg.rank; ++d) {
                                     x[kd][tok * dim + seg.first + d] += at(tok, d);
                                 }
                             }
