@@ -1,10 +1,12 @@
-# make demo | test | lint | format | build | refresh-patches | clean
+# make demo | test | test-kernels | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
 TORCH      ?= torch==2.13.0
 CMAKE_ARGS ?=
 PYTEST     ?=
+NVCC       ?= nvcc
+CUDA_ARCHS ?= 75 80 86 89 90 120
 
 VENV  := .venv
 STAMP := $(VENV)/.stamps
@@ -17,13 +19,16 @@ UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' ups
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \
              -name __pycache__ -prune -o -type f -print | LC_ALL=C sort)
 
+# what compiles without ggml-cuda
+KERNELS := $(wildcard native/ops/*/cuda/xkv-attn.cu)
+
 export CMAKE_ARGS
 export PYTHONDONTWRITEBYTECODE = 1
 unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-kernels lint format refresh-patches clean distclean FORCE
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -36,6 +41,18 @@ demo: $(STAMP)/package $(STAMP)/model
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 	@$(VENV)/bin/pytest $(PYTEST)
+
+# with nvcc, for each architecture of the list that it knows
+test-kernels:
+	@if ! command -v $(NVCC) > /dev/null; then echo "test-kernels: no $(NVCC), kernels for CUDA are not compiled"; exit 0; fi; \
+	known=$$($(NVCC) --list-gpu-code); archs=; mkdir -p build/kernels; \
+	for arch in $(CUDA_ARCHS); do \
+	    case " $$(echo $$known) " in *" sm_$$arch "*) archs="$$archs -gencode arch=compute_$$arch,code=sm_$$arch";; esac; \
+	done; \
+	for file in $(KERNELS); do \
+	    $(NVCC) --threads 0 -std=c++17 -O3 -use_fast_math -Werror all-warnings $$archs -c -o "build/kernels/$$(basename $$file).o" $$file || exit 1; \
+	done; \
+	echo "test-kernels: compiled$$(echo "$$archs" | sed 's/ -gencode arch=[^,]*,code=/ /g')"
 
 lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .
