@@ -18,7 +18,7 @@ from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
 from .plan.sizes import ModelShape, predict_devices
 from .plan.work import Attention
-from .runtime.native import ScopeParams
+from .runtime.native import FUSED_CPU, FUSED_OTHER, FUSED_RPC, ScopeParams
 from .sidecar.find import find_sidecar
 from .sidecar.read import Sidecar, read_sidecar
 
@@ -187,8 +187,7 @@ def scope_params(
         n_absorb=options.n_absorb,
         online=options.online,
         n_prior=options.n_prior,
-        fused=options.fused,
-        rpc_fused=on_devices.rpc_fused,
+        fused=_fused(options, on_devices),
         tolerance=options.tolerance,
         n_lead=options.lead,
         layers=stats.layers if alone else (),
@@ -197,6 +196,14 @@ def scope_params(
     )
     there = predict_devices(shape, stats.layers, plan.segments, plan.layout, placement.layers)
     return Planned(plan, params, placement, there)
+
+
+def _fused(options: XkvOptions, on_devices: OnDevices) -> int:
+    """The kinds of device on which attention is to be one op, see `ScopeParams.fused`."""
+    if options.fused is False:
+        return 0
+    found = FUSED_CPU + (FUSED_RPC if on_devices.rpc_fused else 0)
+    return found if options.fused == "auto" else found + FUSED_OTHER
 
 
 def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .base.text import closest
 from .errors import OptionError
@@ -71,8 +71,9 @@ class XkvOptions:
         Whether bases follow the prompt; else they stay as calibrated.
     n_prior : int
         Tokens that the calibration is worth when bases follow the prompt; the first check waits for half as many.
-    fused : bool
-        Whether layers on a device that has it (the CPU) use an attention op of their own; else those of every backend.
+    fused : bool or "auto"
+        Whether attention is the op XKV_ATTN on devices that have it; else it is made of stock ops. "auto": on CPUs,
+        here and of `rpc-server`, where it has been run; True: on GPUs too (docs/install.md).
     tolerance : float
         With few queries, share of a query's softmax up to which a block of 16 stored tokens counts by its first `lead`
         directions alone; 0 takes all directions of all tokens.
@@ -113,7 +114,7 @@ class XkvOptions:
     stages: bool = True
     online: bool = True
     n_prior: int = 2000
-    fused: bool = True
+    fused: bool | Literal["auto"] = "auto"
     tolerance: float = 0.001
     lead: int = 128
     work_price: float | None = None
@@ -156,7 +157,9 @@ class XkvOptions:
             _check_choice("xkv option type_window", self.type_window, WINDOW_TYPES)
         if self.type_basis is not None:
             _check_choice("xkv option type_basis", self.type_basis, BASIS_TYPES)
-        for name in ("stages", "online", "fused", "calibrate"):
+        if self.fused != "auto" and not isinstance(self.fused, bool):
+            raise OptionError(f"xkv option fused: {self.fused!r}, expected 'auto', True or False")
+        for name in ("stages", "online", "calibrate"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"xkv option {name}: {getattr(self, name)!r}, expected True or False")
         object.__setattr__(self, "types", _coef_types(self.types))

@@ -155,14 +155,14 @@ void xkv_scope_open(const xkv_params & params) {
     config.n_absorb    = xkv_check_tokens("n_absorb", params.n_absorb, 0);
     config.n_prior     = xkv_check_tokens("n_prior", params.n_prior, 0);
     config.online      = params.online != 0;
-    config.fused       = (xkv_fused) params.fused;
+    config.fused       = params.fused;
     config.n_keep      = params.n_keep;
     config.n_cell      = params.n_cell;
     config.n_slot      = params.n_slot;
     config.tolerance   = params.tolerance;
     config.n_lead      = params.n_lead;
-    if (params.fused < XKV_FUSED_NONE || params.fused > XKV_FUSED_RPC) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "fused is %d, expected 0 to 2", params.fused);
+    if (params.fused < 0 || params.fused > (XKV_FUSED_CPU | XKV_FUSED_RPC | XKV_FUSED_OTHER)) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "fused is %d, expected 0 to 7", params.fused);
     }
     if (!(params.tolerance >= 0.0f && params.tolerance <= 1.0f)) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "tolerance is %g, expected 0 to 1", params.tolerance);

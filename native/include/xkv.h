@@ -74,7 +74,7 @@ struct xkv_params {
     int32_t n_absorb;                  // most queries of a micro-batch for which attention is absorbed (several streams: 1 per sequence)
     int32_t online;                    // 1: bases follow the prompt, 0: they stay as calibrated
     int32_t n_prior;                   // tokens that the calibration is worth when bases are updated
-    int32_t fused;                     // the op XKV_ATTN where a layer's device has it: 0 nowhere, 1 but for RPC servers, 2 there too
+    int32_t fused;                     // the op XKV_ATTN on these kinds of device, where they have it: 1 CPU + 2 RPC server + 4 others
     float   tolerance;                 // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
                                        // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
     int32_t  n_lead;                   // a multiple of 32

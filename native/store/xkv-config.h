@@ -10,11 +10,11 @@ struct llama_model;
 
 class xkv_sidecar;
 
-// where attention is the op XKV_ATTN, if the device has it
+// kinds of device on which attention is the op XKV_ATTN, if they have it
 enum xkv_fused {
-    XKV_FUSED_NONE,
-    XKV_FUSED_LOCAL, // not on RPC servers, which may be of another build
-    XKV_FUSED_RPC,
+    XKV_FUSED_CPU   = 1,
+    XKV_FUSED_RPC   = 2, // ggml takes it for granted that a server has every op
+    XKV_FUSED_OTHER = 4,
 };
 
 // Checked copy of xkv_params. Sizes are in tokens.
@@ -39,15 +39,15 @@ struct xkv_config {
         bool plain() const { return segments[0].empty(); }
     };
 
-    uint32_t  n_sink;
-    uint32_t  n_text_sink;
-    uint32_t  n_window;
-    uint32_t  n_absorb;
-    bool      online;
-    uint32_t  n_prior;
-    xkv_fused fused;
-    float     tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
-    uint32_t  n_lead;    // directions of K and V
+    uint32_t n_sink;
+    uint32_t n_text_sink;
+    uint32_t n_window;
+    uint32_t n_absorb;
+    bool     online;
+    uint32_t n_prior;
+    uint32_t fused;     // xkv_fused
+    float    tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
+    uint32_t n_lead;    // directions of K and V
 
     // of a stream, for all its sequences
     uint32_t n_keep; // cells of the window that tokens stay in

@@ -56,12 +56,11 @@ bool xkv_has_attn(ggml_backend_dev_t dev, int64_t d_k, int64_t d_v, int64_t n_he
 bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
     const auto & hp = model.hparams;
 
-    return fused != XKV_FUSED_NONE && std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
-               if (xkv_is_rpc(device(il)) && fused != XKV_FUSED_RPC) {
-                   return false; // ggml takes it for granted that a server has every op
-               }
-               return xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
-           });
+    return std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
+        const bool cpu  = ggml_backend_dev_type(device(il)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+        const auto kind = xkv_is_rpc(device(il)) ? XKV_FUSED_RPC : cpu ? XKV_FUSED_CPU : XKV_FUSED_OTHER;
+        return (fused & kind) != 0 && xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
+    });
 }
 
 xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const {

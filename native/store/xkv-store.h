@@ -199,7 +199,7 @@ private:
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
-    const xkv_fused     fused;
+    const uint32_t      fused; // xkv_fused
 
     std::vector<xkv_config::stage> stages;
 

@@ -35,7 +35,7 @@ def full_rank(servers: Sequence[str], fused: bool) -> dict[str, Any]:
             path = Path(folder) / f"{name}.gguf"
             write_model(name, path)
             bases = write_random(path.with_suffix(".xkv.gguf"), N_LAYER, (kind.embd_k, kind.embd_v), 2, 32)
-            params = replace(bases.params(fused=fused), rpc_fused=fused)
+            params = replace(bases.params(fused=fused), fused=native.FUSED_RPC if fused else 0)
             model = harness.open_model(path, COUNTS)
             with harness.open_context(model, flash_attn=False) as ctx:
                 plain = run_paths(ctx, tokens)

@@ -123,6 +123,8 @@ def test_options_for_tests_of_exactness() -> None:
         ("lead", 128.0, "expected a whole number from 32"),
         ("rank", "half", "expected a whole number from 1"),
         ("rank", 0, "expected a whole number from 1"),
+        ("fused", "cuda", "expected 'auto', True or False"),
+        ("fused", 1, "expected 'auto', True or False"),
         ("online", 1, "expected True or False"),
         ("calibrate", None, "expected True or False"),
         ("n_prior", -1, "expected a whole number from 0"),

@@ -45,6 +45,9 @@ EXCEPTIONS: dict[int, type[XkvError]] = {
     8: XkvError,
 }
 
+# struct xkv_params
+FUSED_CPU, FUSED_RPC, FUSED_OTHER = 1, 2, 4
+
 # enum ggml_type
 GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q1_0": 41, "q2_0": 42}
 
@@ -60,8 +63,9 @@ class ScopeParams:
     n_keep, n_cell, n_slot : int
         Of a stream, for all its sequences: cells of the window that tokens stay in, those and the ones through which a
         micro-batch passes, tokens that the store has room for. See `plan.sizes.CacheLayout`.
-    fused, rpc_fused : bool
-        Whether attention is the op XKV_ATTN where a layer's device has it, and whether RPC servers are known to.
+    fused : int
+        The kinds of device on which attention is the op XKV_ATTN, where they have it: the sum of `FUSED_CPU`,
+        `FUSED_RPC` and `FUSED_OTHER`, or 0.
     """
 
     segments: tuple[Segment, ...]
@@ -75,8 +79,7 @@ class ScopeParams:
     n_absorb: int = 8
     online: bool = True
     n_prior: int = 2000
-    fused: bool = True
-    rpc_fused: bool = False
+    fused: int = FUSED_CPU
     tolerance: float = 0.0
     n_lead: int = 128
     layers: tuple[tuple[int, ...], ...] = ()
@@ -196,7 +199,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "n_absorb": params.n_absorb,
         "online": int(params.online),
         "n_prior": params.n_prior,
-        "fused": int(params.fused) * (2 if params.rpc_fused else 1),
+        "fused": int(params.fused),
         "tolerance": params.tolerance,
         "n_lead": params.n_lead,
         "n_keep": params.n_keep,
