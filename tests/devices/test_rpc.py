@@ -163,3 +163,16 @@ def test_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "ask", lambda endpoint: rpc.Server(endpoint, (major + 1, minor, 0)))
     with pytest.raises(DeviceError, match="same version"):
         rpc.connect(["far:1"])
+
+
+def test_only_servers_of_this_library_have_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = rpc.version()
+    assert own[2] >= 128  # upstream counts from 0
+    versions = {"ours:1": own, "upstreams:1": (*own[:2], 0)}
+    added: list[str] = []
+    monkeypatch.setattr(rpc, "_fused", {})
+    monkeypatch.setattr(rpc, "_add", added.append)
+    monkeypatch.setattr(rpc, "ask", lambda endpoint: rpc.Server(endpoint, versions[endpoint]))
+    assert rpc.connect(["ours:1"]) and rpc.is_fused("ours:1")
+    assert not rpc.connect(["ours:1", "upstreams:1"]) and not rpc.is_fused("upstreams:1")
+    assert added == ["ours:1", "upstreams:1"]  # each once
