@@ -79,7 +79,7 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
 
     const auto params = xkv_make_params(gctx, inp, kq_scale, il);
     if (inp->n_slot == 0) {
-        return xkv_attn(ctx, { q, k, v, mask, nullptr, nullptr, nullptr, nullptr, nullptr }, &params);
+        return xkv_attn(ctx, { q, k, v, mask, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr }, &params);
     }
     xkv_add_inputs(gctx, inp);
 
@@ -101,6 +101,6 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
                                                                 ggml_view_3d(ctx, turn, turn->ne[0], 1, n_frame * span.count, turn->nb[1],
                                                                              turn->nb[2], span.first * n_frame * turn->nb[2]);
         ggml_tensor * basis = store.plain() ? nullptr : store.packed_basis(il, view.stream_0 + span.first);
-        return xkv_attn(ctx, { part(q), part(k), part(v), part(mask), coef, basis, pairs, fill, l.mean_k }, &params);
+        return xkv_attn(ctx, { part(q), part(k), part(v), part(mask), coef, basis, pairs, fill, l.mean_k, nullptr }, &params);
     });
 }
