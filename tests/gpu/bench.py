@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import shape
 from xkv_gguf.base.text import format_bytes, format_table
+from xkv_gguf.errors import XkvError
 from xkv_gguf.model.file import open_model
 from xkv_gguf.opening import OnDevices, scope_params
 from xkv_gguf.options import XkvOptions
@@ -29,6 +30,7 @@ PLAIN = ("f16", "q8_0", "q4_0")
 RATIO = 7
 BASELINE = "f16"
 MAX_QUERY = 8  # XKV_ATTN_MAX_QUERY
+N_PREFILL = 512
 
 
 def request(args: argparse.Namespace, model: Path, cache: str, depth: int) -> dict[str, Any]:
@@ -78,47 +80,53 @@ def measure(args: argparse.Namespace, model: Path, end: float) -> list[dict[str,
     return rows
 
 
-def plan_segments(model: Path, depth: int, on_card: bool) -> dict[str, str]:
-    """Types and directions of the first group of a cache of this size, as xkv-gpu-bench takes them."""
+def op_words(args: argparse.Namespace, model: Path, depth: int) -> dict[str, Any]:
+    """Arguments of xkv-gpu-bench for the first group of a cache of this depth.
+
+    Raises
+    ------
+    XkvError
+        There is no such cache.
+    """
+    one = shape.SHAPES[args.shape]
     sidecar = read_sidecar(model.with_suffix(".xkv.gguf"))
     options = XkvOptions.of({"ratio": RATIO, "fused": True})
-    there = OnDevices(-1, (1.0,)) if on_card else OnDevices()
-    found = scope_params(sidecar, options, depth, None, open_model(model), on_devices=there)
-    return {kind: ",".join(f"{s.type}:{s.rank}:{s.type_basis}" for s in found.plan.of(0, kind)) for kind in KINDS}
+    there = OnDevices() if args.device == "cpu" else OnDevices(-1, (1.0,))
+    plan = scope_params(sidecar, options, depth, None, open_model(model), on_devices=there).plan
+    segments: dict[str, str] = {
+        kind: ",".join(f"{s.type}:{s.rank}:{s.type_basis}" for s in plan.of(0, kind)) for kind in KINDS
+    }
+    sizes = {"heads": one.n_head, "heads-kv": one.n_head_kv, "head-dim": one.head, "frame": sidecar.info.frame}
+    settings = {"device": args.device, "threads": args.threads, "copy-mib": args.copy_mib}
+    return {"tokens": depth, **segments, **sizes, **settings}
+
+
+def run_op(args: argparse.Namespace, words: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What xkv-gpu-bench prints, with a status."""
+    command = [str(args.programs / "xkv-gpu-bench"), *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 0.1))
+    except subprocess.TimeoutExpired:
+        return {"status": "out of time"}
+    if done.returncode != 0:
+        return {"status": f"failed: {done.stderr.strip()[-300:]}"}
+    return {"status": "ok", **json.loads(done.stdout)}
 
 
 def measure_op(args: argparse.Namespace, model: Path, end: float) -> list[dict[str, Any]]:
-    """The op by itself: bytes per second beside the device's copy rate, with all directions and by the lead."""
+    """The op by itself: with all directions and by the lead beside the device's copy rate, and a micro-batch."""
     found = []
-    one = shape.SHAPES[args.shape]
-    sizes = {"heads": one.n_head, "heads-kv": one.n_head_kv, "head-dim": one.head, "copy-mib": args.copy_mib}
     for depth in args.depths:
-        segments = plan_segments(model, depth, args.device != "cpu")
-        for tolerance, queries in ((0.0, 1), (0.001, 1), (0.0, 512)):
-            words = {
-                "device": args.device,
-                "tokens": depth,
-                "tolerance": tolerance,
-                "queries": queries,
-                **segments,
-                **sizes,
-            }
-            words |= {"reps": args.reps, "threads": args.threads}
-            command = [str(args.programs / "xkv-gpu-bench"), *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
-            left = end - time.monotonic()
-            row: dict[str, Any] = {"tokens": depth, "tolerance": tolerance, "queries": queries}
+        for tolerance, queries in ((0.0, 1), (0.001, 1), (0.0, N_PREFILL)):
+            asked = {"tolerance": tolerance, "queries": queries}
+            reps = max(2, args.reps // 4) if queries > MAX_QUERY else args.reps
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 0.1))
-                ok = done.returncode == 0
-                row |= json.loads(done.stdout) if ok else {}
-                row["status"] = "ok" if ok else f"failed: {done.stderr.strip()[-300:]}"
-            except subprocess.TimeoutExpired:
-                row["status"] = "out of time"
-            found.append(row)
-            print(
-                f"op, {depth} tokens, {queries} queries, tolerance {tolerance}: {row['status']}{op_text(row)}",
-                flush=True,
-            )
+                words = {**op_words(args, model, depth), **asked, "reps": reps}
+                row = run_op(args, words, end - time.monotonic())
+            except XkvError as error:
+                row = {"status": f"failed: {error}"}
+            found.append({"tokens": depth, **asked, **row})
+            print(f"op, {depth} tokens, {queries} queries, tolerance {tolerance}: {row['status']}{op_text(found[-1])}")
     return found
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from . import folder
 from .check import Checks, check_full_rank, check_greedy, check_ratio
-from .folder import FolderError, assemble
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +56,9 @@ def test_the_measurements_run_on_the_cpu(programs: Path, tmp_path: Path) -> None
 
 
 def test_what_there_is_no_time_for_is_named(programs: Path, tmp_path: Path) -> None:
-    small = ["--shape", "smollm2-135m", "--layers", "1", "--depths", "512", "--caches", "f16", "--seconds", "0"]
+    small = ["--shape", "smollm2-135m", "--layers", "1", "--depths", "1024", "--caches", "f16", "--seconds", "0"]
     done = run("tests.gpu.bench", "--device", "cpu", "--programs", programs, "--results", tmp_path, *small)
-    assert done.returncode == 0 and "f16 at 512: out of time" in done.stdout
+    assert done.returncode == 0 and "f16 at 1024: out of time" in done.stdout
     result = json.loads((tmp_path / "bench.json").read_text())
     assert [row["status"] for row in (*result["rows"], *result["op"])] == ["out of time"] * 4
 
@@ -66,7 +66,7 @@ def test_what_there_is_no_time_for_is_named(programs: Path, tmp_path: Path) -> N
 def test_a_wrong_device_is_an_error(programs: Path, tmp_path: Path) -> None:
     done = subprocess.run([programs / "xkv-gpu-check", "--device", "none"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    small = ["--shape", "smollm2-135m", "--layers", "1", "--depths", "512", "--caches", "xkv:1000"]
+    small = ["--shape", "smollm2-135m", "--layers", "1", "--depths", "1024", "--caches", "xkv:1000"]
     done = run("tests.gpu.bench", "--device", "none", "--programs", programs, "--results", tmp_path, *small)
     assert done.returncode == 1 and "failed" in done.stdout
 
@@ -140,25 +140,24 @@ def test_other_compressed_logits_are_found() -> None:
         assert sum(not row["ok"] for row in checks.rows) == failed
 
 
-def test_a_folder_that_is_too_large_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo_root: Path
-) -> None:
-    monkeypatch.setattr("tests.gpu.folder.MOST_BYTES", 1 << 20)
-    monkeypatch.setattr("tests.gpu.folder.add_packages", lambda out, cache: None)
-    with pytest.raises(FolderError, match="MiB"):
-        assemble(tmp_path / "gpu", tmp_path)
+def test_a_folder_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(folder, "MOST_BYTES", 1 << 18)
+    monkeypatch.setattr(folder, "add_packages", lambda out, cache: None)
+    monkeypatch.setattr(folder, "add_upstream", lambda build, out: None)
+    with pytest.raises(folder.FolderError, match="MiB"):
+        folder.assemble(tmp_path / "gpu", tmp_path)
     assert not (tmp_path / "gpu").exists()
 
 
 def test_the_folder_has_what_a_build_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo_root: Path) -> None:
-    monkeypatch.setattr("tests.gpu.folder.cffi_wheel", lambda python, cache: empty_wheel(tmp_path))
+    monkeypatch.setattr(folder, "cffi_wheel", lambda python, cache: empty_wheel(tmp_path))
     out = tmp_path / "gpu"
     out.mkdir()
     (out / "native").mkdir()
     (out / "native" / "gone.cpp").write_text("stale")
     (out / "results").mkdir()
     (out / "results" / "test.json").write_text("{}")
-    n_bytes = assemble(out, tmp_path)
+    n_bytes = folder.assemble(out, tmp_path)
     assert 0 < n_bytes < 60 << 20
     for name in ("Makefile", "native/include/xkv.h", "build/upstream/key", "python/xkv_gguf/convert/__init__.py"):
         assert (out / name).is_file(), name
