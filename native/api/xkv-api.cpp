@@ -46,7 +46,16 @@ int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_
         const auto     list = xkv_layers_of(*model).held;
         *n_layer            = list.size();
         for (uint32_t i = 0; layers && i < std::min(room, *n_layer); ++i) {
-            layers[i] = { list[i], model->hparams.n_embd_k_gqa(list[i]), model->hparams.n_embd_v_gqa(list[i]) };
+            const auto &   hparams = model->hparams;
+            const uint32_t il      = list[i];
+
+            layers[i] = { il,
+                          hparams.n_embd_k_gqa(il),
+                          hparams.n_embd_v_gqa(il),
+                          hparams.n_embd_head_k(il),
+                          hparams.n_embd_head_v(il),
+                          hparams.n_head(il),
+                          model->layers[il].attn_sinks ? 1u : 0u };
         }
     });
 }
