@@ -46,3 +46,11 @@ foreach(name check bench)
     xkv_add_test(xkv-gpu-${name} "${PROJECT_SOURCE_DIR}/tests/gpu/attn-${name}.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
     target_link_libraries(xkv-gpu-${name} PRIVATE ggml)
 endforeach()
+
+# tiny models of all architectures, by upstream's own test
+if (UNIX)
+    xkv_add_test(xkv-tiny-archs "${PROJECT_SOURCE_DIR}/tests/native/archs.cpp")
+    target_include_directories(xkv-tiny-archs PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims/upstream" "${XKV_UPSTREAM_DIR}")
+    target_compile_options(xkv-tiny-archs PRIVATE -Wno-unused-function)
+    target_link_libraries(xkv-tiny-archs PRIVATE llama)
+endif()
