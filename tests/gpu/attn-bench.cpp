@@ -48,9 +48,9 @@ static void read_segments(const std::string & text, xkv_case & c, int kd) {
     std::istringstream list(text);
     for (std::string item; std::getline(list, item, ',');) {
         const size_t a = item.find(':'), b = item.rfind(':');
-        const int    i  = xkv_attn_type_index(find_type(item.substr(0, a)));
-        c.rank[kd][i]   = atoi(item.substr(a + 1, b - a - 1).c_str());
-        c.basis[kd][i]  = find_type(item.substr(b + 1));
+        const int    i = xkv_attn_type_index(find_type(item.substr(0, a)));
+        c.rank[kd][i]  = atoi(item.substr(a + 1, b - a - 1).c_str());
+        c.basis[kd][i] = find_type(item.substr(b + 1));
     }
 }
 
@@ -105,8 +105,8 @@ static double time_flash(ggml_backend_t backend, const xkv_case & c, int64_t n_t
 
 int main(int argc, char ** argv) {
     std::map<std::string, std::string> options = {
-        { "device", "gpu" }, { "tolerance", "0" }, { "lead", "128" }, { "queries", "1" },     { "heads", "32" },  { "heads-kv", "8" },
-        { "head-dim", "128" }, { "frame", "128" }, { "reps", "20" },  { "copy-mib", "1024" }, { "threads", "1" },
+        { "device", "gpu" },   { "tolerance", "0" }, { "lead", "128" }, { "queries", "1" },     { "heads", "32" },  { "heads-kv", "8" },
+        { "head-dim", "128" }, { "frame", "128" },   { "reps", "20" },  { "copy-mib", "1024" }, { "threads", "1" },
     };
     for (int i = 1; i + 1 < argc; i += 2) {
         options[std::string(argv[i]).substr(2)] = argv[i + 1];
