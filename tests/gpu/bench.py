@@ -174,7 +174,7 @@ def main() -> int:
     parser.add_argument("--depths", type=numbers, default=[32768, 65536, 131072])
     parser.add_argument("--caches", type=lambda text: text.split(","), default=[*PLAIN, f"xkv:{RATIO}"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=int, default=330, help="after which nothing more is begun or waited for")
+    parser.add_argument("--seconds", type=int, default=240, help="after which nothing more is begun or waited for")
     parser.add_argument("--reps", type=int, default=20, help="of the op")
     parser.add_argument("--copy-mib", type=int, default=2048)
     args = parser.parse_args()

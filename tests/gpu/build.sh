@@ -28,24 +28,28 @@ if [ "$device" = gpu ]; then
     arch=${ARCH:-$(sh tests/gpu/card.sh)}
     nvcc=$(command -v nvcc || first /usr/local/cuda/bin/nvcc)
     [ -n "$nvcc" ] || fail "no nvcc"
-    toolkit=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+    toolkit=$(readlink -f "$("$nvcc" --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')")
     major=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
     set -- "$@" -DGGML_CUDA=ON -DGGML_CUDA_FA=ON -DGGML_CUDA_NCCL=OFF "-DCMAKE_CUDA_ARCHITECTURES=$arch" "-DCMAKE_CUDA_COMPILER=$nvcc"
 
     targets=$toolkit/targets/x86_64-linux
+    libraries=$(dirname "$(first "$toolkit/lib64/libcudart.so" "$targets/lib/libcudart.so")")
     if [ -z "$(first "$toolkit/lib64/libcublas.so" "$targets/lib/libcublas.so" /usr/lib/x86_64-linux-gnu/libcublas.so)" ]; then
         packages=${CUBLAS_PACKAGES:-$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')}
         cublas=$(first "$packages/nvidia/cu$major"/lib/libcublas.so.* "$packages"/nvidia/cublas/lib/libcublas.so.*)
         [ -n "$cublas" ] || fail "no cuBLAS, neither in $toolkit nor as a Python package (nvidia-cublas) in $packages"
         from=$(dirname "$cublas")
-        libraries=$from
+        libraries=$libraries:$from
+        # its headers alone: beside them can be a runtime's of another version
+        mkdir -p build/cublas
+        ln -sf "$(dirname "$from")"/include/cublas*.h build/cublas/
         set -- "$@" "-DCUDA_cublas_LIBRARY=$cublas" "-DCUDA_cublasLt_LIBRARY=$(first "$from"/libcublasLt.so.*)"
-        set -- "$@" "-DCMAKE_CUDA_FLAGS=-I$(dirname "$from")/include"
+        set -- "$@" "-DCMAKE_CUDA_FLAGS=-I$PWD/build/cublas"
     fi
     if [ -z "$(first "$toolkit/lib64/stubs/libcuda.so" "$targets/lib/stubs/libcuda.so" /usr/lib/x86_64-linux-gnu/libcuda.so)" ]; then
         cuda=${LIBCUDA:-$(first "$(ldconfig -p | sed -n 's/.*libcuda\.so\.1 .*=> //p' | head -n 1)" /usr/local/nvidia/lib64/libcuda.so.1)}
         [ -n "$cuda" ] || fail "no libcuda.so.1 of the driver, and no stub of it in $toolkit"
-        libraries=$libraries${libraries:+:}$(dirname "$cuda")
+        libraries=$libraries:$(dirname "$cuda")
         set -- "$@" "-DCUDA_cuda_driver_LIBRARY=$cuda"
     fi
 fi

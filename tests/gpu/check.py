@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--tokens", type=int, default=1900, help="of the prompt at 7x")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases of the op with this in them")
-    parser.add_argument("--sanitizer-seconds", type=int, default=90)
+    parser.add_argument("--sanitizer-seconds", type=int, default=75)
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     checks = Checks()

@@ -21,7 +21,7 @@ card:
 test: build
 	@$(RUN) $(PYTHON) -m tests.gpu.check $(WHERE) $(TEST)
 
-# 4 layers, some 5 minutes; bench-full: all 32, as long as it takes
+# 4 layers, at most 4 minutes; bench-full: all 32, as long as it takes
 bench: build
 	@$(RUN) $(PYTHON) -m tests.gpu.bench $(WHERE) $(BENCH)
 

@@ -27,6 +27,7 @@ SOURCES = ("CMakeLists.txt", "upstream.json", "LICENSE", "native", "tests/gpu", 
 PYTHON = ("xkv_gguf", "benchmarks", "tests/gpu", "tests/native")
 # of llama.cpp; backends of other devices and what needs llama-common are left out
 UPSTREAM = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor", "ggml")
+INSTALLED = ("convert_hf_to_gguf.py", "conversion", "licenses", "gguf-py/gguf", "gguf-py/LICENSE")
 OTHER_BACKENDS = [
     "blas",
     "cann",
@@ -72,7 +73,7 @@ def copy(source: Path, target: Path, ignore: Iterable[str] = ()) -> None:
 def add_upstream(build: Path, out: Path) -> None:
     """The patched llama.cpp, without what is not built."""
     source, target = build / "upstream" / "llama.cpp", out / "build" / "upstream" / "llama.cpp"
-    for name in UPSTREAM:
+    for name in (*UPSTREAM, *INSTALLED):
         if name != "vendor":
             copy(source / name, target / name, [f"ggml-{backend}" for backend in OTHER_BACKENDS])
     for one in sorted((source / "vendor").rglob("*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -164,6 +165,12 @@ def test_the_folder_has_what_a_build_needs(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not (out / "native" / "gone.cpp").exists() and (out / "results" / "test.json").exists()
     upstream = out / "build/upstream/llama.cpp/ggml/src"
     assert (upstream / "ggml-cuda" / "ggml-cuda.cu").is_file() and not (upstream / "ggml-vulkan").exists()
+    for cmake in ("install", "tests", "llama-target"):
+        text = (repo_root / f"native/cmake/{cmake}.cmake").read_text()
+        for name in re.findall(r"\$\{XKV_UPSTREAM_DIR\}/([\w./-]+)", text):
+            assert (out / "build/upstream/llama.cpp" / name).exists(), name
+        for name in re.findall(r"\$\{PROJECT_SOURCE_DIR\}/([\w./-]+\.cpp)", text):
+            assert (out / name).is_file(), name
     # CMake there finds the tree up to date: it has no network
     check = [sys.executable, repo_root / "native/cmake/upstream.py", "--pin", out / "upstream.json"]
     check += ["--patches", out / "native/patches", "--cache", tmp_path / "none", "--out", out / "build/upstream"]
