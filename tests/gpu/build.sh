@@ -59,7 +59,7 @@ mkdir -p build results
 PYTHONPATH=build/lapack cmake "$@" > build/configure.log 2>&1 || { tail -n 20 build/configure.log >&2; fail "CMake failed: build/configure.log"; }
 begin=$(date +%s)
 if ! cmake --build build --parallel "$jobs" > build/build.log 2>&1; then
-    grep -n -A5 'error' build/build.log | head -n 40 >&2
+    grep -E 'error|undefined reference|multiple definition' build/build.log | cut -c 1-300 | head -n 20 >&2
     fail "the compiler failed: build/build.log"
 fi
 cmake --build build --parallel "$jobs" --target xkv-gpu-check --target xkv-gpu-bench >> build/build.log 2>&1 || fail "build/build.log"

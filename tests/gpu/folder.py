@@ -8,6 +8,7 @@ only what is imported is taken, as source; cffi's compiled part for several vers
 from __future__ import annotations
 
 import argparse
+import filecmp
 import importlib.util
 import os
 import shutil
@@ -52,8 +53,6 @@ MODULES = ("typing_extensions",)
 CFFI_PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_26_x86_64", "manylinux_2_28_x86_64")
 LAPACK = "scipy_openblas32"
-KEPT = ("build", "results")
-"""What a machine made in the folder; files keep their times, so that only what changed is compiled again."""
 
 
 class FolderError(Exception):
@@ -61,13 +60,33 @@ class FolderError(Exception):
 
 
 def copy(source: Path, target: Path, ignore: Iterable[str] = ()) -> None:
-    """Copy a file or a folder, links as what they lead to."""
+    """Copy a file or a folder, links as what they lead to, times as of now."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_file():
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
     else:
         left_out = shutil.ignore_patterns("__pycache__", "*.pyc", *ignore)
-        shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
+        shutil.copytree(source, target, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
+def synchronize(fresh: Path, out: Path) -> None:
+    """Make `out` hold what `fresh` holds; a file that is the same keeps its time, so that it is not compiled again."""
+    if fresh.is_file():
+        if not out.is_file() or not filecmp.cmp(fresh, out, shallow=False):
+            os.replace(fresh, out)
+        return
+    out.mkdir(exist_ok=True)
+    names = {path.name for path in fresh.iterdir()}
+    for old in out.iterdir():
+        if old.name not in names and old not in kept(out):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for path in fresh.iterdir():
+        synchronize(path, out / path.name)
+
+
+def kept(folder: Path) -> list[Path]:
+    """What a machine made in a folder: all of build/ but what we put there, and results/."""
+    return list(folder.iterdir()) if folder.name == "build" else [folder / "results", folder / "build"]
 
 
 def add_upstream(build: Path, out: Path) -> None:
@@ -145,11 +164,7 @@ def assemble(out: Path, cache: Path) -> int:
         n_bytes = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
         if n_bytes > MOST_BYTES:
             raise FolderError(f"the folder would have {n_bytes >> 20} MiB, expected at most {MOST_BYTES >> 20}")
-        for old in (*out.glob("*"), *out.glob("build/upstream"), *out.glob("build/lapack")):
-            if old.name in KEPT:
-                continue
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        shutil.copytree(fresh, out, dirs_exist_ok=True)
+        synchronize(fresh, out)
     return n_bytes
 
 

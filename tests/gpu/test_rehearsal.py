@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -158,11 +160,21 @@ def test_the_folder_has_what_a_build_needs(monkeypatch: pytest.MonkeyPatch, tmp_
     (out / "native" / "gone.cpp").write_text("stale")
     (out / "results").mkdir()
     (out / "results" / "test.json").write_text("{}")
+    (out / "build").mkdir()
+    (out / "build" / "build.ninja").write_text("made there")
+    (out / "native" / "include").mkdir()
+    shutil.copyfile(repo_root / "native/include/xkv.h", out / "native/include/xkv.h")
+    (out / "LICENSE").write_text("an older one")
+    for name in ("native/include/xkv.h", "LICENSE"):
+        os.utime(out / name, (1000, 1000))
     n_bytes = folder.assemble(out, tmp_path)
     assert 0 < n_bytes < 60 << 20
     for name in ("Makefile", "native/include/xkv.h", "build/upstream/key", "python/xkv_gguf/convert/__init__.py"):
         assert (out / name).is_file(), name
     assert not (out / "native" / "gone.cpp").exists() and (out / "results" / "test.json").exists()
+    assert (out / "build" / "build.ninja").exists()
+    # what did not change is not compiled again, and what did is, however old it is in the checkout
+    assert (out / "native/include/xkv.h").stat().st_mtime == 1000 < time.time() - 60 < (out / "LICENSE").stat().st_mtime
     upstream = out / "build/upstream/llama.cpp/ggml/src"
     assert (upstream / "ggml-cuda" / "ggml-cuda.cu").is_file() and not (upstream / "ggml-vulkan").exists()
     for cmake in ("install", "tests", "llama-target"):
