@@ -1,6 +1,7 @@
 #!/bin/sh
 # Prints the architecture of the first card for CMake, such as 90-real; without one, says so in one line and fails.
 
+PATH=$PATH:/usr/local/nvidia/bin
 cap=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d ' .')
 case "$cap" in
     '' | *[!0-9]*)
