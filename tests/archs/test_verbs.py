@@ -12,26 +12,10 @@ import pytest
 
 from xkv_gguf import Llama
 from xkv_gguf.cli import main
+from xkv_gguf.errors import XkvWarning
 
-from .table import ARCHS, HYBRID, PLAIN
+from .table import ARCHS, FAMILIES, HYBRID, PLAIN
 
-FAMILIES = (
-    "cohere2",
-    "exaone4",
-    "gemma2",
-    "gemma3",
-    "gemma4",
-    "gpt-oss-moe",
-    "granitehybrid",
-    "lfm2",
-    "llama",
-    "muse-glimmer",
-    "nemotron_h",
-    "qwen35",
-    "qwen35moe-moe",
-    "qwen3moe-moe",
-    "qwen3next-moe",
-)
 WEIGHED = ("gemma3", "qwen35")
 """Whose groups are weighed, which exchanges K and V in a cache and goes back."""
 
@@ -82,3 +66,9 @@ def test_a_conversation_goes_on(name: str, arch: Callable[[str], Path]) -> None:
         fresh = llm.create_completion(TEXT[:1300], max_tokens=4, temperature=0)["choices"][0]["text"]
     assert (again == fresh) or ARCHS[name] != HYBRID
     assert again
+
+
+def test_an_architecture_that_was_never_tested(arch: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkv_gguf.llama.TESTED", frozenset({"llama"}))
+    with pytest.warns(XkvWarning, match="architecture qwen3 was never tested with an xkv cache"):
+        Llama(arch("qwen3"), n_ctx=1024, xkv={"ratio": 4, "calibrate": False}, verbose=False).close()
