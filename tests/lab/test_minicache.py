@@ -31,7 +31,8 @@ def test_lengths_and_angles() -> None:
 
     def angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        return np.arccos(np.clip(cosine, -1, 1))
+        found: np.ndarray = np.arccos(np.clip(cosine, -1, 1))
+        return found
 
     near = ~far
     np.testing.assert_allclose(angle(first, x)[near], MIDDLE * angle(x, y)[near], atol=1e-3)
