@@ -135,6 +135,7 @@ const char * xkv_build_id(void);
 
 // the last failure on this thread, "" when there was none
 const char * xkv_last_error(void);
+void         xkv_clear_error(void);
 
 // 0 when the model can be used with xkv, else XKV_STATUS_UNSUPPORTED with the reason
 int xkv_model_check(const struct llama_model * model);

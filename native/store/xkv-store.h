@@ -170,6 +170,24 @@ public:
 
     void copy_stream(uint32_t src, uint32_t dst);
 
+    //
+    // for saved states (xkv-image.cpp): bytes as they stand in the present stage
+    //
+
+    // what those bytes mean in a stage: two stages with the same one can exchange them
+    std::vector<uint32_t> signature(uint32_t stage) const;
+
+    // of the coefficients of a chunk, all groups
+    size_t chunk_bytes() const;
+    void   get_chunk(uint32_t stream, uint32_t ic, uint8_t * data) const;
+    void   set_chunk(uint32_t stream, uint32_t ic, const uint8_t * data) const;
+
+    // whether a stream's bases are not the calibrated ones; of all bases
+    bool   has_own_bases(uint32_t stream) const;
+    size_t basis_bytes() const;
+    void   get_bases(uint32_t stream, uint8_t * data) const;
+    void   set_bases(uint32_t stream, const uint8_t * data);
+
     // where a layer's tensors are
     ggml_backend_buffer_type_t buft(uint32_t il) const;
 
@@ -246,6 +264,10 @@ private:
 
     // where a group lies in its arena [begin, end)
     std::pair<size_t, size_t> region(const layout & l, uint32_t ig) const;
+
+    template <typename F> void each_piece(uint32_t stream, uint32_t ic, F && f) const;
+
+    std::vector<ggml_tensor *> basis_tensors(uint32_t stream) const;
 
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 

@@ -154,6 +154,11 @@ def last_error() -> str:
     return api.text(api.lib.xkv_last_error())
 
 
+def clear_last_error() -> None:
+    """Forget it, before a call of llama.cpp that does not clear it."""
+    native().lib.xkv_clear_error()
+
+
 def check_status(code: int) -> None:
     """Raise the exception that belongs to a status code, with the library's text; do nothing for OK."""
     if code == STATUS_OK:
