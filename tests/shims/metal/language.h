@@ -30,6 +30,7 @@ static_assert(XKV_GUARD_BYTES == xkv_shim::guard_bytes, "guard zones of another 
 #define XKV_MTL_AT(x)
 #define XKV_MTL_CONSTANT(name, i) static const int & name = xkv_shim::constants()[i];
 #define XKV_MTL_UNROLL
+#define XKV_MTL_SIMD_ORDER() simdgroup_barrier_unnamed()
 
 typedef unsigned char  uchar;
 typedef unsigned short ushort;

@@ -9,7 +9,7 @@ namespace metal {
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 
 // places below 0: operations of a SIMD group
-enum simd_place { SIMD_SUM = -1, SIMD_MAX = -2, SIMD_OR = -3, SIMD_ANY = -4, SIMD_XOR = -5, SIMD_LOAD = -6, SIMD_STORE = -7, SIMD_MAC = -8 };
+enum simd_place { SIMD_SUM = -1, SIMD_MAX = -2, SIMD_OR = -3, SIMD_ANY = -4, SIMD_XOR = -5, SIMD_LOAD = -6, SIMD_STORE = -7, SIMD_MAC = -8, SIMD_BARRIER = -9 };
 
 template <typename T, typename F> static inline T simd_reduce(T x, int place, F && add) {
     uint64_t bits = 0;
@@ -23,6 +23,10 @@ template <typename T, typename F> static inline T simd_reduce(T x, int place, F 
         res = add(res, other);
     }
     return res;
+}
+
+static inline void simdgroup_barrier_unnamed() {
+    xkv_shim::get().block.share(0, SIMD_BARRIER);
 }
 
 static inline float simd_sum(float x) {
@@ -54,7 +58,18 @@ template <typename T, int Cols, int Rows> struct simdgroup_matrix {
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 
 static inline int simd_element(int lane, int i) {
-    return ((2 * lane + i) * 29 + 11) % 64;
+    return ((2 * lane + i) * 29 + 11) & 63;
+}
+
+// where all lanes' elements follow each other; 53 is the inverse of 29
+static inline int simd_place_of(int element) {
+    return (element + 64 - 11) * 53 & 63;
+}
+
+// as a load finds it, which faults can make wrong
+static inline int simd_element_loaded(int i) {
+    const xkv_shim::state & s = xkv_shim::get();
+    return simd_element((xkv_shim::lane() + (s.faulty ? s.planted.lane : 0)) % fibers::n_lane, i);
 }
 
 template <typename T, int Cols, int Rows> static inline simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
@@ -65,14 +80,14 @@ template <typename T, int Cols, int Rows> static inline simdgroup_matrix<T, Cols
 #define XKV_SHIM_MATRIX_MEMORY(space)                                                                                                      \
     template <typename T>                                                                                                                  \
     static inline void simdgroup_load(simdgroup_matrix<T, 8, 8> & m, const space T * p, ulong ld = 8, ulong at = 0, bool flip = false) {   \
-        xkv_shim::ballot(true, SIMD_LOAD);                                                                                                 \
+        xkv_shim::get().block.share(0, SIMD_LOAD);                                                                                         \
         for (int i = 0; i < 2; ++i) {                                                                                                      \
-            const int e = simd_element(xkv_shim::lane(), i);                                                                               \
+            const int e = simd_element_loaded(i);                                                                                          \
             m.own[i]    = flip ? p[at + e % 8 * ld + e / 8] : p[at + e / 8 * ld + e % 8];                                                  \
         }                                                                                                                                  \
     }                                                                                                                                      \
     template <typename T> static inline void simdgroup_store(simdgroup_matrix<T, 8, 8> m, space T * p, ulong ld = 8) {                     \
-        xkv_shim::ballot(true, SIMD_STORE);                                                                                                \
+        xkv_shim::get().block.share(0, SIMD_STORE);                                                                                        \
         for (int i = 0; i < 2; ++i) {                                                                                                      \
             const int e               = simd_element(xkv_shim::lane(), i);                                                                 \
             p[e / 8 * ld + e % 8] = m.own[i];                                                                                              \
@@ -86,23 +101,16 @@ XKV_SHIM_MATRIX_MEMORY(threadgroup)
 
 static inline void simdgroup_multiply_accumulate(simdgroup_float8x8 & d, const simdgroup_float8x8 & a, const simdgroup_float8x8 & b,
                                                  const simdgroup_float8x8 & c) {
-    float x[2][64];
-    for (int side = 0; side < 2; ++side) {
-        uint64_t bits;
-        memcpy(&bits, side == 0 ? a.own : b.own, sizeof(bits));
-        const uint64_t * list = xkv_shim::get().block.share(bits, SIMD_MAC);
-        for (int lane = 0; lane < fibers::n_lane; ++lane) {
-            float two[2];
-            memcpy(two, &list[lane], sizeof(two));
-            x[side][simd_element(lane, 0)] = two[0];
-            x[side][simd_element(lane, 1)] = two[1];
-        }
-    }
+    uint64_t x, y;
+    memcpy(&x, a.own, sizeof(x));
+    memcpy(&y, b.own, sizeof(y));
+    const float * all   = (const float *) xkv_shim::get().block.share(x, SIMD_MAC, y);
+    const float * other = all + 2 * fibers::n_lane;
     for (int i = 0; i < 2; ++i) {
         const int e   = simd_element(xkv_shim::lane(), i);
         float     sum = c.own[i];
         for (int r = 0; r < 8; ++r) {
-            sum += x[0][e / 8 * 8 + r] * x[1][8 * r + e % 8];
+            sum += all[simd_place_of(e / 8 * 8 + r)] * other[simd_place_of(8 * r + e % 8)];
         }
         d.own[i] = sum;
     }

@@ -169,7 +169,7 @@ static inline void xkv_mtl_add(thread const xkv_mtl_in & in, thread const xkv_mt
                 out[d]             = out[d] * c.factor[i] + own[e / XKV_MTL_PART * XKV_MTL_LD_PART + e % XKV_MTL_PART];
             }
         }
-        simdgroup_barrier(mem_flags::mem_threadgroup);
+        XKV_MTL_SIMD_ORDER();
     }
 }
 
@@ -211,8 +211,7 @@ kernel void kernel_xkv_attn_attend(XKV_MTL_PARAMS) {
             xkv_mtl_weigh(in, c, i, t0);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        xkv_mtl_add(in, c, t0);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+        xkv_mtl_add(in, c, t0); // the next span writes nothing that this reads before xkv_mtl_any's barriers
     }
     if (in.thread_index < c.n) {
         total[in.thread_index] = float2(c.max[in.thread_index], c.sum[in.thread_index]);

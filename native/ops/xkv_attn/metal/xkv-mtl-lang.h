@@ -13,7 +13,11 @@ using namespace metal;
 #    define XKV_MTL_UNROLL            _Pragma("clang loop unroll(full)")
 #    define XKV_GUARD_BYTES           0
 #    define XKV_GUARD(p)
+#    define XKV_MTL_SIMD_ORDER() simdgroup_barrier(mem_flags::mem_threadgroup)
 #endif
+
+// XKV_MTL_SIMD_ORDER: a barrier before a write whose place others of the SIMD group have read. Operations on matrices stand between,
+// so that the shim cannot miss it; Metal promises no such order.
 
 #include "xkv-mtl-args.h"
 

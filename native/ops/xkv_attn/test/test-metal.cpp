@@ -32,7 +32,7 @@ static int n_fail = 0;
 static void note(bool ok, const std::string & what) {
     (ok ? n_pass : n_fail)++;
     if (!ok || getenv("XKV_TEST_VERBOSE")) {
-        printf("%s %s\n", ok ? "ok" : "FAIL", what.c_str());
+        printf("%6.2f %s %s\n", clock() / (double) CLOCKS_PER_SEC, ok ? "ok" : "FAIL", what.c_str());
         fflush(stdout);
     }
 }
@@ -186,6 +186,7 @@ static std::vector<std::pair<xkv_case, double>> small_cases() {
     res.push_back({ c, 3e-2 });
     c.n_tps    = 20;
     c.n_stored = 10 * 64;
+    c.dim_k    = 64;
     res.push_back({ c, 1e-5 });
     c.n_stored  = 0;
     c.n_exact   = 530;
@@ -222,14 +223,15 @@ static std::vector<planted> list_faults() {
         p.fault.lane   = lane;
         res.push_back(p);
     };
-    for (const char * kernel : { "lead", "exact", "refine", "merge", "attend" }) {
-        index("thread index", kernel, 1, 0, 0);
-        index("block index", kernel, 0, 1, 0);
-        index("shuffle", kernel, 0, 0, 1);
+    for (const char * name : { "lead", "exact", "refine", "merge", "make", "turn_back", "load_exact", "attend", "begin", "end" }) {
+        index("thread index", name, 1, 0, 0);
+        index("block index", name, 0, 1, 0);
     }
-    for (const char * kernel : { "make", "turn_back", "load_exact", "begin", "end" }) {
-        index("thread index", kernel, 1, 0, 0);
-        index("block index", kernel, 0, 1, 0);
+    for (const char * name : { "lead", "refine", "merge" }) {
+        index("shuffle", name, 0, 0, 1);
+    }
+    for (const char * name : { "make", "attend" }) {
+        index("elements of matrices", name, 0, 0, 1);
     }
     const auto change = [&](const char * name, const std::function<void(xkv_mtl_plan &, buffers &)> & f) {
         res.push_back({ name, {}, f });
