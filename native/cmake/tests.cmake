@@ -31,6 +31,12 @@ if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
     target_include_directories(xkv-test-attn-cuda PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims")
     target_compile_options(xkv-test-attn-cuda PRIVATE -O2 -U_FORTIFY_SOURCE)
     target_link_libraries(xkv-test-attn-cuda PRIVATE ggml)
+    # and those for Metal
+    xkv_add_test(xkv-test-attn-metal "${xkv_op}/test/test-metal.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+    target_include_directories(xkv-test-attn-metal PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims" "${PROJECT_SOURCE_DIR}/tests/shims/metal")
+    target_compile_options(xkv-test-attn-metal PRIVATE -O2 -U_FORTIFY_SOURCE)
+    find_package(Threads REQUIRED)
+    target_link_libraries(xkv-test-attn-metal PRIVATE ggml Threads::Threads)
 endif()
 
 file(GLOB xkv_op_cpu "${xkv_op}/cpu/*.cpp")

@@ -58,6 +58,13 @@
 #define XKV_MTL_PART         16 // rows and columns of a product that a SIMD group has at a time
 #define XKV_MTL_LD_PART      (XKV_MTL_PART + 4)
 
+// buffers of a kernel; sources in the order of the op's
+#define XKV_MTL_BUFFER_ARGS    0
+#define XKV_MTL_BUFFER_STEP    1
+#define XKV_MTL_BUFFER_SRC     2
+#define XKV_MTL_BUFFER_DST     12
+#define XKV_MTL_BUFFER_SCRATCH 13
+
 // function constants: what divides and bounds loops
 #define XKV_MTL_FC          0
 #define XKV_MTL_FC_DIM_K    0

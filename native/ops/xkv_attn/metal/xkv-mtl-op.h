@@ -120,19 +120,41 @@ static inline xkv_mtl_args xkv_mtl_op_args(const ggml_tensor * t) {
     return a;
 }
 
-// whether the kernels can do it
-static inline bool xkv_mtl_op_can(const ggml_tensor * t) {
+// what the kernels cannot do of it; nullptr: nothing
+static inline const char * xkv_mtl_op_refusal(const ggml_tensor * t) {
     const auto rows = [](const ggml_tensor * x) {
         return (x->type == GGML_TYPE_F32 || x->type == GGML_TYPE_F16 || x->type == GGML_TYPE_Q8_0) && x->nb[0] == ggml_type_size(x->type);
     };
     const ggml_tensor * q    = t->src[0];
-    const ggml_tensor * m    = t->src[3];
+    const ggml_tensor * mask = t->src[3];
     const ggml_tensor * coef = t->src[4];
-    if (!xkv_attn_fits(t) || q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || !rows(t->src[1]) || !rows(t->src[2]) ||
-        !ggml_is_contiguous(t) || (m->type != GGML_TYPE_F32 && m->type != GGML_TYPE_F16)) {
-        return false;
+    if (!xkv_attn_fits(t)) {
+        return "heads are not of 16 to 512 numbers, a multiple of 16, or are more than 128";
+    }
+    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float)) {
+        return "queries are not rows of f32";
+    }
+    if (!rows(t->src[1]) || !rows(t->src[2])) {
+        return "exact K and V are not rows of f32, f16 or q8_0";
+    }
+    if (mask->type != GGML_TYPE_F32 && mask->type != GGML_TYPE_F16) {
+        return "the mask is neither f32 nor f16";
+    }
+    if (!ggml_is_contiguous(t)) {
+        return "the output is not contiguous";
+    }
+    if (!coef) {
+        return nullptr;
     }
     const int n_chunk = xkv_mtl_op_shape(t).fc[XKV_MTL_FC_N_CHUNK];
-    return !coef || (coef->nb[1] % 4 == 0 && coef->nb[2] % 4 == 0 && n_chunk % 32 == 0 && n_chunk <= XKV_MTL_MAX_CHUNK &&
-                     xkv_mtl_op_args(t).rank[XKV_MTL_V] <= XKV_MTL_MAX_RANK);
+    if (n_chunk < 32 || n_chunk % 32 != 0 || n_chunk > XKV_MTL_MAX_CHUNK) {
+        return "chunks are not of 32 to 256 tokens, a multiple of 32";
+    }
+    if (coef->nb[1] % 4 != 0 || coef->nb[2] % 4 != 0) {
+        return "chunks do not begin at multiples of 4 bytes";
+    }
+    if (xkv_mtl_op_args(t).rank[XKV_MTL_V] > XKV_MTL_MAX_RANK) {
+        return "V has more than 7168 directions";
+    }
+    return nullptr;
 }

@@ -22,6 +22,7 @@
 #include <cstdlib>
 #include <functional>
 #include <string>
+#include <thread>
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -32,7 +33,7 @@ static int n_fail = 0;
 static void note(bool ok, const std::string & what) {
     (ok ? n_pass : n_fail)++;
     if (!ok || getenv("XKV_TEST_VERBOSE")) {
-        printf("%6.2f %s %s\n", clock() / (double) CLOCKS_PER_SEC, ok ? "ok" : "FAIL", what.c_str());
+        printf("%s %s\n", ok ? "ok" : "FAIL", what.c_str());
         fflush(stdout);
     }
 }
@@ -148,20 +149,24 @@ struct instance {
 
 static const fibers::order all_orders[] = { fibers::order::forward, fibers::order::backward, fibers::order::shuffled };
 
-static void check(const std::string & name, const xkv_case & c, double limit, bool orders = false, int n_core = 1) {
-    const instance one(c, 1);
-    const double   most = c.tolerance > 0.0f ? limit : 1e-5; // sums are of floats, so only what is left out makes a difference
+struct test {
+    std::string name;
+    xkv_case    c;
+    double      limit;
+    int         n_core;
+};
+
+static void check(const test & one) {
+    const instance inst(one.c, 1);
+    const double   most = one.c.tolerance > 0.0f ? one.limit : 1e-5; // sums are of floats, so only what is left out makes a difference
     outcome        first;
     for (fibers::order order : all_orders) {
-        const outcome res  = one.run(n_core, order);
+        const outcome res  = inst.run(one.n_core, order);
         const bool    same = order == all_orders[0] || res.values == first.values;
         char          text[512];
-        snprintf(text, sizeof(text), "%s: error %.3g, expected below %.3g%s%s%s", name.c_str(), res.diff, most,
+        snprintf(text, sizeof(text), "%s: error %.3g, expected below %.3g%s%s%s", one.name.c_str(), res.diff, most,
                  res.error.empty() ? "" : "; ", res.error.c_str(), same ? "" : "; other result in another order of threads");
         note(res.error.empty() && res.diff < most && same, text);
-        if (!orders) {
-            break;
-        }
         first = order == all_orders[0] ? res : first;
     }
 }
@@ -266,8 +271,8 @@ static std::string find(const instance & one, double limit, const planted & p) {
     return "";
 }
 
-// In a process of its own, since a fault may write anywhere.
-static std::string find_apart(const std::vector<instance> & list, const std::vector<double> & limits, const planted & p) {
+// In a process of its own, since a fault may write anywhere: what it returns, or how it ended.
+static std::string apart(const std::function<std::string()> & f) {
     int ends[2];
     fflush(stdout);
     if (pipe(ends) != 0) {
@@ -275,11 +280,8 @@ static std::string find_apart(const std::vector<instance> & list, const std::vec
     }
     const pid_t child = fork();
     if (child == 0) {
-        std::string found;
-        for (size_t i = 0; i < list.size() && found.empty(); ++i) {
-            found = find(list[i], limits[i], p);
-        }
-        const bool written = write(ends[1], found.data(), found.size()) == (ssize_t) found.size();
+        const std::string found   = f();
+        const bool        written = write(ends[1], found.data(), found.size()) == (ssize_t) found.size();
         _exit(written ? 0 : 1);
     }
     close(ends[1]);
@@ -304,14 +306,23 @@ static void check_faults() {
         note(wrong.empty(), "small case: " + wrong);
     }
     for (const planted & p : list_faults()) {
-        const std::string found = find_apart(list, limits, p);
+        const std::string found = apart([&] {
+            std::string res;
+            for (size_t i = 0; i < list.size() && res.empty(); ++i) {
+                res = find(list[i], limits[i], p);
+            }
+            return res;
+        });
         note(!found.empty(), "planted fault: " + p.name + (found.empty() ? " is not found" : ": " + found));
     }
 }
 
-int main() {
-    check_faults();
-    xkv_each_case([](const std::string & name, const xkv_case & c, double limit) { check(name, c, limit); });
+static std::vector<test> list_tests() {
+    std::vector<test> res;
+    const auto        add = [&](const std::string & name, const xkv_case & c, double limit, int n_core = 1) {
+        res.push_back({ name, c, limit, n_core });
+    };
+    xkv_each_case([&](const std::string & name, const xkv_case & c, double limit) { add(name, c, limit); });
     for (int64_t n_tps : { 1, 8, 9 }) {
         const std::string at = " queries " + std::to_string(n_tps);
         xkv_case          c;
@@ -319,20 +330,29 @@ int main() {
         c.rank[0][0] = c.rank[1][0] = 48;
         for (int64_t dim : { 16, 512 }) {
             c.dim_k = c.dim_v = dim;
-            check("heads of " + std::to_string(dim) + at, c, 1e-5);
+            add("heads of " + std::to_string(dim) + at, c, 1e-5);
         }
+        c.n_chunk  = 256; // the most threadgroup memory
+        c.n_stored = 512;
+        add("heads of 512 and chunks of 256" + at, c, 1e-5);
+        c.lead[0] = c.lead[1] = 16;
+        c.tolerance           = 1e-6f;
+        add("heads of 512 and chunks of 256, refined" + at, c, 2e-4);
+        c            = xkv_case();
+        c.n_tps      = n_tps;
+        c.rank[0][0] = c.rank[1][0] = 48;
         c.dim_k = c.dim_v = 32;
         c.n_head          = 3;
         c.n_head_kv       = 3;
-        check("a KV head for each head" + at, c, 1e-5, true);
+        add("a KV head for each head" + at, c, 1e-5);
         c.n_head    = 20;
         c.n_head_kv = 1;
-        check("one KV head" + at, c, 1e-5, true);
+        add("one KV head" + at, c, 1e-5);
         c.n_exact = 600;
-        check("many exact tokens" + at, c, 1e-5);
-        check("a large GPU" + at, c, 1e-5, true, 80);
+        add("many exact tokens" + at, c, 1e-5);
+        add("a large GPU" + at, c, 1e-5, 80);
         c.n_exact = 0;
-        check("no exact tokens" + at, c, 1e-5);
+        add("no exact tokens" + at, c, 1e-5);
 
         c       = xkv_case();
         c.n_tps = n_tps;
@@ -345,15 +365,51 @@ int main() {
             }
         }
         c.decay = 1e6f;
-        check("all types, of bases as well" + at, c, 1e-5);
+        add("all types, of bases as well" + at, c, 1e-5);
         c.flags |= XKV_ATTN_PLAIN;
         for (int kd = 0; kd < 2; ++kd) {
             for (int i = 0; i < XKV_ATTN_N_TYPE; ++i) {
                 c.rank[kd][i] = i == 2 || i == 4 ? 64 : 0;
             }
         }
-        check("plain in two types" + at, c, 1e-5);
+        add("plain in two types" + at, c, 1e-5);
     }
+    return res;
+}
+
+// every n_worker-th case in a process of its own, for as many as there are processors
+static void check_cases() {
+    const std::vector<test>  tests    = list_tests();
+    const size_t             n_worker = std::max(1u, std::thread::hardware_concurrency());
+    std::vector<std::thread> workers;
+    std::vector<std::string> results(n_worker);
+    for (size_t w = 0; w < n_worker; ++w) {
+        workers.emplace_back([&, w] {
+            results[w] = apart([&] {
+                n_pass = n_fail = 0;
+                for (size_t i = w; i < tests.size(); i += n_worker) {
+                    check(tests[i]);
+                }
+                fflush(stdout);
+                return std::to_string(n_pass) + " " + std::to_string(n_fail);
+            });
+        });
+    }
+    for (size_t w = 0; w < n_worker; ++w) {
+        int passed = 0;
+        int failed = 0;
+        workers[w].join();
+        if (sscanf(results[w].c_str(), "%d %d", &passed, &failed) != 2) {
+            note(false, "cases: " + results[w]);
+        }
+        n_pass += passed;
+        n_fail += failed;
+    }
+}
+
+int main() {
+    check_faults();
+    check_cases();
     printf("%d passed, %d failed\n", n_pass, n_fail);
     return n_fail > 0;
 }
