@@ -133,6 +133,11 @@ static inline bool xkv_cu_attn_can(const ggml_tensor * t) {
         !ggml_is_contiguous(t) || (m->type != GGML_TYPE_F32 && m->type != GGML_TYPE_F16)) {
         return false;
     }
+    xkv_attn_params par;
+    memcpy(&par, t->op_params, sizeof(par));
+    if (par.softcap != 0.0f || t->src[9]) {
+        return false;
+    }
     const xkv_cu_attn a = xkv_cu_attn_args(t);
     return !coef || (coef->nb[1] % 4 == 0 && coef->nb[2] % 4 == 0 && a.n_chunk % 32 == 0 && a.n_chunk <= XKV_CU_MAX_CHUNK &&
                      a.rank[XKV_CU_V] <= XKV_CU_MAX_RANK);
