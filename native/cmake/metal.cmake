@@ -1,4 +1,4 @@
-# Kernels of ops for Metal, as one of ggml-metal's kernel sources: its lists name kernels/xkv_attn.metal (patch 0008).
+# Kernels of ops for Metal, as one of ggml-metal's kernel sources: its lists name kernels/xkv_attn.metal (patch 0009).
 
 set(xkv_metal_dir "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn/metal")
 file(GLOB xkv_metal_kernels CONFIGURE_DEPENDS "${xkv_metal_dir}/*.metal" "${xkv_metal_dir}/*.h")

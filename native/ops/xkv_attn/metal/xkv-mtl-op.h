@@ -95,6 +95,8 @@ static inline xkv_mtl_args xkv_mtl_op_args(const ggml_tensor * t) {
     a.n_query      = a.n_head * a.n_tps;
     a.scale        = par.scale;
     a.tolerance    = par.tolerance;
+    a.softcap      = par.softcap;
+    a.has_sinks    = t->src[9] != nullptr;
     for (int i = 0; i < 3; ++i) {
         a.nb_q[i] = q->nb[i + 1];
         for (int kd = 0; kd < 2; ++kd) {

@@ -188,6 +188,8 @@ static std::vector<std::pair<xkv_case, double>> small_cases() {
     }
     std::vector<std::pair<xkv_case, double>> res = { { c, 1e-5 } };
     c.tolerance                                  = 0.004f;
+    c.softcap                                    = 2.0f;
+    c.sinks                                      = true;
     res.push_back({ c, 3e-2 });
     c.n_tps    = 20;
     c.n_stored = 10 * 64;
@@ -248,6 +250,9 @@ static std::vector<planted> list_faults() {
     change("next tile of coefficients", [](xkv_mtl_plan & p, buffers &) { p.args.segments[XKV_MTL_K][1].coef += 16 * 34; });
     change("next tile of a basis", [](xkv_mtl_plan & p, buffers &) { p.args.segments[XKV_MTL_V][1].basis += 16 * 34; });
     change("mean of the next number", [](xkv_mtl_plan &, buffers & b) { b.mean += 1; });
+    change("sink of the next head", [](xkv_mtl_plan &, buffers & b) { b.sinks += b.sinks != nullptr; });
+    change("no sinks", [](xkv_mtl_plan & p, buffers &) { p.args.has_sinks = 0; });
+    change("scores that are not capped", [](xkv_mtl_plan & p, buffers &) { p.args.softcap = 0.0f; });
     change("other pairs", [](xkv_mtl_plan &, buffers &) { xkv_shim::constants()[XKV_MTL_FC_NEOX] = 0; });
     return res;
 }
