@@ -9,7 +9,16 @@ namespace metal {
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 
 // places below 0: operations of a SIMD group
-enum simd_place { SIMD_SUM = -1, SIMD_MAX = -2, SIMD_OR = -3, SIMD_ANY = -4, SIMD_XOR = -5, SIMD_LOAD = -6, SIMD_STORE = -7, SIMD_MAC = -8, SIMD_BARRIER = -9 };
+enum simd_place {
+    SIMD_SUM     = -1,
+    SIMD_MAX     = -2,
+    SIMD_OR      = -3,
+    SIMD_ANY     = -4,
+    SIMD_XOR     = -5,
+    SIMD_STORE   = -6,
+    SIMD_MAC     = -7,
+    SIMD_BARRIER = -8
+};
 
 template <typename T, typename F> static inline T simd_reduce(T x, int place, F && add) {
     uint64_t bits = 0;
@@ -72,15 +81,14 @@ static inline int simd_element_loaded(int i) {
     return simd_element((xkv_shim::lane() + (s.faulty ? s.planted.lane : 0)) % fibers::n_lane, i);
 }
 
-template <typename T, int Cols, int Rows> static inline simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
+template <typename T, int Cols, int Rows = Cols> static inline simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
     return { { x, x } };
 }
 
-// for pointers of each address space; all lanes come before one goes on
+// For pointers of each address space. Before a store, all lanes come to it, as before a product; to what is loaded a product follows.
 #define XKV_SHIM_MATRIX_MEMORY(space)                                                                                                      \
     template <typename T>                                                                                                                  \
     static inline void simdgroup_load(simdgroup_matrix<T, 8, 8> & m, const space T * p, ulong ld = 8, ulong at = 0, bool flip = false) {   \
-        xkv_shim::get().block.share(0, SIMD_LOAD);                                                                                         \
         for (int i = 0; i < 2; ++i) {                                                                                                      \
             const int e = simd_element_loaded(i);                                                                                          \
             m.own[i]    = flip ? p[at + e % 8 * ld + e / 8] : p[at + e / 8 * ld + e % 8];                                                  \
@@ -89,7 +97,7 @@ template <typename T, int Cols, int Rows> static inline simdgroup_matrix<T, Cols
     template <typename T> static inline void simdgroup_store(simdgroup_matrix<T, 8, 8> m, space T * p, ulong ld = 8) {                     \
         xkv_shim::get().block.share(0, SIMD_STORE);                                                                                        \
         for (int i = 0; i < 2; ++i) {                                                                                                      \
-            const int e               = simd_element(xkv_shim::lane(), i);                                                                 \
+            const int e           = simd_element(xkv_shim::lane(), i);                                                                     \
             p[e / 8 * ld + e % 8] = m.own[i];                                                                                              \
         }                                                                                                                                  \
     }

@@ -51,7 +51,7 @@ static inline void xkv_mtl_score(thread const xkv_mtl_in & in, thread const xkv_
     simdgroup_float8x8      acc[4][2];
     for (int i = 0; i < 4; ++i) {
         for (int j = 0; j < 2; ++j) {
-            acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+            acc[i][j] = make_filled_simdgroup_matrix<float, 8>(0.0f);
         }
     }
     for (int d = 0; d < fc_dim_k; d += XKV_MTL_DEPTH) {
@@ -136,7 +136,7 @@ static inline void xkv_mtl_add(thread const xkv_mtl_in & in, thread const xkv_mt
         simdgroup_float8x8 acc[2][2];
         for (int i = 0; i < 2; ++i) {
             for (int j = 0; j < 2; ++j) {
-                acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+                acc[i][j] = make_filled_simdgroup_matrix<float, 8>(0.0f);
             }
         }
         for (int t = 0; t < end; t += 8) {
@@ -197,7 +197,7 @@ kernel void kernel_xkv_attn_attend(XKV_MTL_PARAMS) {
 
     device float2 * total = xkv_mtl_query_total(in, c.head * a.n_tps * fc_n_gqa + c.j0);
     if (in.thread_index < XKV_MTL_ROWS) {
-        const float2 state       = in.thread_index < c.n ? total[in.thread_index] : float2(XKV_MTL_NONE, 0.0f);
+        const float2 state     = in.thread_index < c.n ? total[in.thread_index] : float2(XKV_MTL_NONE, 0.0f);
         c.max[in.thread_index] = state[0];
         c.sum[in.thread_index] = state[1];
     }

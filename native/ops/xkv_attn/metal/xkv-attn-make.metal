@@ -115,36 +115,33 @@ kernel void kernel_xkv_attn_make(XKV_MTL_PARAMS) {
     threadgroup float *       pb  = xkv_mtl_piece<float>(in, l.b, XKV_MTL_DEPTH * XKV_MTL_LD_COLS);
     threadgroup int *         any = xkv_mtl_piece<int>(in, l.any, XKV_MTL_MAKE_N_WARP);
 
-    device float *       res  = xkv_mtl_made(in, kd, head, slot);
+    device float *       res     = xkv_mtl_made(in, kd, head, slot);
     device const uchar * coef_of = xkv_mtl_coef_of(in, kd, ic, head, s);
-    const bool           seen = xkv_mtl_any_sees(in, any, ic, t0, s);
+    const bool           seen    = xkv_mtl_any_sees(in, any, ic, t0, s);
     if (!seen || fc_plain != 0) {
         xkv_mtl_copy(in, coef_of, res, kd, t0, d0, !seen);
         return;
     }
     // a SIMD group has 16 tokens by 32 numbers
-    const int            row = in.warp / 2 * 16;
-    const int            col = in.warp % 2 * 32;
-    const bool           is_k = kd == XKV_MTL_K;
-    simdgroup_float8x8   acc[2][4];
+    const int          row  = in.warp / 2 * 16;
+    const int          col  = in.warp % 2 * 32;
+    const bool         is_k = kd == XKV_MTL_K;
+    simdgroup_float8x8 acc[2][4];
     for (int i = 0; i < 2; ++i) {
         for (int j = 0; j < 4; ++j) {
-            acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+            acc[i][j] = make_filled_simdgroup_matrix<float, 8>(0.0f);
         }
     }
     for (int is = 0; is < a.n_segment[kd]; ++is) {
         constant xkv_mtl_segment & seg  = a.segments[kd][is];
         device const uchar *       base = xkv_mtl_basis_of(in, kd, head) + seg.basis;
         for (int r = 0; r < seg.rank; r += XKV_MTL_DEPTH) {
-            const xkv_mtl_panel from_coef = { is_k ? fc_n_chunk : seg.rank,
-                                              is_k ? seg.rank : fc_n_chunk,
-                                              !is_k,
-                                              r,
-                                              t0,
-                                              XKV_MTL_ROWS,
-                                              1,
-                                              XKV_MTL_LD_PANEL };
-            const xkv_mtl_panel from_basis = { is_k ? seg.rank : dim, is_k ? dim : seg.rank, is_k, r, d0, XKV_MTL_COLS, XKV_MTL_LD_COLS, 1 };
+            const xkv_mtl_panel from_coef = {
+                is_k ? fc_n_chunk : seg.rank, is_k ? seg.rank : fc_n_chunk, !is_k, r, t0, XKV_MTL_ROWS, 1, XKV_MTL_LD_PANEL
+            };
+            const xkv_mtl_panel from_basis = {
+                is_k ? seg.rank : dim, is_k ? dim : seg.rank, is_k, r, d0, XKV_MTL_COLS, XKV_MTL_LD_COLS, 1
+            };
             xkv_mtl_load_panel(seg.type, coef_of + seg.coef, from_coef, pa, in.thread_index);
             xkv_mtl_load_panel(seg.type_basis, base, from_basis, pb, in.thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -211,9 +208,9 @@ kernel void kernel_xkv_attn_load_exact(XKV_MTL_PARAMS) {
     const xkv_mtl_in in   = XKV_MTL_IN;
     const int        head = in.block[1];
     for (int kd = 0; kd < 2; ++kd) {
-        const int            type = kd == XKV_MTL_K ? fc_exact_k : fc_exact_v;
-        device const char *  row  = xkv_mtl_exact_row(in, kd, step.first + in.block[0], head, step.stream);
-        device float *       res  = xkv_mtl_made(in, kd, head, in.block[0]);
+        const int           type = kd == XKV_MTL_K ? fc_exact_k : fc_exact_v;
+        device const char * row  = xkv_mtl_exact_row(in, kd, step.first + in.block[0], head, step.stream);
+        device float *      res  = xkv_mtl_made(in, kd, head, in.block[0]);
         for (int d = in.lane; d < xkv_mtl_dim(kd); d += XKV_MTL_WARP) {
             res[d] = in.block[0] < step.n_token ? xkv_mtl_exact_at(type, row, d) : 0.0f;
         }

@@ -118,7 +118,7 @@ struct xkv_mtl_args {
     uint64_t at_state;       // float4 [stream][split][query] max, sum of weights, 1 if the sums hold more than the lead
     uint64_t at_exact;       // [stream][span][query][d_v]
     uint64_t at_exact_state; // float2 [stream][span][query]
-    uint64_t at_share; // [stream][query][block of tokens] log of its sum of weights by the lead; XKV_MTL_NONE once refined
+    uint64_t at_share;       // [stream][query][block of tokens] log of its sum of weights by the lead; XKV_MTL_NONE once refined
     uint64_t at_least; // float2 [stream][query] log of the sum of weights beyond which a block is refined: the least so far, this round's
 
     // many queries
@@ -146,11 +146,11 @@ static inline int32_t xkv_mtl_take(XKV_THREAD int32_t & at, int32_t n, int32_t s
 
 // threadgroup memory for n queries and a chunk
 struct xkv_mtl_chunk_layout {
-    int32_t q;      // [n][d_k] in the chunk's frame, times the scale
-    int32_t y;      // [n][XKV_MTL_SLICE] through the basis of K
-    int32_t score;  // [n][n_chunk], then weights
-    int32_t rough;  // [n][n_chunk] of the refinement: by the lead
-    int32_t max;    // of each query, as are the rest
+    int32_t q;     // [n][d_k] in the chunk's frame, times the scale
+    int32_t y;     // [n][XKV_MTL_SLICE] through the basis of K
+    int32_t score; // [n][n_chunk], then weights
+    int32_t rough; // [n][n_chunk] of the refinement: by the lead
+    int32_t max;   // of each query, as are the rest
     int32_t sum;
     int32_t factor; // of the sums so far
     int32_t have;   // what the sums hold: 0 nothing, 1 the lead, 2 all

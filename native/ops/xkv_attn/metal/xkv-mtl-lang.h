@@ -35,15 +35,15 @@ XKV_MTL_CONSTANT(fc_neox, XKV_MTL_FC_NEOX)
 
 // what all kernels get; sources that an op lacks are bound to q and not read
 #define XKV_MTL_PARAMS                                                                                                                     \
-    constant xkv_mtl_args & a XKV_MTL_AT(buffer(0)), constant xkv_mtl_step & step XKV_MTL_AT(buffer(1)),                                   \
-        device const char *q XKV_MTL_AT(buffer(2)), device const char *k XKV_MTL_AT(buffer(3)), device const char *v XKV_MTL_AT(buffer(4)), \
-        device const char *mask XKV_MTL_AT(buffer(5)), device const uchar *coef XKV_MTL_AT(buffer(6)),                                     \
-        device const uchar *basis XKV_MTL_AT(buffer(7)), device const char *turn XKV_MTL_AT(buffer(8)),                                    \
-        device const char *fill XKV_MTL_AT(buffer(9)), device const float *mean XKV_MTL_AT(buffer(10)),                                    \
-        device const float *sinks XKV_MTL_AT(buffer(11)), device float *dst XKV_MTL_AT(buffer(12)),                                        \
-        device char *scratch XKV_MTL_AT(buffer(13)), threadgroup char *shared XKV_MTL_AT(threadgroup(0)),                                  \
-        uint3 block XKV_MTL_AT(threadgroup_position_in_grid), ushort lane XKV_MTL_AT(thread_index_in_simdgroup),                           \
-        ushort warp XKV_MTL_AT(simdgroup_index_in_threadgroup)
+    constant xkv_mtl_args &a XKV_MTL_AT(buffer(0)), constant xkv_mtl_step &step XKV_MTL_AT(buffer(1)),                                     \
+        device const char *q XKV_MTL_AT(buffer(2)), device const char *k XKV_MTL_AT(buffer(3)),                                            \
+        device const char *v XKV_MTL_AT(buffer(4)), device const char *mask XKV_MTL_AT(buffer(5)),                                         \
+        device const uchar *coef XKV_MTL_AT(buffer(6)), device const uchar *basis XKV_MTL_AT(buffer(7)),                                   \
+        device const char *turn XKV_MTL_AT(buffer(8)), device const char *fill XKV_MTL_AT(buffer(9)),                                      \
+        device const float *mean XKV_MTL_AT(buffer(10)), device const float *sinks XKV_MTL_AT(buffer(11)),                                 \
+        device float *dst XKV_MTL_AT(buffer(12)), device char *scratch XKV_MTL_AT(buffer(13)),                                             \
+        threadgroup char *shared XKV_MTL_AT(threadgroup(0)), uint3 block XKV_MTL_AT(threadgroup_position_in_grid),                         \
+        ushort lane XKV_MTL_AT(thread_index_in_simdgroup), ushort warp XKV_MTL_AT(simdgroup_index_in_threadgroup)
 
 struct xkv_mtl_in {
     constant xkv_mtl_args * a;
@@ -69,7 +69,7 @@ struct xkv_mtl_in {
 #define XKV_MTL_IN                                                                                                                         \
     xkv_mtl_in {                                                                                                                           \
         &a, &step, q, { k, v }, mask, coef, basis, turn, fill, mean, sinks, dst, scratch, shared,                                          \
-            { (int) block[0], (int) block[1], (int) block[2] }, (int) lane, (int) warp, (int) warp *XKV_MTL_WARP + (int) lane              \
+            { (int) block[0], (int) block[1], (int) block[2] }, (int) lane, (int) warp, (int) warp * XKV_MTL_WARP + (int) lane             \
     }
 
 // a piece of threadgroup memory that begins at a place of a layout

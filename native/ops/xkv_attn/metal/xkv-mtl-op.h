@@ -62,16 +62,16 @@ static inline xkv_mtl_shape xkv_mtl_op_shape(const ggml_tensor * t) {
     xkv_attn_params par;
     memcpy(&par, t->op_params, sizeof(par));
 
-    xkv_mtl_shape res            = {};
-    res.fc[XKV_MTL_FC_DIM_K]     = (int32_t) t->src[0]->ne[0];
-    res.fc[XKV_MTL_FC_DIM_V]     = (int32_t) t->ne[0];
-    res.fc[XKV_MTL_FC_N_GQA]     = (int32_t) (t->src[0]->ne[1] / t->src[1]->ne[1]);
-    res.fc[XKV_MTL_FC_N_CHUNK]   = par.n_chunk;
-    res.fc[XKV_MTL_FC_EXACT_K]   = xkv_attn_type_index(t->src[1]->type);
-    res.fc[XKV_MTL_FC_EXACT_V]   = xkv_attn_type_index(t->src[2]->type);
-    res.fc[XKV_MTL_FC_MASK_F16]  = t->src[3]->type == GGML_TYPE_F16;
-    res.fc[XKV_MTL_FC_PLAIN]     = (par.flags & XKV_ATTN_PLAIN) != 0;
-    res.fc[XKV_MTL_FC_NEOX]      = (par.flags & XKV_ATTN_ROPE_NEOX) != 0;
+    xkv_mtl_shape res           = {};
+    res.fc[XKV_MTL_FC_DIM_K]    = (int32_t) t->src[0]->ne[0];
+    res.fc[XKV_MTL_FC_DIM_V]    = (int32_t) t->ne[0];
+    res.fc[XKV_MTL_FC_N_GQA]    = (int32_t) (t->src[0]->ne[1] / t->src[1]->ne[1]);
+    res.fc[XKV_MTL_FC_N_CHUNK]  = par.n_chunk;
+    res.fc[XKV_MTL_FC_EXACT_K]  = xkv_attn_type_index(t->src[1]->type);
+    res.fc[XKV_MTL_FC_EXACT_V]  = xkv_attn_type_index(t->src[2]->type);
+    res.fc[XKV_MTL_FC_MASK_F16] = t->src[3]->type == GGML_TYPE_F16;
+    res.fc[XKV_MTL_FC_PLAIN]    = (par.flags & XKV_ATTN_PLAIN) != 0;
+    res.fc[XKV_MTL_FC_NEOX]     = (par.flags & XKV_ATTN_ROPE_NEOX) != 0;
     return res;
 }
 

@@ -301,6 +301,35 @@ static std::string apart(const std::function<std::string()> & f) {
     return WIFSIGNALED(status) ? "the process ended" : res;
 }
 
+// f(i) of all, every n_worker-th in a process of its own, for as many as there are processors
+static void in_parallel(size_t n, const std::function<void(size_t)> & f) {
+    const size_t             n_worker = std::max(1u, std::thread::hardware_concurrency());
+    std::vector<std::thread> workers;
+    std::vector<std::string> results(n_worker);
+    for (size_t w = 0; w < n_worker; ++w) {
+        workers.emplace_back([&, w] {
+            results[w] = apart([&] {
+                n_pass = n_fail = 0;
+                for (size_t i = w; i < n; i += n_worker) {
+                    f(i);
+                }
+                fflush(stdout);
+                return std::to_string(n_pass) + " " + std::to_string(n_fail);
+            });
+        });
+    }
+    for (size_t w = 0; w < n_worker; ++w) {
+        int passed = 0;
+        int failed = 0;
+        workers[w].join();
+        if (sscanf(results[w].c_str(), "%d %d", &passed, &failed) != 2) {
+            note(false, "a process of the test: " + results[w]);
+        }
+        n_pass += passed;
+        n_fail += failed;
+    }
+}
+
 static void check_faults() {
     std::vector<instance> list;
     std::vector<double>   limits;
@@ -310,16 +339,17 @@ static void check_faults() {
         const std::string wrong = find(list.back(), c.second, {});
         note(wrong.empty(), "small case: " + wrong);
     }
-    for (const planted & p : list_faults()) {
+    const std::vector<planted> faults = list_faults();
+    in_parallel(faults.size(), [&](size_t i) {
         const std::string found = apart([&] {
             std::string res;
-            for (size_t i = 0; i < list.size() && res.empty(); ++i) {
-                res = find(list[i], limits[i], p);
+            for (size_t k = 0; k < list.size() && res.empty(); ++k) {
+                res = find(list[k], limits[k], faults[i]);
             }
             return res;
         });
-        note(!found.empty(), "planted fault: " + p.name + (found.empty() ? " is not found" : ": " + found));
-    }
+        note(!found.empty(), "planted fault: " + faults[i].name + (found.empty() ? " is not found" : ": " + found));
+    });
 }
 
 static std::vector<test> list_tests() {
@@ -382,39 +412,10 @@ static std::vector<test> list_tests() {
     return res;
 }
 
-// every n_worker-th case in a process of its own, for as many as there are processors
-static void check_cases() {
-    const std::vector<test>  tests    = list_tests();
-    const size_t             n_worker = std::max(1u, std::thread::hardware_concurrency());
-    std::vector<std::thread> workers;
-    std::vector<std::string> results(n_worker);
-    for (size_t w = 0; w < n_worker; ++w) {
-        workers.emplace_back([&, w] {
-            results[w] = apart([&] {
-                n_pass = n_fail = 0;
-                for (size_t i = w; i < tests.size(); i += n_worker) {
-                    check(tests[i]);
-                }
-                fflush(stdout);
-                return std::to_string(n_pass) + " " + std::to_string(n_fail);
-            });
-        });
-    }
-    for (size_t w = 0; w < n_worker; ++w) {
-        int passed = 0;
-        int failed = 0;
-        workers[w].join();
-        if (sscanf(results[w].c_str(), "%d %d", &passed, &failed) != 2) {
-            note(false, "cases: " + results[w]);
-        }
-        n_pass += passed;
-        n_fail += failed;
-    }
-}
-
 int main() {
     check_faults();
-    check_cases();
+    const std::vector<test> tests = list_tests();
+    in_parallel(tests.size(), [&](size_t i) { check(tests[i]); });
     printf("%d passed, %d failed\n", n_pass, n_fail);
     return n_fail > 0;
 }
