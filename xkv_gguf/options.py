@@ -78,8 +78,8 @@ class XkvOptions:
         With few queries, share of a query's softmax up to which a block of 16 stored tokens counts by its first `lead`
         directions alone; 0 takes all directions of all tokens.
     lead : int, optional
-        Directions of K and of V that count for every token, a multiple of 32; by default 64 for layers on a Metal device,
-        128 for others.
+        Directions of K and of V that count for every token, a multiple of 32. By default 64 for layers on a Metal
+        device, 128 for others.
     work_price : float, optional
         How much the work of a direction counts beside its bytes where the plan chooses directions, see
         `plan.work.work_charges`: 0 for nothing, 1 for the bytes that a CPU reads in the same time. The higher, the

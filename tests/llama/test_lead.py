@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import N_LAYER, weights, write_tiny
 from xkv_gguf import placing
-from xkv_gguf.model.file import ModelFile
+from xkv_gguf.model.file import ModelFile, open_model
 from xkv_gguf.opening import ON_HOST, OnDevices, scope_params
 from xkv_gguf.options import XkvOptions
 from xkv_gguf.plan.placement import HOST
@@ -24,7 +24,10 @@ def test_metal_devices_have_a_shorter_one(name: str, lead: int) -> None:
 
 
 def test_devices_tell_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = [Device("RPC0", "a server", 1 << 30, 1 << 30, "rpc", True), Device("MTL0", "M2", 1 << 30, 1 << 30, "gpu", True)]
+    there = [
+        Device("RPC0", "a server", 1 << 30, 1 << 30, "rpc", True),
+        Device("MTL0", "M2", 1 << 30, 1 << 30, "gpu", True),
+    ]
     monkeypatch.setattr(placing, "devices", lambda: there)
     assert placing.on_devices({"n_gpu_layers": -1}, False).leads == (128, 64)
     assert placing.on_devices({"n_gpu_layers": 0}, False).leads == ()
@@ -33,7 +36,7 @@ def test_devices_tell_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> ModelFile:
     write_tiny(tmp_path / "tiny.gguf", weights(1))
-    return ModelFile.open(tmp_path / "tiny.gguf")
+    return open_model(tmp_path / "tiny.gguf")
 
 
 def leads(model: ModelFile, on_devices: OnDevices, lead: int | None = None) -> tuple[int, tuple[int, ...]]:

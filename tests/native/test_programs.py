@@ -19,7 +19,9 @@ def run(repo_root: Path, name: str, *arguments: str) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
-@pytest.mark.parametrize("name", ["xkv-test-select", "xkv-test-attn", "xkv-test-attn-cuda", "xkv-test-attn-metal"])
+@pytest.mark.parametrize(
+    "name", ["xkv-test-select", "xkv-test-attn", "xkv-test-attn-cuda", "xkv-test-attn-metal", "xkv-test-shim-metal"]
+)
 def test_program(name: str, repo_root: Path) -> None:
     run(repo_root, name)
 

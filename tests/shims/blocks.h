@@ -175,7 +175,9 @@ static inline void launch(const char * name, dim3 grid, dim3 threads, size_t sha
                 s.guards = outer;
                 memset(s.shared.data(), 0xff, s.shared.size());
                 s.block.run(n, s.order, x * 7919 + y * 31 + z + 1);
-                s.error = s.block.error.empty() ? "" : std::string(name) + ": " + s.block.error;
+                if (s.error.empty() && !s.block.error.empty()) {
+                    s.error = std::string(name) + ": " + s.block.error;
+                }
                 check_guards();
             }
         }

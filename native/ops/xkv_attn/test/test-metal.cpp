@@ -13,30 +13,14 @@
 #include "../metal/xkv-mtl-op.h"
 #include "../metal/xkv-mtl-plan.cpp"
 
+#include "apart.h"
 #include "cases.h"
 #include "reference.h"
 
 #include "ggml-cpp.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <string>
-#include <thread>
-
-#include <sys/wait.h>
-#include <unistd.h>
-
-static int n_pass = 0;
-static int n_fail = 0;
-
-static void note(bool ok, const std::string & what) {
-    (ok ? n_pass : n_fail)++;
-    if (!ok || getenv("XKV_TEST_VERBOSE")) {
-        printf("%s %s\n", ok ? "ok" : "FAIL", what.c_str());
-        fflush(stdout);
-    }
-}
 
 struct outcome {
     std::string        error; // of the run
@@ -276,60 +260,6 @@ static std::string find(const instance & one, double limit, const planted & p) {
     return "";
 }
 
-// In a process of its own, since a fault may write anywhere: what it returns, or how it ended.
-static std::string apart(const std::function<std::string()> & f) {
-    int ends[2];
-    fflush(stdout);
-    if (pipe(ends) != 0) {
-        return "";
-    }
-    const pid_t child = fork();
-    if (child == 0) {
-        const std::string found   = f();
-        const bool        written = write(ends[1], found.data(), found.size()) == (ssize_t) found.size();
-        _exit(written ? 0 : 1);
-    }
-    close(ends[1]);
-    std::string res;
-    char        text[256];
-    for (ssize_t n; (n = read(ends[0], text, sizeof(text))) > 0;) {
-        res.append(text, n);
-    }
-    close(ends[0]);
-    int status = 0;
-    waitpid(child, &status, 0);
-    return WIFSIGNALED(status) ? "the process ended" : res;
-}
-
-// f(i) of all, every n_worker-th in a process of its own, for as many as there are processors
-static void in_parallel(size_t n, const std::function<void(size_t)> & f) {
-    const size_t             n_worker = std::max(1u, std::thread::hardware_concurrency());
-    std::vector<std::thread> workers;
-    std::vector<std::string> results(n_worker);
-    for (size_t w = 0; w < n_worker; ++w) {
-        workers.emplace_back([&, w] {
-            results[w] = apart([&] {
-                n_pass = n_fail = 0;
-                for (size_t i = w; i < n; i += n_worker) {
-                    f(i);
-                }
-                fflush(stdout);
-                return std::to_string(n_pass) + " " + std::to_string(n_fail);
-            });
-        });
-    }
-    for (size_t w = 0; w < n_worker; ++w) {
-        int passed = 0;
-        int failed = 0;
-        workers[w].join();
-        if (sscanf(results[w].c_str(), "%d %d", &passed, &failed) != 2) {
-            note(false, "a process of the test: " + results[w]);
-        }
-        n_pass += passed;
-        n_fail += failed;
-    }
-}
-
 static void check_faults() {
     std::vector<instance> list;
     std::vector<double>   limits;
@@ -412,7 +342,42 @@ static std::vector<test> list_tests() {
     return res;
 }
 
+static void check_refusals() {
+    const auto refuses = [](const std::string & expected, const xkv_case & c, const std::function<void(ggml_tensor *)> & change = nullptr) {
+        ggml_context_ptr ctx(ggml_init({ (size_t) 512 << 20, nullptr, false }));
+        ggml_tensor *    t = xkv_make_case(ctx.get(), c, 1);
+        if (change) {
+            change(t);
+        }
+        const char * why = xkv_mtl_op_refusal(t);
+        note(expected.empty() ? !why : why && std::string(why).find(expected) != std::string::npos,
+             "refusal: expected '" + expected + "', found '" + (why ? why : "") + "'");
+    };
+    xkv_case usual;
+    usual.rank[0][0] = usual.rank[1][0] = 32;
+    refuses("", usual);
+    xkv_case c = usual;
+    c.dim_k = c.dim_v = 24;
+    refuses("heads are not", c);
+    c.dim_k = c.dim_v = 528;
+    refuses("heads are not", c);
+    c       = usual;
+    c.exact = GGML_TYPE_Q4_0;
+    refuses("exact K and V", c);
+    c         = usual;
+    c.n_chunk = 288;
+    refuses("chunks are not", c);
+    c            = usual;
+    c.rank[1][0] = 7200;
+    refuses("V has more", c);
+    refuses("queries are not", usual, [](ggml_tensor * t) { t->src[0]->nb[0] = 8; });
+    refuses("the mask is", usual, [](ggml_tensor * t) { t->src[3]->type = GGML_TYPE_BF16; });
+    refuses("the output is", usual, [](ggml_tensor * t) { t->nb[1] += 16; });
+    refuses("multiples of 4", usual, [](ggml_tensor * t) { t->src[4]->nb[1] += 2; });
+}
+
 int main() {
+    check_refusals();
     check_faults();
     const std::vector<test> tests = list_tests();
     in_parallel(tests.size(), [&](size_t i) { check(tests[i]); });
