@@ -13,7 +13,7 @@ STAMP := $(VENV)/.stamps
 PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip --disable-pip-version-check -qq
 LAPACK := $(shell sed -n 's/.*"\(scipy-openblas32[^";]*\).*/\1/p' pyproject.toml)
-UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
+UPSTREAM := $(shell sed -n 's/.*"package": *"\([^"]*\)".*/\1/p' upstream.json)==$(shell sed -n 's/.*"version": *"\([^"]*\)".*/\1/p' upstream.json)
 
 # what the wheel is built again for: Python runs from this folder, see $(STAMP)/package
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \

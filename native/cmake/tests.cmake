@@ -25,6 +25,10 @@ set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
 xkv_add_test(xkv-test-attn "${xkv_op}/test/test.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
 target_link_libraries(xkv-test-attn PRIVATE ggml)
 
+# and of a device that is named
+xkv_add_test(xkv-test-attn-device "${xkv_op}/test/test-device.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+target_link_libraries(xkv-test-attn-device PRIVATE ggml)
+
 # its kernels for CUDA, which a shim runs on the CPU
 if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
     xkv_add_test(xkv-test-attn-cuda "${xkv_op}/test/test-cuda.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")

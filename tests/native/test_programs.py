@@ -26,6 +26,10 @@ def test_program(name: str, repo_root: Path) -> None:
     run(repo_root, name)
 
 
+def test_the_program_for_devices(repo_root: Path) -> None:
+    run(repo_root, "xkv-test-attn-device", "CPU")
+
+
 def test_some_layers(repo_root: Path, tiny: Callable[[str], Tiny]) -> None:
     """Groups of layers that do not follow each other and are not all; and files that several threads read."""
     one = tiny("llama")
