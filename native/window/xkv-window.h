@@ -1,6 +1,6 @@
 #pragma once
 
-#include "store/xkv-config.h"
+#include "base/xkv-layers.h"
 #include "window/xkv-chunks.h"
 
 #include "llama-kv-cache.h"

@@ -7,6 +7,8 @@
 #include "tests/test-llama-archs.cpp"
 #undef main
 
+#include "../src/llama-model.h"
+
 #include <algorithm>
 
 #include <sys/wait.h>
@@ -15,9 +17,12 @@
 // fixtures that upstream's test leaves out
 static void complete(gguf_context * gguf, llm_arch arch) {
     if (arch == LLM_ARCH_GEMMA4) {
-        const bool pattern[] = { true, false, true, true, false };
+        const bool pattern[] = { true, true, false, true, false };
         gguf_set_arr_data(gguf, "gemma4.attention.sliding_window_pattern", GGUF_TYPE_BOOL, pattern, 5);
         gguf_set_val_u32(gguf, "gemma4.attention.shared_kv_layers", 2);
+    }
+    if (arch == LLM_ARCH_LFM2) {
+        gguf_remove_key(gguf, "lfm2.attention.sliding_window"); // the models have none
     }
 }
 
@@ -31,7 +36,17 @@ static void write_model(llm_arch arch, bool moe, const std::string & path) {
     if (!model) {
         throw std::runtime_error("is not made");
     }
-    llama_model_save_to_file(model.get(), path.c_str());
+    // upstream's saver leaves out what some loaders need
+    const gguf_context_ptr out(gguf_init_empty());
+    gguf_set_kv(out.get(), gguf.get());
+    for (const auto & [name, tensor] : llama_internal_get_tensor_map(model.get())) {
+        if (gguf_find_tensor(out.get(), name.c_str()) < 0) { // layers can share one
+            gguf_add_tensor(out.get(), tensor);
+        }
+    }
+    if (!gguf_write_to_file(out.get(), path.c_str(), false)) {
+        throw std::runtime_error("is not written");
+    }
 }
 
 int main(int argc, char ** argv) {

@@ -354,7 +354,7 @@ def test_chunks_follow_the_heads() -> None:
 
 def test_groups_are_at_most_4096_numbers_wide() -> None:
     for embd, size in ((192, 5), (1024, 4), (2048, 2), (4096, 1), (8192, 1)):
-        assert default_group_size([embd] * 32, [embd] * 32) == size
+        assert default_group_size(ModelShape((embd,) * 32, (embd,) * 32, (embd,) * 32, 64, 64)) == size
 
 
 def candidates(sizes: list[int], n_layer: int = 12) -> tuple[ModelShape, list[Candidate]]:
