@@ -58,11 +58,11 @@ lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
-	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff format --quiet .
-	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | xargs $(VENV)/bin/clang-format -i
 
 refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)

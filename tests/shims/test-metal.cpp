@@ -114,7 +114,7 @@ static void constant_of_the_function(const in & t) {
     t.memory[t.thread_index] = (float) fc_number;
 }
 
-#include "metal/end.h"
+#include "end.h"
 
 #include <cstdio>
 

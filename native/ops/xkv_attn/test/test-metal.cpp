@@ -8,7 +8,7 @@
 #include "../metal/xkv-attn-make.metal"
 #include "../metal/xkv-attn-attend.metal"
 
-#include "metal/end.h"
+#include "end.h"
 
 #include "../metal/xkv-mtl-op.h"
 #include "../metal/xkv-mtl-plan.cpp"
