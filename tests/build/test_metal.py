@@ -112,3 +112,16 @@ def test_address_spaces_are_kept_apart(metal: ModuleType, repo_root: Path, tmp_p
     wrong = text.replace("threadgroup const float * y, int ldy", "device const float * y, int ldy", 1)
     assert wrong != text
     assert "error" in syntax(compiler, wrong, repo_root, tmp_path, "-DXKV_SHIM_SPACES")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_no_name_is_that_of_upstreams_kernels(metal: ModuleType, repo_root: Path, tmp_path: Path) -> None:
+    """ggml-metal puts its own header before each source that it embeds."""
+    found = sorted(repo_root.glob("build/*/upstream/llama.cpp/ggml/src/ggml-metal"))
+    if not found:
+        pytest.skip("llama.cpp is not unpacked: make build")
+    head = (found[0] / "kernels" / "common.h").read_text()
+    head = head.replace('#include "ggml-metal-impl.h"', (found[0] / "ggml-metal-impl.h").read_text())
+    text = metal.flatten(repo_root / "native" / "ops" / "xkv_attn" / "metal" / "xkv-attn.metal")
+    both = f"#include <stddef.h>\n#include <stdint.h>\n{head.replace('#pragma once', '')}\n{text}"
+    assert syntax("g++", both, repo_root, tmp_path, "-Wall", "-Wno-unused-variable") == ""
