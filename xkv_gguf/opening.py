@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from .convert.pipeline import ensure_sidecar
 from .errors import OptionError
 from .model.file import ModelFile
-from .options import XkvOptions
-from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .options import PRESETS, XkvOptions
+from .plan.cache_plan import CachePlan, Rank, Wishes, plan_cache
 from .plan.groups import default_frame, default_group_size, group_layers
 from .plan.placement import HOST, Placement, at_group_borders, place_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
@@ -137,6 +137,7 @@ def scope_params(
     """
     if sidecar is not None:
         stats = sidecar.statistics()
+        _check_preset(options, sidecar)
         shape = known_shape(find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
     else:
         shape = file_shape(model.path)
@@ -163,7 +164,7 @@ def scope_params(
             type_basis=options.type_basis,
             types=options.types,
             max_segments=options.max_segments,
-            rank=options.rank,
+            rank=cast("Rank | None", options.rank),
             stages=options.stages,
             online=options.online,
             attention=attention,
@@ -204,6 +205,16 @@ def _attention(options: XkvOptions, on_devices: OnDevices, placement: Placement)
     usual = DEFAULT_ATTENTION.lead
     leads = tuple(on_devices.leads[place] if place != HOST else usual for place in placement.layers)
     return Attention(usual, options.tolerance, () if set(leads) <= {usual} else leads)
+
+
+def _check_preset(options: XkvOptions, sidecar: Sidecar) -> None:
+    """A published configuration is of groups of so many layers."""
+    size = PRESETS[options.preset].group_size if options.preset is not None else sidecar.info.group_size
+    if sidecar.info.group_size != size:
+        raise OptionError(
+            f"xkv option preset: {options.preset} is of groups of {size} layers, sidecar {sidecar.path} has groups of "
+            f"{sidecar.info.group_size}; make one with xkv-gguf convert --group-size {size}"
+        )
 
 
 def _fused(options: XkvOptions, on_devices: OnDevices) -> int:
