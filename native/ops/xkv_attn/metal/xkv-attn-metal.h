@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "ggml-metal-device.h"
+#include "ggml-metal/ggml-metal-device.h"
 
 #include <stddef.h>
 
