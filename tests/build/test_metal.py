@@ -125,3 +125,18 @@ def test_no_name_is_that_of_upstreams_kernels(metal: ModuleType, repo_root: Path
     text = metal.flatten(repo_root / "native" / "ops" / "xkv_attn" / "metal" / "xkv-attn.metal")
     both = f"#include <stddef.h>\n#include <stdint.h>\n{head.replace('#pragma once', '')}\n{text}"
     assert syntax("g++", both, repo_root, tmp_path, "-Wall", "-Wno-unused-variable") == ""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("name", ["ggml-metal-ops.cpp", "ggml-metal-device.cpp", "ggml-metal.cpp", "xkv-attn-metal.cpp"])
+def test_what_is_cpp_of_the_backend_is_sound(name: str, repo_root: Path) -> None:
+    """With the lines of our patch; its Objective-C needs a Mac."""
+    found = sorted(repo_root.glob("build/*/upstream/llama.cpp/ggml"))
+    if not found:
+        pytest.skip("llama.cpp is not unpacked: make build")
+    ours = repo_root / "native" / "ops" / "xkv_attn" / "metal"
+    file = ours / name if name.startswith("xkv") else found[0] / "src" / "ggml-metal" / name
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-include", "memory"]
+    command += [option for folder in (found[0] / "include", found[0] / "src", ours) for option in ("-I", str(folder))]
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
