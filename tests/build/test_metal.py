@@ -128,7 +128,9 @@ def test_no_name_is_that_of_upstreams_kernels(metal: ModuleType, repo_root: Path
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("name", ["ggml-metal-ops.cpp", "ggml-metal-device.cpp", "ggml-metal.cpp", "xkv-attn-metal.cpp"])
+@pytest.mark.parametrize(
+    "name", ["ggml-metal-ops.cpp", "ggml-metal-device.cpp", "ggml-metal.cpp", "xkv-attn-metal.cpp"]
+)
 def test_what_is_cpp_of_the_backend_is_sound(name: str, repo_root: Path) -> None:
     """With the lines of our patch; its Objective-C needs a Mac."""
     found = sorted(repo_root.glob("build/*/upstream/llama.cpp/ggml"))
