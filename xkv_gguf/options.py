@@ -105,8 +105,9 @@ class XkvOptions:
     tolerance : float
         With few queries, share of a query's softmax up to which a block of 16 stored tokens counts by its first `lead`
         directions alone; 0 takes all directions of all tokens.
-    lead : int
-        Directions of K and of V that count for every token, a multiple of 32.
+    lead : int, optional
+        Directions of K and of V that count for every token, a multiple of 32. By default 64 for layers on a Metal
+        device, 128 for others.
     work_price : float, optional
         How much the work of a direction counts beside its bytes where the plan chooses directions, see
         `plan.work.work_charges`: 0 for nothing, 1 for the bytes that a CPU reads in the same time. The higher, the
@@ -145,7 +146,7 @@ class XkvOptions:
     n_prior: int = 2000
     fused: bool | Literal["auto"] = "auto"
     tolerance: float = 0.001
-    lead: int = 128
+    lead: int | None = None
     work_price: float | None = None
     max_rank: int | None = None
     calibrate: bool = True
@@ -171,7 +172,8 @@ class XkvOptions:
             _check_int("xkv option n_text_sink", self.n_text_sink, 0)
         _check_int("xkv option n_absorb", self.n_absorb, 0)
         _check_int("xkv option n_prior", self.n_prior, 0)
-        _check_step("xkv option lead", self.lead)
+        if self.lead is not None:
+            _check_step("xkv option lead", self.lead)
         if self.max_rank is not None:
             _check_step("xkv option max_rank", self.max_rank)
         if self.work_price is not None and not (_is_number(self.work_price) and 0 <= self.work_price < math.inf):

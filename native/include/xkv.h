@@ -77,10 +77,12 @@ struct xkv_params {
     int32_t fused;                     // the op XKV_ATTN on these kinds of device, where they have it: 1 CPU + 2 RPC server + 4 others
     float   tolerance;                 // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
                                        // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
-    int32_t  n_lead;                   // a multiple of 32
-    uint32_t n_keep;                   // of a stream: cells of the window that tokens stay in, of all its sequences
-    uint32_t n_cell;                   // of a stream: those, and the ones through which a micro-batch passes
-    uint32_t n_slot;                   // of a stream: tokens that the store has room for, a multiple of 256
+    int32_t          n_lead;           // a multiple of 32
+    const uint32_t * leads;            // [n_leads] in place of it, of each of the model's first layers, whose devices may differ
+    uint32_t         n_leads;
+    uint32_t         n_keep; // of a stream: cells of the window that tokens stay in, of all its sequences
+    uint32_t         n_cell; // of a stream: those, and the ones through which a micro-batch passes
+    uint32_t         n_slot; // of a stream: tokens that the store has room for, a multiple of 256
 };
 
 // How the bases of a stream followed its tokens.
