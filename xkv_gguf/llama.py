@@ -10,6 +10,7 @@ from typing import Any
 
 from . import opening, placing
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
+from .fitting import Fitting
 from .model.file import ModelFile, open_model
 from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
@@ -170,6 +171,10 @@ class Llama(llama_cpp.Llama):
         arguments.check_ctx_for_xkv(least)  # before a sidecar is made
 
         def planned(sidecar: Sidecar | None) -> opening.Planned:
+            options = self.xkv_options
+            if options.memory is not None:
+                with Fitting(model, settings, rpc_fused) as fitting:
+                    options = fitting.within_memory(options, sidecar, n_ctx)
             n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
             found = opening.scope_params(
                 sidecar, options, n_ctx, n_ubatch, model, n_batch, on_devices=placing.on_devices(settings, rpc_fused)
@@ -229,6 +234,7 @@ class Llama(llama_cpp.Llama):
         found = tuple(
             KvDevice(part.name, part.cache, part.compute, part.n_layer, part.n_fused)
             for part in devices.context_devices(self._ctx.ctx)
+            if part.cache + part.compute
         )
         if self.kv_mode != "xkv":
             return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found)
