@@ -15,6 +15,8 @@ SOLVE_BYTES = 16 << 20
 """Eigenproblems in work take about so much (XKV_ONLINE_BYTES), where one fits."""
 
 TRIES = 8
+CLOSE = 0.005
+"""Share of a budget for which no further one is tried."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,14 @@ def largest_budget(take: Callable[[int], tuple[int, int]], memory: int, most: in
     int or None
         None where what is beside the cache leaves no room.
     """
-    budget = most
+    best, budget = None, most
     for _ in range(TRIES):
         cache, total = take(budget)
         if total <= memory:
-            return budget
-        budget = min(cache, budget) - (total - memory)
-        if budget <= 0:
-            return None
-    return None
+            best = max(budget, best or 0)
+        # what is beside this cache leaves so much; beside another one, nearly so, and beside a smaller one maybe more
+        left = memory - (total - cache)
+        budget = min(most, left) if left > 0 else min(cache, budget) // 2
+        if budget <= 0 or (best is not None and budget <= best * (1 + CLOSE)):
+            break
+    return best
