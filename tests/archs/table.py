@@ -179,3 +179,22 @@ SAMPLES = (
     "lfm2",
 )
 """Those that more is tried with than that they equal the plain cache."""
+
+FAMILIES = (
+    "cohere2",
+    "exaone4",
+    "gemma2",
+    "gemma3",
+    "gemma4",
+    "gpt-oss-moe",
+    "granitehybrid",
+    "lfm2",
+    "llama",
+    "muse-glimmer",
+    "nemotron_h",
+    "qwen35",
+    "qwen35moe-moe",
+    "qwen3moe-moe",
+    "qwen3next-moe",
+)
+"""Those that the verbs are tried on."""

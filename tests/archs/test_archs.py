@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from xkv_gguf.errors import UnsupportedError
+from xkv_gguf.model.tested import TESTED
 from xkv_gguf.runtime import native
 from xkv_gguf.runtime.shape import Layer, file_shape, held_layers
 
@@ -78,6 +81,7 @@ def test_the_table_has_all(repo_root: Path, tmp_path: Path) -> None:
     assert sorted(run_program(repo_root, tmp_path)) == sorted(ARCHS)
     for path in tmp_path.glob("*.gguf"):
         path.unlink()
+    assert {name.removesuffix("-moe") for name in HELD} == TESTED
 
 
 @pytest.mark.parametrize("name", HELD)
@@ -148,3 +152,14 @@ def test_a_prefix_is_used_again(name: str, arch: Make) -> None:
         ctx.feed(TOKENS[:10], 10)
         assert ctx.seq_rm(0, 235)
         assert deviation(ctx.feed(TOKENS[235:], 15), first[235:]) <= TOL_F32
+
+
+def test_the_docs_tell_the_same(repo_root: Path) -> None:
+    written = subprocess.run(
+        [sys.executable, "-c", "import models_table; print(models_table.document(), end='')"],
+        cwd=repo_root / "docs" / "scripts",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (repo_root / "docs" / "models.md").read_text() == written.stdout, "python docs/scripts/models_table.py"

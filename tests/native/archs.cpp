@@ -14,8 +14,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-// fixtures that upstream's test leaves out
+// room for a prompt, and fixtures that upstream's test leaves out
 static void complete(gguf_context * gguf, llm_arch arch) {
+    gguf_set_val_u32(gguf, (std::string(llm_arch_name(arch)) + ".context_length").c_str(), 4096);
     if (arch == LLM_ARCH_GEMMA4) {
         const bool pattern[] = { true, true, false, true, false };
         gguf_set_arr_data(gguf, "gemma4.attention.sliding_window_pattern", GGUF_TYPE_BOOL, pattern, 5);
