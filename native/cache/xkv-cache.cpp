@@ -215,6 +215,12 @@ void llama_kv_cache_xkv::drop_unused() {
     }
 }
 
+void llama_kv_cache_xkv::start_over() {
+    for (uint32_t s = 0; lctx && s < tables.size(); ++s) {
+        flow->start_over(lctx, s);
+    }
+}
+
 xkv_online_info llama_kv_cache_xkv::seq_online(llama_seq_id seq_id) const {
     return flow->info(get_stream(seq_id));
 }

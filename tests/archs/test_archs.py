@@ -48,7 +48,7 @@ def loaded(path: Path) -> Iterator[Loaded]:
     try:
         layers = held_layers(model)
         size = {**MEAN_SIZE, "v": 0.0 if layers[0].sinks else MEAN_SIZE["v"]}
-        embd = (layers[0].embd_k, layers[0].embd_v)
+        embd = [(one.embd_k, one.embd_v) for one in layers]
         side = path.with_suffix(".xkv.gguf")
         n_layer = lib.llama_model_n_layer(model)
         held = [one.layer for one in layers]
