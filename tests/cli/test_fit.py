@@ -83,3 +83,18 @@ def test_errors_are_one_line(
 def test_memory_is_for_xkv(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_line(capsys, "run", str(tiny_model), "-p", "x", "--kv-mode", "f16", "--memory", "1GiB")
     assert "--memory is for --kv-mode xkv, not f16" in line
+
+
+def test_a_run_keeps_to_a_memory(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = fit(capsys, tiny_model, "--memory", "1GiB", "--n-ctx", "2048", "--json")
+    memory = json.loads(size)["caches"][3]["bytes"]["total"]
+    argv = ["run", str(tiny_model), "-p", "x", "-n", "2", "--raw", "--json", "--no-calibration", "--n-ctx", "2048"]
+    found = []
+    for words in (["--memory", str(memory)], ["--memory", "1GiB"]):
+        assert main([*argv, *words]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        found.append(json.loads(out)["cache"]["total_bytes"])
+    f16 = 2 * 2 * 3 * 64 * 2048
+    assert found[0] < found[1] <= f16 / 2
+    assert found[0] == pytest.approx(f16 / 3, rel=0.05)
