@@ -11,6 +11,7 @@ from typing import Any
 
 from . import opening, placing
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, StateError, UnsupportedError, XkvError
+from .fitting import Fitting
 from .model.file import ModelFile, open_model
 from .model.tested import TESTED
 from .options import XkvOptions, check_kv_mode
@@ -174,6 +175,10 @@ class Llama(llama_cpp.Llama):
         arguments.check_ctx_for_xkv(least)  # before a sidecar is made
 
         def planned(sidecar: Sidecar | None) -> opening.Planned:
+            options = self.xkv_options
+            if options.memory is not None:
+                with Fitting(model, settings, rpc_fused) as fitting:
+                    options = fitting.within_memory(options, sidecar, n_ctx)
             n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
             found = opening.scope_params(
                 sidecar, options, n_ctx, n_ubatch, model, n_batch, on_devices=placing.on_devices(settings, rpc_fused)
@@ -233,6 +238,7 @@ class Llama(llama_cpp.Llama):
         found = tuple(
             KvDevice(part.name, part.cache, part.compute, part.n_layer, part.n_fused)
             for part in devices.context_devices(self._ctx.ctx)
+            if part.cache + part.compute
         )
         if self.kv_mode != "xkv":
             return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found)

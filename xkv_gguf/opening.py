@@ -102,6 +102,7 @@ def scope_params(
     n_seq_max: int = 1,
     kv_unified: bool = False,
     on_devices: OnDevices = ON_HOST,
+    shape: ModelShape | None = None,
 ) -> Planned:
     """Plan a cache.
 
@@ -123,6 +124,8 @@ def scope_params(
         Whether they share its tokens; else each has an equal part, as a stream of its own.
     on_devices : OnDevices
         Layers are divided so, but for borders that would cut a group.
+    shape : ModelShape, optional
+        Of the model where it is known; else it is read from the file.
 
     Returns
     -------
@@ -135,12 +138,14 @@ def scope_params(
     ModelError, UnsupportedError
         There is no sidecar, and the model cannot be read or is not one for an xkv cache.
     """
+    if options.memory is not None:
+        raise OptionError("xkv option memory: expected as a budget here, see `fitting.within_memory`")
     if sidecar is not None:
         stats = sidecar.statistics()
         _check_preset(options, sidecar)
-        shape = known_shape(find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
+        shape = known_shape(shape or find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
     else:
-        shape = file_shape(model.path)
+        shape = shape or file_shape(model.path)
         stats = assumed_statistics(shape, options)
     target = options.target or (sidecar.info.target if sidecar is not None else DEFAULT_TARGET)
     assert isinstance(options.types, tuple)

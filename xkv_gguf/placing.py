@@ -9,7 +9,7 @@ from typing import Any
 from .base.text import format_bytes
 from .errors import OutOfMemoryError, XkvWarning
 from .opening import OnDevices, Planned
-from .plan.placement import HOST, place_layers
+from .plan.placement import HOST, Placement, place_layers
 from .plan.work import device_lead
 from .runtime.devices import Device, devices
 
@@ -73,8 +73,13 @@ def apply(planned: Planned, settings: dict[str, Any]) -> None:
             XkvWarning,
             stacklevel=4,
         )
+    divide(placement, settings)
+
+
+def divide(placement: Placement, settings: dict[str, Any]) -> None:
+    """Set the arguments that divide layers so."""
     settings["n_gpu_layers"] = placement.n_gpu_layers
-    if len(there) > 1:
+    if len(placement.counts) > 1:
         settings["tensor_split"] = list(map(float, placement.counts))
 
 

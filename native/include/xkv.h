@@ -113,6 +113,7 @@ struct xkv_device {
 // What a context has on one device.
 struct xkv_device_part {
     char     name[64]; // of the device's memory, such as CPU or RPC0[HOST:PORT]
+    uint64_t weights;  // bytes of the model's tensors
     uint64_t cache;    // bytes of the KV cache, with the cells through which a micro-batch passes
     uint64_t compute;  // bytes of compute buffers
     uint32_t n_layer;  // of an xkv cache: layers whose K and V are there
@@ -159,7 +160,8 @@ int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts,
 // the same for scratch: what does not grow with n_ctx, or is given back; for any kind of KV cache
 int xkv_scratch(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
 
-// the devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache
+// The devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache. Of a model
+// without memory (llama_model_params.no_alloc), bytes here and in reports are those that would be allocated.
 int xkv_context_devices(const struct llama_context * ctx, struct xkv_device_part * parts, uint32_t * n_parts);
 int xkv_context_splits(struct llama_context * ctx, uint32_t * n_split);
 

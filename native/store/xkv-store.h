@@ -204,11 +204,17 @@ public:
 private:
     enum part { PART_COEF_K, PART_COEF_V, PART_BASES, PART_MEANS, PART_COUNT };
 
-    // tensors of one part and their buffers
+    // memory of one type: of a model without memory (llama_model_params.no_alloc) an empty buffer, and the bytes that it would have
+    struct block {
+        ggml_backend_buffer_ptr buf;
+        size_t                  size;
+    };
+
+    // tensors of one part and their memory
     struct pool {
-        part                                 what;
-        std::vector<ggml_context_ptr>        ctxs;
-        std::vector<ggml_backend_buffer_ptr> bufs;
+        part                          what;
+        std::vector<ggml_context_ptr> ctxs;
+        std::vector<block>            blocks;
     };
 
     struct own_bases_t {
@@ -219,15 +225,16 @@ private:
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
-    const uint32_t      fused; // xkv_fused
+    const bool          no_alloc; // sizes only: tensors have no memory
+    const uint32_t      fused;    // xkv_fused
 
     std::vector<xkv_config::stage> stages;
 
     std::vector<layer>           layer_list; // those that the cache holds, group by group
     std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
 
-    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena;                        // coefficients and bases
-    size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
+    std::map<ggml_backend_buffer_type_t, block> arena;                        // coefficients and bases
+    size_t                                      arena_bytes[PART_COUNT] = {}; // as the last stage divides them
 
     layout now;
     pool   means;
@@ -283,6 +290,9 @@ private:
     void     copy_bases(const basis_set & src, const basis_set & dst) const;
     void     fill_means();
 };
+
+// gives a context's tensors an empty buffer, so that the scheduler does not take them for its own
+void xkv_pretend(ggml_context * ctx, ggml_backend_buffer_t buf);
 
 // of a server on another machine
 bool xkv_is_rpc(ggml_backend_dev_t dev);
