@@ -1,4 +1,4 @@
-# make demo | test | test-kernels | lint | format | build | refresh-patches | clean
+# make demo | test | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test test-kernels lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -53,6 +53,16 @@ test-kernels:
 	    $(NVCC) --threads 0 -std=c++17 -O3 -use_fast_math -Werror all-warnings $$archs -c -o "build/kernels/$$(basename $$file).o" $$file || exit 1; \
 	done; \
 	echo "test-kernels: compiled$$(echo "$$archs" | sed 's/ -gencode arch=[^,]*,code=/ /g')"
+
+# a folder that builds and runs on a machine with a card and without network; see docs/devices.md
+gpu-folder: $(STAMP)/package
+	@PYTHONPATH=. $(PY) -m tests.gpu.folder build/gpu
+
+# both say in one line that there is no card, and fail, before anything is built
+test-gpu bench-gpu: %-gpu:
+	@test "$(DEVICE)" = cpu || sh tests/gpu/card.sh > /dev/null
+	@$(MAKE) --no-print-directory gpu-folder
+	@$(MAKE) --no-print-directory -C build/gpu $* DEVICE=$(if $(DEVICE),$(DEVICE),gpu)
 
 lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .

@@ -46,9 +46,10 @@ int xkv_devices(xkv_device * devices, uint32_t * n_device) {
             size_t     free  = 0;
             size_t     total = 0;
             ggml_backend_dev_memory(dev, &free, &total);
-            devices[i] = { {}, {}, free, total, xkv_device_kind(dev), xkv_has_attn(dev, 64, 64, 4, 2) };
+            devices[i] = { {}, {}, {}, free, total, xkv_device_kind(dev), xkv_has_attn(dev, 64, 64, 4, 2) };
             xkv_copy_text(devices[i].name, ggml_backend_dev_name(dev));
             xkv_copy_text(devices[i].description, ggml_backend_dev_description(dev));
+            xkv_copy_text(devices[i].backend, ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)));
         }
     });
 }

@@ -54,6 +54,12 @@ if (GGML_NATIVE AND NOT MSVC)
     target_compile_options(xkv-bench-attn PRIVATE -march=native)
 endif()
 
+# what `make test-gpu` and `make bench-gpu` run on a card, and `make test` on the CPU
+foreach(name check bench)
+    xkv_add_test(xkv-gpu-${name} "${PROJECT_SOURCE_DIR}/tests/gpu/attn-${name}.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+    target_link_libraries(xkv-gpu-${name} PRIVATE ggml)
+endforeach()
+
 # tiny models of all architectures, by upstream's own test
 if (UNIX)
     xkv_add_test(xkv-tiny-archs "${PROJECT_SOURCE_DIR}/tests/native/archs.cpp")

@@ -104,10 +104,11 @@ struct xkv_report_part {
 struct xkv_device {
     char     name[64];
     char     description[128];
-    uint64_t free;  // bytes
-    uint64_t total; // bytes
-    int32_t  kind;  // 0 = CPU, 1 = GPU, 2 = GPU with the host's memory, 3 = of an RPC server, 4 = other
-    int32_t  fused; // 1 where it has XKV_ATTN, 0 where attention is made of stock ops; of an RPC server not known: 1
+    char     backend[32]; // of ggml, that it belongs to: CPU, CUDA, Metal, RPC ...
+    uint64_t free;        // bytes
+    uint64_t total;       // bytes
+    int32_t  kind;        // 0 = CPU, 1 = GPU, 2 = GPU with the host's memory, 3 = of an RPC server, 4 = other
+    int32_t  fused;       // 1 where it has XKV_ATTN, 0 where attention is made of stock ops; of an RPC server not known: 1
 };
 
 // What a context has on one device.

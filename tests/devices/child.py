@@ -23,8 +23,8 @@ COUNTS = (2, 3)
 def full_rank(servers: Sequence[str], fused: bool) -> dict[str, Any]:
     """By model: how far xkv and plain flash attention are from the plain cache, and where things ran."""
     from tests.native import harness
+    from tests.native.harness import deviation, run_paths
     from tests.native.sidecars import write_random
-    from tests.native.test_full_rank import deviation, run_paths
     from tests.native.tiny_models import MODELS, N_LAYER, N_VOCAB, write_model
 
     rpc.connect(servers)

@@ -21,7 +21,9 @@ class Device:
     kind : str
         cpu, gpu, igpu (a GPU with the host's memory), rpc (of a server) or other.
     fused : bool
-        Whether attention of an xkv cache is one op there, or made of stock ops.
+        Whether it has the op XKV_ATTN; else attention of an xkv cache is made of stock ops there.
+    backend : str
+        Of ggml: CPU, CUDA, Metal, RPC ...
     """
 
     name: str
@@ -30,9 +32,27 @@ class Device:
     total: int
     kind: str
     fused: bool
+    backend: str
+
+    @property
+    def attention(self) -> str:
+        """How an xkv cache's attention is computed there, and why so where it is not by the op."""
+        if self.fused and self.kind in ("cpu", "rpc"):
+            return "one op"
+        if self.fused:
+            return "one op with fused=True; else stock ops, slower: the op has not been run on such a device"
+        if self.kind == "rpc":
+            why = "the server's library has no XKV_ATTN, or another version of it"
+        elif self.backend in BACKENDS_WITH_OP:
+            why = f"XKV_ATTN of the {self.backend} backend does not run on this device"
+        else:
+            why = f"ggml's {self.backend} backend has no XKV_ATTN"
+        return f"stock ops, slower: {why}"
 
 
 DEVICE_KINDS = ("cpu", "gpu", "igpu", "rpc", "other")
+BACKENDS_WITH_OP = ("CPU", "CUDA")
+"""Of ggml: those for which there are kernels of XKV_ATTN."""
 
 
 def devices() -> list[Device]:
@@ -50,6 +70,7 @@ def devices() -> list[Device]:
             total=int(d.total),
             kind=DEVICE_KINDS[d.kind],
             fused=_is_fused(api, d),
+            backend=api.text(d.backend),
         )
         for d in found
     ]
