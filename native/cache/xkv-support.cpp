@@ -1,5 +1,7 @@
 #include "cache/xkv-support.h"
 
+#include "base/xkv-frame.h"
+
 #include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-model.h"
@@ -83,9 +85,6 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     if (!hparams.causal_attn || llm_arch_is_diffusion(model.arch)) {
         return because("attends in both directions");
     }
-    if (hparams.is_mla()) {
-        return because("caches latents (MLA)");
-    }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return because("uses ALiBi");
     }
@@ -103,6 +102,9 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     for (uint32_t il : layers) {
         if (hparams.n_embd_k_gqa(il) != hparams.n_embd_k_gqa(layers[0]) || hparams.n_embd_v_gqa(il) != hparams.n_embd_v_gqa(layers[0])) {
             return because("has KV heads that differ from layer to layer");
+        }
+        if (xkv_v_in_k(hparams, il) && xkv_rope_first(model, il) < hparams.n_embd_head_v(il)) {
+            return because("takes V from numbers of K that RoPE turns");
         }
     }
     return "";

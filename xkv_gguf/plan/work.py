@@ -188,7 +188,8 @@ def work_charges(
 def _decode_adds(shape: ModelShape, group: Layers, kind: Kind, frame: int) -> float:
     """Multiply-adds of a decoded token per direction and stored token, in all layers of a group."""
     n_head = sum(map(shape.n_head, group))
-    return n_head * (1 + shape.head_k / frame) if kind == "k" else float(n_head)
+    both = shape.dim("v", group) == 0  # directions of K serve V as well
+    return n_head * (1 + both + shape.head_k / frame) if kind == "k" else float(n_head)
 
 
 def _bytes_up_to(segments: Sequence[Segment], rank: int) -> tuple[float, float]:
