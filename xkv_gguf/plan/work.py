@@ -8,7 +8,7 @@ micro-batch of more than a few tokens makes K and V of every layer from all dire
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .coef_types import TYPES
 from .segments import KINDS, Charge, Kind, Layers, Segment, stored_rank
@@ -116,7 +116,7 @@ def decode_work(
     for g, group in enumerate(layers):
         for kind in KINDS:
             own = [s for s in segments if (s.group, s.kind) == (g, kind)]
-            n_lead, n_rest = attention.split(sum(map(stored_rank, own)))
+            n_lead, n_rest = _of_group(shape, group, attention).split(sum(map(stored_rank, own)))
             per_direction = _decode_adds(shape, group, kind, frame)
             multiply_adds += per_direction * (n_lead + REFINED * n_rest)
             lead, rest = _bytes_up_to(own, n_lead)
@@ -176,13 +176,18 @@ def work_charges(
         for kind in KINDS:
             decode = _decode_adds(shape, group, kind, frame)
             prefill = shape.dim(kind, group) / n_ubatch
-            share = 1.0 if attention.dense else REFINED
+            share = 1.0 if _of_group(shape, group, attention).dense else REFINED
             charges[g, kind] = Charge(
                 lead=attention.lead,
                 within=bytes_per_add * (decode + prefill),
                 beyond=bytes_per_add * (share * decode + prefill),
             )
     return charges
+
+
+def _of_group(shape: ModelShape, group: Layers, attention: Attention) -> Attention:
+    """How few queries meet a group's tokens: where V is a part of K, by stock ops, which take all directions."""
+    return attention if shape.dim("v", group) > 0 else replace(attention, tolerance=0.0)
 
 
 def _decode_adds(shape: ModelShape, group: Layers, kind: Kind, frame: int) -> float:
