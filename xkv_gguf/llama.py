@@ -11,6 +11,7 @@ from typing import Any
 from . import opening, placing
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
 from .model.file import ModelFile, open_model
+from .model.tested import TESTED
 from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
 from .plan.coef_types import bytes_per_coef
@@ -165,6 +166,8 @@ class Llama(llama_cpp.Llama):
                 least = shape.numbers * bytes_per_coef(self.kv_mode) * n_ctx if shape else 0
                 arguments.check_memory(int(least), n_ctx, self.kv_mode)
             return None
+        if model.architecture not in TESTED:
+            arguments.warn_untested(model.architecture)
         options = self.xkv_options
         least = CacheLayout(n_ctx, options.n_sink, options.n_window or WINDOWS[-1], frame=options.frame or FRAMES[0])
         arguments.check_ctx_for_xkv(least)  # before a sidecar is made

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from .convert.pipeline import ensure_sidecar
 from .errors import OptionError
 from .model.file import ModelFile
-from .options import XkvOptions
-from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .options import PRESETS, XkvOptions
+from .plan.cache_plan import CachePlan, Rank, Wishes, plan_cache
 from .plan.groups import default_frame, default_group_size, group_layers
 from .plan.placement import Placement, at_group_borders, place_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
@@ -134,6 +134,7 @@ def scope_params(
     """
     if sidecar is not None:
         stats = sidecar.statistics()
+        _check_preset(options, sidecar)
         shape = known_shape(find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
     else:
         shape = file_shape(model.path)
@@ -159,7 +160,7 @@ def scope_params(
             type_basis=options.type_basis,
             types=options.types,
             max_segments=options.max_segments,
-            rank=options.rank,
+            rank=cast("Rank | None", options.rank),
             stages=options.stages,
             online=options.online,
             attention=Attention(options.lead, options.tolerance),
@@ -190,6 +191,16 @@ def scope_params(
     )
     there = predict_devices(shape, stats.layers, plan.segments, plan.layout, placement.layers)
     return Planned(plan, params, placement, there)
+
+
+def _check_preset(options: XkvOptions, sidecar: Sidecar) -> None:
+    """A published configuration is of groups of so many layers."""
+    size = PRESETS[options.preset].group_size if options.preset is not None else sidecar.info.group_size
+    if sidecar.info.group_size != size:
+        raise OptionError(
+            f"xkv option preset: {options.preset} is of groups of {size} layers, sidecar {sidecar.path} has groups of "
+            f"{sidecar.info.group_size}; make one with xkv-gguf convert --group-size {size}"
+        )
 
 
 def _fused(options: XkvOptions, on_devices: OnDevices) -> int:

@@ -283,7 +283,7 @@ def test_sizes_out_of_reach(options: dict[str, Any], expected: str, demo_model: 
 def test_without_calibration_llama_cpp_tells_the_sizes(tmp_path: Path) -> None:
     path = tmp_path / "unknown.gguf"
     write_unknown_model(path)
-    why = f"model {path}: llama.cpp cannot load it: unknown model architecture: 'nosuch'"
+    why = f"model {path}: llama.cpp cannot load it: error loading model: unknown model architecture: 'nosuch'"
     refused(UnsupportedError, why, lambda: Llama(path, xkv={"calibrate": False}, verbose=False))
 
 

@@ -14,12 +14,17 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-// fixtures that upstream's test leaves out
+// room for a prompt, and fixtures that upstream's test leaves out
 static void complete(gguf_context * gguf, llm_arch arch) {
+    gguf_set_val_u32(gguf, (std::string(llm_arch_name(arch)) + ".context_length").c_str(), 4096);
     if (arch == LLM_ARCH_GEMMA4) {
         const bool pattern[] = { true, true, false, true, false };
         gguf_set_arr_data(gguf, "gemma4.attention.sliding_window_pattern", GGUF_TYPE_BOOL, pattern, 5);
         gguf_set_val_u32(gguf, "gemma4.attention.shared_kv_layers", 2);
+    }
+    if (arch == LLM_ARCH_OPENELM || arch == LLM_ARCH_DECI) { // KV heads by layer
+        const uint32_t n_head_kv[] = { 2, 1 };
+        gguf_set_arr_data(gguf, (std::string(llm_arch_name(arch)) + ".attention.head_count_kv").c_str(), GGUF_TYPE_UINT32, n_head_kv, 2);
     }
     if (arch == LLM_ARCH_LFM2) {
         gguf_remove_key(gguf, "lfm2.attention.sliding_window"); // the models have none
