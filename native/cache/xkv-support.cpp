@@ -96,11 +96,15 @@ std::string xkv_unsupported_reason(const llama_model & model) {
         return because("caps its attention scores in a way of its own");
     }
     const auto layers = xkv_layers_of(model).held;
+    if (layers.empty() && hparams.indexer_head_size > 0) {
+        return because("has an indexer that picks the tokens of each query");
+    }
     if (layers.empty()) {
         return because("has no layers that keep plain K and V of all tokens");
     }
     for (uint32_t il : layers) {
-        if (hparams.n_embd_head_k(il) != hparams.n_embd_head_k(layers[0]) || hparams.n_embd_head_v(il) != hparams.n_embd_head_v(layers[0])) {
+        if (hparams.n_embd_head_k(il) != hparams.n_embd_head_k(layers[0]) ||
+            hparams.n_embd_head_v(il) != hparams.n_embd_head_v(layers[0])) {
             return because("has heads whose size differs from layer to layer");
         }
         if (xkv_v_in_k(hparams, il) && xkv_rope_first(model, il) < hparams.n_embd_head_v(il)) {
