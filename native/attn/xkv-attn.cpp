@@ -298,6 +298,11 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, const xkv_view * vi
 
     auto * inp = xkv_get_input(gctx, view);
 
+    // llama.cpp reserves graphs of some architectures for one sequence, whatever the number of streams; they are not computed
+    if (mask->ne[3] != view->n_stream) {
+        mask = ggml_reshape_4d(gctx.ctx0, mask, mask->ne[0], mask->ne[1] * mask->ne[3] / view->n_stream, 1, view->n_stream);
+    }
+
     const auto & l      = view->store->layer_of(il);
     const auto & scale  = view->setup->sidecar.scale;
     const float  times  = kq_scale / scale[xkv_sidecar::K][il];
