@@ -11,9 +11,9 @@ import pytest
 
 from tests.native.tiny_models import N_LATENT, N_LAYER, N_ROT, write_model
 from xkv_gguf import Llama
+from xkv_gguf.convert import sensitivity
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.pipeline import convert
-from xkv_gguf.convert.sensitivity import _energies
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.plan.groups import LayerGroups
 from xkv_gguf.runtime.shape import model_shape
@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weigh", ["groups", "layers", "none"])
-def test_conversion(weigh: str, model: Path, tmp_path: Path) -> None:
+def test_conversion(weigh: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "COEF_RATIOS", (8.0,))  # single layers are too narrow for others
     settings = Settings(group_size=2, tokens=2048, weigh=weigh, n_score=32, threads=1)
     convert(model, tmp_path / "s", settings, show_progress=False)
     found = read_sidecar(tmp_path / "s")
@@ -59,7 +60,7 @@ def test_energy_of_v_is_that_of_the_latent(model: Path) -> None:
         shape = model_shape(engine.model_pointer)
     groups = LayerGroups.of([(0, 1), (2, 3)], shape.embd_k, shape.embd_v)
     bench: Any = Bench()
-    found = _energies(bench, 0, groups, 0, shape)
+    found = sensitivity._energies(bench, 0, groups, 0, shape)
     for layer, energy in enumerate(found):
         latent = x[:, layer * (N_LATENT + N_ROT) :][:, :N_LATENT].astype(np.float64)
         np.testing.assert_allclose(energy, (latent**2).sum(1))
@@ -75,7 +76,7 @@ def test_a_cache_takes_what_was_predicted(calibrate: bool, model: Path, tmp_path
         options["sidecar"] = str(tmp_path / "s")
     with closing(Llama(model, n_ctx=1024, xkv=options, n_threads=1, verbose=False, seed=1)) as llm:
         assert llm.xkv_plan is not None and llm.xkv_plan.stages
-        llm.create_completion(TEXT[:900], max_tokens=20, temperature=0)
+        llm.create_completion(TEXT[:600], max_tokens=20, temperature=0)
         report = llm.kv_report()
     parts = {part.name: part.bytes for part in report.parts}
     assert parts.pop("V coefficients") == llm.xkv_plan.parts["V coefficients"] == 0
