@@ -1,4 +1,4 @@
-# make demo | test | test-kernels | lint | format | build | refresh-patches | clean
+# make demo | test | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.stamps
 PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip --disable-pip-version-check -qq
 LAPACK := $(shell sed -n 's/.*"\(scipy-openblas32[^";]*\).*/\1/p' pyproject.toml)
-UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
+UPSTREAM := $(shell sed -n 's/.*"package": *"\([^"]*\)".*/\1/p' upstream.json)==$(shell sed -n 's/.*"version": *"\([^"]*\)".*/\1/p' upstream.json)
 
 # what the wheel is built again for: Python runs from this folder, see $(STAMP)/package
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \
@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test test-kernels lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -54,15 +54,25 @@ test-kernels:
 	done; \
 	echo "test-kernels: compiled$$(echo "$$archs" | sed 's/ -gencode arch=[^,]*,code=/ /g')"
 
+# a folder that builds and runs on a machine with a card and without network; see docs/devices.md
+gpu-folder: $(STAMP)/package
+	@PYTHONPATH=. $(PY) -m tests.gpu.folder build/gpu
+
+# both say in one line that there is no card, and fail, before anything is built
+test-gpu bench-gpu: %-gpu:
+	@test "$(DEVICE)" = cpu || sh tests/gpu/card.sh > /dev/null
+	@$(MAKE) --no-print-directory gpu-folder
+	@$(MAKE) --no-print-directory -C build/gpu $* DEVICE=$(if $(DEVICE),$(DEVICE),gpu)
+
 lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
-	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff format --quiet .
-	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | xargs $(VENV)/bin/clang-format -i
 
 refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)

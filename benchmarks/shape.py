@@ -3,8 +3,17 @@
     .venv/bin/python benchmarks/shape.py llama-8b --layers 4 -o wide.gguf --sidecar
     .venv/bin/xkv-gguf bench wide.gguf --caches f16,q4_0,xkv:7 --depths 8192 --n-ctx 32768
 
+<<<<<<< HEAD
+    .venv/bin/python benchmarks/shape.py llama-8b --vocab 128256 --hollow -o hollow.gguf
+    .venv/bin/xkv-gguf fit hollow.gguf --memory 8GiB
+
 The weights are random blocks of q4_0, of a size at which activations stay of order 1. The tokenizer knows bytes; the
 other tokens are never made from text. What the model says is noise, and so is the quality of any cache of it.
+=======
+The weights are random blocks of q4_0, or f32, of a size at which activations stay of order 1. The tokenizer knows
+bytes; the other tokens are never made from text. What the model says is noise, and so is the quality of any cache of
+it.
+>>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
 
 --sidecar writes MODEL.xkv.gguf beside it, with random orthonormal bases and variances that fall as a power of the
 direction's number. The model's own K and V do not follow them, so that bases which follow the prompt are renewed.
@@ -22,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from tqdm import tqdm
 
 from xkv_gguf.base.files import check_writable, replacing
@@ -74,7 +83,9 @@ SHAPES = {
     "llama-8b": Shape("llama", 32, 32, 8, 128, 4096, 14336, 5e5),
     "llama-7b-mha": Shape("llama", 32, 32, 32, 128, 4096, 11008, 1e4),
     "qwen2.5-14b": Shape("qwen2", 48, 40, 8, 128, 5120, 13824, 1e6),
+    "smollm2-135m": Shape("llama", 30, 9, 3, 64, 576, 1536, 1e5),
 }
+WEIGHTS = ("q4_0", "f32")
 
 
 def find_shape(name: str) -> Shape:
@@ -122,8 +133,17 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int, deviation: fl
     return blocks.reshape(rows, -1)
 
 
-def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int) -> None:
+<<<<<<< HEAD
+def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, hollow: bool = False) -> None:
     """Write the model, one tensor in memory at a time; the file appears when it is complete.
+
+    A hollow one has the header alone, and a hole of the weights' size where the file system knows holes.
+=======
+def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, weights: str = "q4_0") -> None:
+    """Write the model, one tensor in memory at a time; the file appears when it is complete.
+
+    `weights` are those of matrices: q4_0, or f32, with which activations are not rounded.
+>>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
 
     Raises
     ------
@@ -133,12 +153,12 @@ def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int) ->
     shape = find_shape(name)
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(None, shape.arch)
-    _add_fields(writer, shape, f"{name}, random, {n_layer} layers", n_layer, n_vocab)
+    _add_fields(writer, shape, f"{name}, random, {n_layer} layers", n_layer, n_vocab, weights)
     todo = tensors(shape, n_layer, n_vocab)
     sizes: dict[str, int] = {}
     for key, size in todo.items():
-        if len(size) == 1:
-            sizes[key] = 4 * size[0]
+        if len(size) == 1 or weights == "f32":
+            sizes[key] = 4 * int(np.prod(size))
             writer.add_tensor_info(key, size, np.dtype(np.float32), sizes[key])
         else:
             row = size[1] // Q4_0 * BLOCK_BYTES
@@ -152,12 +172,20 @@ def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int) ->
             writer.write_header_to_file(temp)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
+            if hollow:
+                assert writer.fout is not None
+                file = writer.fout[0]
+                file.truncate(_padded(file.tell()) + sum(map(_padded, sizes.values())))
+                todo = {}
             for key, size in todo.items():
                 if len(size) == 1:
                     tensor = np.full(size, 0.0 if key.endswith(".bias") else 1.0, np.float32)
                 else:
                     deviation = 1.0 if key == "token_embd.weight" else size[1] ** -0.5
-                    tensor = random_q4_0(rng, size[0], size[1], deviation)
+                    if weights == "f32":
+                        tensor = rng.standard_normal(size, np.float32) * np.float32(deviation)
+                    else:
+                        tensor = random_q4_0(rng, size[0], size[1], deviation)
                 writer.write_tensor_data(tensor)
                 bar.update(sizes[key])
             writer.close()
@@ -165,9 +193,17 @@ def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int) ->
         writer.close()
 
 
+<<<<<<< HEAD
+def _padded(n_byte: int) -> int:
+    return -(-n_byte // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
+
+
 def _add_fields(writer: GGUFWriter, shape: Shape, title: str, n_layer: int, n_vocab: int) -> None:
+=======
+def _add_fields(writer: GGUFWriter, shape: Shape, title: str, n_layer: int, n_vocab: int, weights: str) -> None:
+>>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
     writer.add_name(title)
-    writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(LlamaFileType.ALL_F32 if weights == "f32" else LlamaFileType.MOSTLY_Q4_0)
     writer.add_quantization_version(2)
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(shape.n_embd)
@@ -285,8 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--vocab", type=int, default=N_VOCAB, metavar="N", help=f"tokens, {N_TEXT} or more (default: %(default)s)"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default="q4_0", help="of matrices (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
     parser.add_argument("--sidecar", action="store_true", help="write MODEL.xkv.gguf with random bases, too")
+    parser.add_argument("--hollow", action="store_true", help="write no weights: for xkv-gguf fit, which needs none")
     parser.add_argument(
         "--group-size", type=int, metavar="N", help=f"layers that share bases (default: {GROUP_SIZE}, or all of fewer)"
     )
@@ -309,7 +347,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         group_layers(range(n_layer), group_size)
         out = Path(args.out)
         check_writable(out)
-        write_model(out, args.shape, n_layer, args.vocab, args.seed)
+<<<<<<< HEAD
+        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.hollow)
+=======
+        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.weights)
+>>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
         print(f"{out}: {format_bytes(out.stat().st_size)}")
         if args.sidecar:
             sidecar = write_random_sidecar(out, args.shape, n_layer, group_size, args.exponent, args.seed)

@@ -28,6 +28,10 @@ static const llama_kv_cache_xkv & xkv_cast_seq(const llama_context * ctx, int32_
     return *xkv;
 }
 
+void xkv_clear_error(void) {
+    xkv_set_last_error("");
+}
+
 int xkv_model_check(const llama_model * model) {
     return xkv_guard([&] {
         xkv_require(model, "model");

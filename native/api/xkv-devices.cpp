@@ -46,9 +46,10 @@ int xkv_devices(xkv_device * devices, uint32_t * n_device) {
             size_t     free  = 0;
             size_t     total = 0;
             ggml_backend_dev_memory(dev, &free, &total);
-            devices[i] = { {}, {}, free, total, xkv_device_kind(dev), xkv_has_attn(dev, 64, 64, 4, 2) };
+            devices[i] = { {}, {}, {}, free, total, xkv_device_kind(dev), xkv_has_attn(dev, 64, 64, 4, 2) };
             xkv_copy_text(devices[i].name, ggml_backend_dev_name(dev));
             xkv_copy_text(devices[i].description, ggml_backend_dev_description(dev));
+            xkv_copy_text(devices[i].backend, ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)));
         }
     });
 }
@@ -61,6 +62,7 @@ int xkv_context_devices(const llama_context * ctx, xkv_device_part * parts, uint
         std::map<std::string, xkv_device_part> found;
         for (const auto & [buft, size] : ctx->memory_breakdown()) {
             auto & part = found[ggml_backend_buft_name(buft)];
+            part.weights += size.model;
             part.cache += size.context;
             part.compute += size.compute;
         }
@@ -74,7 +76,7 @@ int xkv_context_devices(const llama_context * ctx, xkv_device_part * parts, uint
         const uint32_t room = *n_parts;
         *n_parts            = 0;
         for (auto & [name, part] : found) {
-            if (part.cache + part.compute == 0) {
+            if (part.weights + part.cache + part.compute == 0) {
                 continue;
             }
             if (parts && *n_parts < room) {

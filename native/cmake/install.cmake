@@ -26,6 +26,11 @@ foreach(library IN LISTS xkv_libraries)
         RUNTIME DESTINATION xkv_gguf/lib COMPONENT xkv)
 endforeach()
 
+# CUDA's libraries stay where they are, which need not be a place that the system's linker looks into
+if (TARGET ggml-cuda)
+    set_property(TARGET ggml-cuda PROPERTY INSTALL_RPATH_USE_LINK_PATH ON)
+endif()
+
 if (XKV_LAPACK_FILE)
     install(FILES "${XKV_LAPACK_FILE}" DESTINATION xkv_gguf/lib COMPONENT xkv)
     install(FILES "${XKV_LAPACK_LICENSE}" DESTINATION xkv_gguf/lib RENAME LICENSE-openblas.txt COMPONENT xkv)

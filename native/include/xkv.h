@@ -77,10 +77,12 @@ struct xkv_params {
     int32_t fused;                     // the op XKV_ATTN on these kinds of device, where they have it: 1 CPU + 2 RPC server + 4 others
     float   tolerance;                 // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
                                        // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
-    int32_t  n_lead;                   // a multiple of 32
-    uint32_t n_keep;                   // of a stream: cells of the window that tokens stay in, of all its sequences
-    uint32_t n_cell;                   // of a stream: those, and the ones through which a micro-batch passes
-    uint32_t n_slot;                   // of a stream: tokens that the store has room for, a multiple of 256
+    int32_t          n_lead;           // a multiple of 32
+    const uint32_t * leads;            // [n_leads] in place of it, of each of the model's first layers, whose devices may differ
+    uint32_t         n_leads;
+    uint32_t         n_keep; // of a stream: cells of the window that tokens stay in, of all its sequences
+    uint32_t         n_cell; // of a stream: those, and the ones through which a micro-batch passes
+    uint32_t         n_slot; // of a stream: tokens that the store has room for, a multiple of 256
 };
 
 // How the bases of a stream followed its tokens.
@@ -102,15 +104,17 @@ struct xkv_report_part {
 struct xkv_device {
     char     name[64];
     char     description[128];
-    uint64_t free;  // bytes
-    uint64_t total; // bytes
-    int32_t  kind;  // 0 = CPU, 1 = GPU, 2 = GPU with the host's memory, 3 = of an RPC server, 4 = other
-    int32_t  fused; // 1 where it has XKV_ATTN, 0 where attention is made of stock ops; of an RPC server not known: 1
+    char     backend[32]; // of ggml, that it belongs to: CPU, CUDA, Metal, RPC ...
+    uint64_t free;        // bytes
+    uint64_t total;       // bytes
+    int32_t  kind;        // 0 = CPU, 1 = GPU, 2 = GPU with the host's memory, 3 = of an RPC server, 4 = other
+    int32_t  fused;       // 1 where it has XKV_ATTN, 0 where attention is made of stock ops; of an RPC server not known: 1
 };
 
 // What a context has on one device.
 struct xkv_device_part {
     char     name[64]; // of the device's memory, such as CPU or RPC0[HOST:PORT]
+    uint64_t weights;  // bytes of the model's tensors
     uint64_t cache;    // bytes of the KV cache, with the cells through which a micro-batch passes
     uint64_t compute;  // bytes of compute buffers
     uint32_t n_layer;  // of an xkv cache: layers whose K and V are there
@@ -135,6 +139,7 @@ const char * xkv_build_id(void);
 
 // the last failure on this thread, "" when there was none
 const char * xkv_last_error(void);
+void         xkv_clear_error(void);
 
 // 0 when the model can be used with xkv, else XKV_STATUS_UNSUPPORTED with the reason
 int xkv_model_check(const struct llama_model * model);
@@ -156,7 +161,8 @@ int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts,
 // the same for scratch: what does not grow with n_ctx, or is given back; for any kind of KV cache
 int xkv_scratch(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
 
-// the devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache
+// The devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache. Of a model
+// without memory (llama_model_params.no_alloc), bytes here and in reports are those that would be allocated.
 int xkv_context_devices(const struct llama_context * ctx, struct xkv_device_part * parts, uint32_t * n_parts);
 int xkv_context_splits(struct llama_context * ctx, uint32_t * n_split);
 

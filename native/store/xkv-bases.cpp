@@ -237,7 +237,7 @@ void xkv_store::reset_bases(uint32_t stream) {
 }
 
 void xkv_store::fill_bases(const layout & l) const {
-    if (stages[l.stage].plain()) {
+    if (no_alloc || stages[l.stage].plain()) {
         return;
     }
     for (uint32_t ig = 0; ig < l.groups.size(); ++ig) {

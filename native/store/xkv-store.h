@@ -176,6 +176,24 @@ public:
 
     void copy_stream(uint32_t src, uint32_t dst);
 
+    //
+    // for saved states (xkv-image.cpp): bytes as they stand in the present stage
+    //
+
+    // what those bytes mean in a stage: two stages with the same one can exchange them
+    std::vector<uint32_t> signature(uint32_t stage) const;
+
+    // of the coefficients of a chunk, all groups
+    size_t chunk_bytes() const;
+    void   get_chunk(uint32_t stream, uint32_t ic, uint8_t * data) const;
+    void   set_chunk(uint32_t stream, uint32_t ic, const uint8_t * data) const;
+
+    // whether a stream's bases are not the calibrated ones; of all bases
+    bool   has_own_bases(uint32_t stream) const;
+    size_t basis_bytes() const;
+    void   get_bases(uint32_t stream, uint8_t * data) const;
+    void   set_bases(uint32_t stream, const uint8_t * data);
+
     // where a layer's tensors are
     ggml_backend_buffer_type_t buft(uint32_t il) const;
 
@@ -192,11 +210,17 @@ public:
 private:
     enum part { PART_COEF_K, PART_COEF_V, PART_BASES, PART_MEANS, PART_COUNT };
 
-    // tensors of one part and their buffers
+    // memory of one type: of a model without memory (llama_model_params.no_alloc) an empty buffer, and the bytes that it would have
+    struct block {
+        ggml_backend_buffer_ptr buf;
+        size_t                  size;
+    };
+
+    // tensors of one part and their memory
     struct pool {
-        part                                 what;
-        std::vector<ggml_context_ptr>        ctxs;
-        std::vector<ggml_backend_buffer_ptr> bufs;
+        part                          what;
+        std::vector<ggml_context_ptr> ctxs;
+        std::vector<block>            blocks;
     };
 
     struct own_bases_t {
@@ -207,15 +231,16 @@ private:
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
-    const uint32_t      fused; // xkv_fused
+    const bool          no_alloc; // sizes only: tensors have no memory
+    const uint32_t      fused;    // xkv_fused
 
     std::vector<xkv_config::stage> stages;
 
     std::vector<layer>           layer_list; // those that the cache holds, group by group
     std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
 
-    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena;                        // coefficients and bases
-    size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
+    std::map<ggml_backend_buffer_type_t, block> arena;                        // coefficients and bases
+    size_t                                      arena_bytes[PART_COUNT] = {}; // as the last stage divides them
 
     layout now;
     pool   means;
@@ -253,6 +278,10 @@ private:
     // where a group lies in its arena [begin, end)
     std::pair<size_t, size_t> region(const layout & l, uint32_t ig) const;
 
+    template <typename F> void each_piece(uint32_t stream, uint32_t ic, F && f) const;
+
+    std::vector<ggml_tensor *> basis_tensors(uint32_t stream) const;
+
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
     void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows,
@@ -267,6 +296,9 @@ private:
     void     copy_bases(const basis_set & src, const basis_set & dst) const;
     void     fill_means();
 };
+
+// gives a context's tensors an empty buffer, so that the scheduler does not take them for its own
+void xkv_pretend(ggml_context * ctx, ggml_backend_buffer_t buf);
 
 // of a server on another machine
 bool xkv_is_rpc(ggml_backend_dev_t dev);

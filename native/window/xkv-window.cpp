@@ -17,8 +17,8 @@ xkv_window::xkv_window(const llama_model & model, const llama_memory_params & pa
     };
 
     kv = std::make_unique<llama_kv_cache>(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/false, cparams.offload_kqv,
-                                          cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr, filter,
-                                          from, nullptr, "xkv_window_");
+                                          cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, from,
+                                          nullptr, "xkv_window_");
 
     // upstream turns K and V of quantized caches by a Hadamard matrix; compression needs them as they are
     kv->attn_rot_k = false;
@@ -75,6 +75,16 @@ std::vector<uint32_t> xkv_window::free_cells(uint32_t stream, size_t n) const {
 void xkv_window::put(uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id seq_id) {
     cells(stream).pos_set(cell, pos);
     cells(stream).seq_add(cell, seq_id);
+}
+
+void xkv_window::share(uint32_t stream, const std::vector<uint32_t> & list, const xkv_seq_set & seqs) {
+    for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) seqs.size(); ++seq_id) {
+        for (uint32_t cell : list) {
+            if (seqs.test(seq_id) && !cells(stream).seq_has(cell, seq_id)) {
+                cells(stream).seq_add(cell, seq_id);
+            }
+        }
+    }
 }
 
 void xkv_window::remove(uint32_t stream, const std::vector<uint32_t> & list) {

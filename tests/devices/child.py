@@ -23,8 +23,8 @@ COUNTS = (2, 3)
 def full_rank(servers: Sequence[str], fused: bool) -> dict[str, Any]:
     """By model: how far xkv and plain flash attention are from the plain cache, and where things ran."""
     from tests.native import harness
+    from tests.native.harness import deviation, run_paths
     from tests.native.sidecars import write_random
-    from tests.native.test_full_rank import deviation, run_paths
     from tests.native.tiny_models import MODELS, N_LAYER, N_VOCAB, write_model
 
     rpc.connect(servers)
@@ -100,6 +100,26 @@ def answer(
         "stages": [stage.n_slot for stage in llm.xkv_plan.stages],
         "notes": [str(note.message) for note in notes if note.category is XkvWarning],
     }
+    llm.close()
+    return found
+
+
+def sized(model: str, servers: Sequence[str], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bytes on each device: as they are said of a context, and as they are in it."""
+    from xkv_gguf import Llama, XkvOptions
+    from xkv_gguf.fitting import Fitting
+    from xkv_gguf.model.file import open_model
+
+    fused = rpc.connect(servers)
+    with Fitting(open_model(model), {"n_gpu_layers": -1}, fused) as fitting:
+        said = fitting.xkv(XkvOptions.of(options), None, 2048).sizes.devices
+    llm = Llama(model, xkv=options, n_ctx=2048, verbose=False, rpc_servers=servers)
+    there = devices.context_devices(llm._ctx.ctx)
+    found = []
+    for parts in (said, there):
+        # a mapped file is memory of another name on the host
+        own = [part for part in parts if part.name.startswith("RPC")]
+        found.append({part.name: (part.weights, part.cache, part.compute, part.n_fused) for part in own})
     llm.close()
     return found
 

@@ -89,6 +89,20 @@ class Context:
         return ok
 
 
+def run_paths(ctx: Context, tokens: Sequence[int]) -> dict[str, F32]:
+    """Logits of a prompt in micro-batches, of single tokens, and of batches between."""
+    prompt = ctx.feed(tokens[:300], 64)
+    single = ctx.feed(tokens[300:460], 1)
+    few = ctx.feed(tokens[460:480], 5)
+    many = ctx.feed(tokens[480:510], 30)
+    return {"prompt": prompt, "single": single, "few": few, "many": many}
+
+
+def deviation(found: F32, expected: F32) -> float:
+    """Largest difference over the largest logit."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
 def places(params: native.ScopeParams, n_ctx: int, n_ubatch: int, n_seq: int) -> dict[str, int]:
     """Sizes of window and store for a stream of `n_seq` sequences that holds `n_ctx` tokens."""
     frame = read_sidecar(params.sidecar).info.frame if params.sidecar else params.frame

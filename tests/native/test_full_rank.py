@@ -9,27 +9,15 @@ import numpy as np
 import pytest
 
 from .conftest import Tiny
-from .harness import Context, open_context
+from .harness import deviation as deviation
+from .harness import open_context
+from .harness import run_paths as run_paths
 from .tiny_models import MODELS
 
 # of the largest logit; absorbed attention works in f32
 TOL_F32 = 1e-3
 # flash attention rounds to f16: how much more than the plain f16 cache with flash attention may an xkv cache be off
 TOL_FLASH = 5.0
-
-
-def run_paths(ctx: Context, tokens: list[int]) -> dict[str, np.ndarray]:
-    """Logits of a prompt in micro-batches, of single tokens, and of batches between."""
-    prompt = ctx.feed(tokens[:300], 64)
-    single = ctx.feed(tokens[300:460], 1)
-    few = ctx.feed(tokens[460:480], 5)
-    many = ctx.feed(tokens[480:510], 30)
-    return {"prompt": prompt, "single": single, "few": few, "many": many}
-
-
-def deviation(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest logit."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", MODELS)

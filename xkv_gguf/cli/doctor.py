@@ -1,4 +1,4 @@
-"""``xkv-gguf doctor``: what there is to run on, and whether anything falls back to stock ops."""
+"""``xkv-gguf doctor``: what there is to run on, and where attention falls back to stock ops, and why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
                     "version": __version__,
                     "build_id": library.build_id,
                     "cpu_features": features,
-                    "devices": [asdict(device) for device in found],
+                    "devices": [{**asdict(device), "attention": device.attention} for device in found],
                 }
             )
         )
@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"CPU features in use: {features or 'none'}")
     rows = [["device", "kind", "memory", "attention of an xkv cache", ""]]
     for device in found:
-        how = "one op" if device.fused else "stock ops: slower"
-        rows.append([device.name, device.kind, format_bytes(device.total), how, device.description])
+        rows.append([device.name, device.kind, format_bytes(device.total), device.attention, device.description])
     print("\n".join(format_table(rows, "<<><<")))
     return 0

@@ -21,7 +21,9 @@ class Device:
     kind : str
         cpu, gpu, igpu (a GPU with the host's memory), rpc (of a server) or other.
     fused : bool
-        Whether attention of an xkv cache is one op there, or made of stock ops.
+        Whether it has the op XKV_ATTN; else attention of an xkv cache is made of stock ops there.
+    backend : str
+        Of ggml: CPU, CUDA, Metal, RPC ...
     """
 
     name: str
@@ -30,9 +32,27 @@ class Device:
     total: int
     kind: str
     fused: bool
+    backend: str
+
+    @property
+    def attention(self) -> str:
+        """How an xkv cache's attention is computed there, and why so where it is not by the op."""
+        if self.fused and self.kind in ("cpu", "rpc"):
+            return "one op"
+        if self.fused:
+            return "one op with fused=True; else stock ops, slower: the op has not been run on such a device"
+        if self.kind == "rpc":
+            why = "the server's library has no XKV_ATTN, or another version of it"
+        elif self.backend in BACKENDS_WITH_OP:
+            why = f"XKV_ATTN of the {self.backend} backend does not run on this device"
+        else:
+            why = f"ggml's {self.backend} backend has no XKV_ATTN"
+        return f"stock ops, slower: {why}"
 
 
 DEVICE_KINDS = ("cpu", "gpu", "igpu", "rpc", "other")
+BACKENDS_WITH_OP = ("CPU", "CUDA")
+"""Of ggml: those for which there are kernels of XKV_ATTN."""
 
 
 def devices() -> list[Device]:
@@ -50,6 +70,7 @@ def devices() -> list[Device]:
             total=int(d.total),
             kind=DEVICE_KINDS[d.kind],
             fused=_is_fused(api, d),
+            backend=api.text(d.backend),
         )
         for d in found
     ]
@@ -76,13 +97,15 @@ class DevicePart:
     ----------
     name : str
         Of the device's memory.
-    cache, compute : int
-        Bytes of the KV cache, with the cells through which a micro-batch passes, and of compute buffers.
+    weights, cache, compute : int
+        Bytes of the model's tensors, of the KV cache, with the cells through which a micro-batch passes, and of compute
+        buffers.
     n_layer, n_fused : int
         Of an xkv cache: layers whose K and V are there, and those of them whose attention is the op XKV_ATTN.
     """
 
     name: str
+    weights: int
     cache: int
     compute: int
     n_layer: int
@@ -90,14 +113,17 @@ class DevicePart:
 
 
 def context_devices(context: int) -> list[DevicePart]:
-    """What a context with any KV cache has on each device, by the device's name."""
+    """What a context with any KV cache, and its model, have on each device, by the device's name."""
     api = native.native()
     ctx = api.context(context)
     count = api.ffi.new("uint32_t *", 0)
     native.check_status(api.lib.xkv_context_devices(ctx, api.ffi.NULL, count))
     parts = api.ffi.new("struct xkv_device_part[]", count[0])
     native.check_status(api.lib.xkv_context_devices(ctx, parts, count))
-    return [DevicePart(api.text(p.name), int(p.cache), int(p.compute), int(p.n_layer), int(p.n_fused)) for p in parts]
+    return [
+        DevicePart(api.text(p.name), int(p.weights), int(p.cache), int(p.compute), int(p.n_layer), int(p.n_fused))
+        for p in parts
+    ]
 
 
 def context_splits(context: int) -> int:
