@@ -3,17 +3,12 @@
     .venv/bin/python benchmarks/shape.py llama-8b --layers 4 -o wide.gguf --sidecar
     .venv/bin/xkv-gguf bench wide.gguf --caches f16,q4_0,xkv:7 --depths 8192 --n-ctx 32768
 
-<<<<<<< HEAD
     .venv/bin/python benchmarks/shape.py llama-8b --vocab 128256 --hollow -o hollow.gguf
     .venv/bin/xkv-gguf fit hollow.gguf --memory 8GiB
 
-The weights are random blocks of q4_0, of a size at which activations stay of order 1. The tokenizer knows bytes; the
-other tokens are never made from text. What the model says is noise, and so is the quality of any cache of it.
-=======
 The weights are random blocks of q4_0, or f32, of a size at which activations stay of order 1. The tokenizer knows
 bytes; the other tokens are never made from text. What the model says is noise, and so is the quality of any cache of
 it.
->>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
 
 --sidecar writes MODEL.xkv.gguf beside it, with random orthonormal bases and variances that fall as a power of the
 direction's number. The model's own K and V do not follow them, so that bases which follow the prompt are renewed.
@@ -133,17 +128,13 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int, deviation: fl
     return blocks.reshape(rows, -1)
 
 
-<<<<<<< HEAD
-def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, hollow: bool = False) -> None:
+def write_model(
+    path: Path, name: str, n_layer: int, n_vocab: int, seed: int, weights: str = "q4_0", hollow: bool = False
+) -> None:
     """Write the model, one tensor in memory at a time; the file appears when it is complete.
 
-    A hollow one has the header alone, and a hole of the weights' size where the file system knows holes.
-=======
-def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, weights: str = "q4_0") -> None:
-    """Write the model, one tensor in memory at a time; the file appears when it is complete.
-
-    `weights` are those of matrices: q4_0, or f32, with which activations are not rounded.
->>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
+    `weights` are those of matrices: q4_0, or f32, with which activations are not rounded. A hollow model has the header
+    alone, and a hole of the weights' size where the file system knows holes.
 
     Raises
     ------
@@ -193,15 +184,11 @@ def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, we
         writer.close()
 
 
-<<<<<<< HEAD
 def _padded(n_byte: int) -> int:
     return -(-n_byte // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 
-def _add_fields(writer: GGUFWriter, shape: Shape, title: str, n_layer: int, n_vocab: int) -> None:
-=======
 def _add_fields(writer: GGUFWriter, shape: Shape, title: str, n_layer: int, n_vocab: int, weights: str) -> None:
->>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
     writer.add_name(title)
     writer.add_file_type(LlamaFileType.ALL_F32 if weights == "f32" else LlamaFileType.MOSTLY_Q4_0)
     writer.add_quantization_version(2)
@@ -347,11 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         group_layers(range(n_layer), group_size)
         out = Path(args.out)
         check_writable(out)
-<<<<<<< HEAD
-        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.hollow)
-=======
-        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.weights)
->>>>>>> 91d9a154ec675ded2ec5eb7bcb6bdd4b43783f0c
+        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.weights, args.hollow)
         print(f"{out}: {format_bytes(out.stat().st_size)}")
         if args.sidecar:
             sidecar = write_random_sidecar(out, args.shape, n_layer, group_size, args.exponent, args.seed)

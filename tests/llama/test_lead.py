@@ -24,8 +24,8 @@ def test_metal_devices_have_a_shorter_one(name: str, lead: int) -> None:
 
 def test_devices_tell_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     there = [
-        Device("RPC0", "a server", 1 << 30, 1 << 30, "rpc", True),
-        Device("MTL0", "M2", 1 << 30, 1 << 30, "gpu", True),
+        Device("RPC0", "a server", 1 << 30, 1 << 30, "rpc", True, "RPC"),
+        Device("MTL0", "M2", 1 << 30, 1 << 30, "gpu", True, "Metal"),
     ]
     monkeypatch.setattr(placing, "devices", lambda: there)
     assert placing.on_devices({"n_gpu_layers": -1}, False).leads == (128, 64)
