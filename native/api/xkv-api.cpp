@@ -55,7 +55,7 @@ int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_
 
             layers[i] = { il,
                           hparams.n_embd_k_gqa(il),
-                          hparams.n_embd_v_gqa(il),
+                          xkv_n_embd_v(hparams, il),
                           hparams.n_embd_head_k(il),
                           hparams.n_embd_head_v(il),
                           hparams.n_head(il),

@@ -90,7 +90,8 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < n_group; ++g) {
             const auto & list = res.segments[kd][g];
-            if (list.empty()) {
+            // without calibration, whether V is kept is known when there is a model
+            if (list.empty() && (kd == xkv_sidecar::K || sidecar.groups[g].dim[kd] > 0)) {
                 xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one",
                           kd == xkv_sidecar::K ? 'K' : 'V', g);
             }

@@ -100,7 +100,7 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
 
 xkv_recodes xkv_flow::keep_calibrated(uint32_t stream, const xkv_store::layout & next, uint32_t ig, int n_thread) {
     xkv_recodes turns;
-    for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+    for (auto kd : store.kinds(ig)) {
         turns[kd] = xkv_keep_basis(store, kd, ig, stream, setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]), next, n_thread);
     }
     return turns;

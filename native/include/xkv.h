@@ -64,7 +64,7 @@ struct xkv_params {
     const uint32_t *           count;   // [n_group] layers of each group
     uint32_t                   n_group;
     uint32_t                   frame;    // without a sidecar: chunk length
-    const struct xkv_segment * segments; // by group, K before V, then by descending variance
+    const struct xkv_segment * segments; // by group, K before V, then by descending variance; none of V where it is a part of K
     uint32_t                   n_segment;
     const struct xkv_stage *   stages; // before the store fills, by ascending n_slot; used by contexts with one stream
     uint32_t                   n_stage;
@@ -125,7 +125,7 @@ struct xkv_device_part {
 struct xkv_layer_info {
     uint32_t il;       // of the model
     uint32_t n_embd_k; // K numbers per token: n_head_kv * n_embd_head_k
-    uint32_t n_embd_v; // V numbers per token
+    uint32_t n_embd_v; // V numbers per token; 0 where V is the first n_embd_head_v numbers of each head of K
     uint32_t n_embd_head_k;
     uint32_t n_embd_head_v;
     uint32_t n_head; // of queries

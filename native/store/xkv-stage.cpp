@@ -43,7 +43,7 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage, uint32_t n_used) const 
                 gr.rank[kd] += rank;
             };
             if (plain) {
-                for (uint32_t il : gr.layers) {
+                for (uint32_t il : gr.dim[kd] > 0 ? gr.layers : std::vector<uint32_t>()) {
                     add(stages[stage].type, GGML_TYPE_COUNT, stages[stage].noise, sidecar.n_embd[kd][il], model.hparams.n_head_kv(il));
                 }
                 continue;

@@ -59,7 +59,9 @@ bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
     return std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
         const bool cpu  = ggml_backend_dev_type(device(il)) == GGML_BACKEND_DEVICE_TYPE_CPU;
         const auto kind = xkv_is_rpc(device(il)) ? XKV_FUSED_RPC : cpu ? XKV_FUSED_CPU : XKV_FUSED_OTHER;
-        return (fused & kind) != 0 && xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
+        // the op reads coefficients of V
+        return (fused & kind) != 0 && !xkv_v_in_k(hp, il) &&
+               xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
     });
 }
 
@@ -121,9 +123,9 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         uint32_t off[2] = { 0, 0 };
         for (uint32_t il : sidecar.groups[ig].layers) {
             slot_of[il] = layer_list.size();
-            layer_list.push_back({ il, (uint32_t) ig, place++, { off[0], off[1] }, nullptr, nullptr, nullptr });
-            off[0] += hparams.n_embd_k_gqa(il);
-            off[1] += hparams.n_embd_v_gqa(il);
+            layer_list.push_back({ il, (uint32_t) ig, place++, { off[0], off[1] }, xkv_v_in_k(hparams, il), nullptr, nullptr, nullptr });
+            off[0] += sidecar.n_embd[0][il];
+            off[1] += sidecar.n_embd[1][il];
         }
     }
 
@@ -138,8 +140,11 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         for (auto & l : layer_list) {
             auto * ctx = ctx_of(groups()[l.ig].layers[0]);
             l.mean_k   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(l.il));
-            l.mean_v   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
-            l.mean_o   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il) * hparams.n_head(l.il));
+            if (l.v_in_k) {
+                continue;
+            }
+            l.mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
+            l.mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il) * hparams.n_head(l.il));
         }
     });
     if (!no_alloc) {
@@ -149,6 +154,10 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
     for (const auto & [name, bytes] : parts()) {
         LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes / 1024.0 / 1024.0);
     }
+}
+
+std::vector<xkv_store::kind> xkv_store::kinds(uint32_t ig) const {
+    return sidecar.groups[ig].dim[kind::V] > 0 ? std::vector<kind>{ kind::K, kind::V } : std::vector<kind>{ kind::K };
 }
 
 //

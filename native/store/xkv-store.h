@@ -52,7 +52,7 @@ public:
     struct group {
         std::vector<uint32_t> layers; // of the model
 
-        uint32_t dim[2];  // numbers per token of all layers
+        uint32_t dim[2];  // numbers per token of all layers; of V none where it is the first numbers of K
         uint32_t rank[2]; // of all segments
 
         std::vector<segment> segments[2];
@@ -67,9 +67,12 @@ public:
         uint32_t place;  // in the group
         uint32_t off[2]; // the layer's first number among its group's
 
+        bool v_in_k; // V is the first numbers of each head of K: K's coefficients serve both
+
         ggml_tensor * mean_k; // [n_embd_k] f32
-        ggml_tensor * mean_v; // [n_embd_v] f32
+        ggml_tensor * mean_v; // [n_embd_v] f32, with V of its own
         ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output, before it is unscaled
+                              // with V of its own
     };
 
     // bases that streams share, or a stream's own: per kind, layer of the store and segment
@@ -96,6 +99,9 @@ public:
               uint32_t n_stream, bool offload);
 
     const std::vector<group> & groups() const { return now.groups; }
+
+    // kinds that are stored of a group: K, and V unless K's coefficients serve both
+    std::vector<kind> kinds(uint32_t ig) const;
 
     const std::vector<layer> & layers() const { return layer_list; }
 
@@ -299,6 +305,9 @@ bool xkv_is_rpc(ggml_backend_dev_t dev);
 
 // whether a device has XKV_ATTN for heads of these sizes
 bool xkv_has_attn(ggml_backend_dev_t dev, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
+
+// products with quantized rows need the rows as they are stored, so the other direction goes through f32
+ggml_tensor * xkv_transposed_f32(ggml_context * ctx, ggml_tensor * basis);
 
 // with a basis as it is stored: x [n_embd, n] of coefficients [rank, n]
 ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef);

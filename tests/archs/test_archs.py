@@ -23,7 +23,7 @@ from ..native.sidecars import Bases, write_random
 from ..native.state import load, save
 from ..native.test_full_rank import TOL_F32, TOL_FLASH, deviation
 from .conftest import run_program
-from .table import ARCHS, HELD, HYBRID, REFUSED, SAMPLES, WINDOWED
+from .table import ARCHS, HELD, HYBRID, LATENTS, REFUSED, SAMPLES, WINDOWED
 
 Make = Callable[[str], Path]
 
@@ -94,6 +94,7 @@ def test_equals_the_plain_cache(name: str, arch: Make) -> None:
                 found = run_paths(ctx)
                 parts = dict(native.report(ctx.ptr))
                 assert native.seq_tokens(ctx.ptr, 0)[1] >= 64
+            assert (parts["V coefficients"] == 0) == (name in LATENTS)
             assert ("windowed layers" in parts) == (ARCHS[name] == WINDOWED)
             assert ("recurrent state" in parts) == (ARCHS[name] == HYBRID)
             for path in expected:

@@ -136,7 +136,7 @@ def decode_work(
     for g, group in enumerate(layers):
         for kind in KINDS:
             own = [s for s in segments if (s.group, s.kind) == (g, kind)]
-            n_lead, n_rest = attention.of(group).split(sum(map(stored_rank, own)))
+            n_lead, n_rest = _of_group(shape, group, attention).split(sum(map(stored_rank, own)))
             per_direction = _decode_adds(shape, group, kind, frame)
             multiply_adds += per_direction * (n_lead + REFINED * n_rest)
             lead, rest = _bytes_up_to(own, n_lead)
@@ -196,19 +196,26 @@ def work_charges(
         for kind in KINDS:
             decode = _decode_adds(shape, group, kind, frame)
             prefill = shape.dim(kind, group) / n_ubatch
-            share = 1.0 if attention.dense else REFINED
+            share = 1.0 if _of_group(shape, group, attention).dense else REFINED
             charges[g, kind] = Charge(
-                lead=attention.of(group).lead,
+                lead=_of_group(shape, group, attention).lead,
                 within=bytes_per_add * (decode + prefill),
                 beyond=bytes_per_add * (share * decode + prefill),
             )
     return charges
 
 
+def _of_group(shape: ModelShape, group: Layers, attention: Attention) -> Attention:
+    """How few queries meet a group's tokens: where V is a part of K, by stock ops, which take all directions."""
+    own = attention.of(group)
+    return own if shape.dim("v", group) > 0 else replace(own, tolerance=0.0)
+
+
 def _decode_adds(shape: ModelShape, group: Layers, kind: Kind, frame: int) -> float:
     """Multiply-adds of a decoded token per direction and stored token, in all layers of a group."""
     n_head = sum(map(shape.n_head, group))
-    return n_head * (1 + shape.head_k / frame) if kind == "k" else float(n_head)
+    both = shape.dim("v", group) == 0  # directions of K serve V as well
+    return n_head * (1 + both + shape.head_k / frame) if kind == "k" else float(n_head)
 
 
 def _bytes_up_to(segments: Sequence[Segment], rank: int) -> tuple[float, float]:
