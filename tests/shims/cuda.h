@@ -23,8 +23,16 @@ struct dim3 {
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
+};
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 
 struct alignas(16) float4 {
@@ -170,6 +178,71 @@ static inline int lane() {
     return get().block.now % fibers::n_lane;
 }
 
+// what all lanes of a warp have in N registers, by lane
+template <int N> struct of_lanes {
+    uint32_t value[fibers::n_lane][N];
+
+    of_lanes(const uint32_t (&x)[N], int place) {
+        for (int i = 0; i < N; i += 2) {
+            const uint64_t * list = get().block.share(x[i] | (uint64_t) x[i + 1] << 32, place);
+            for (int k = 0; k < fibers::n_lane; ++k) {
+                value[k][i]     = (uint32_t) list[k];
+                value[k][i + 1] = (uint32_t) (list[k] >> 32);
+            }
+        }
+    }
+};
+
+// c += a b by plain loops, with the registers where xkv-cu-mma.cuh has them; n of part() numbers in a register
+template <int n, typename T, typename F>
+static inline void mma(T (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int place, F && part) {
+    const of_lanes<4> as(a, place);
+    const of_lanes<2> bs(b, place);
+    const int         l = lane() + (get().faulty ? get().planted.lane : 0);
+    for (int i = 0; i < 4; ++i) {
+        const int row = l / 4 % 8;
+        const int col = l % 4 * 2 + i % 2;
+        for (int half = 0; half < 2; ++half) {
+            for (int j = 0; j < 4; ++j) {
+                for (int k = 0; k < n; ++k) {
+                    c[i] += part(as.value[row * 4 + j][half * 2 + i / 2], k) * part(bs.value[col * 4 + j][half], k);
+                }
+            }
+        }
+    }
+}
+
+static inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma<4>(c, a, b, -9, [](uint32_t x, int k) { return (int) (int8_t) (x >> 8 * k); });
+}
+
+static inline uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const uint32_t sign = bits >> 16 & 0x8000;
+    const float    size = std::fabs(x);
+    if (!(size < 65520.0f)) {
+        return (uint16_t) (sign | (size == size ? 0x7c00 : 0x7e00));
+    }
+    if (size < 0x1p-14f) {
+        return (uint16_t) (sign | (uint32_t) std::nearbyint(size * 0x1p24f));
+    }
+    bits &= 0x7fffffff;
+    bits += 0xfff + (bits >> 13 & 1);
+    return (uint16_t) (sign | ((bits >> 13) - (112 << 10)));
+}
+
+static inline float from_half(uint16_t h) {
+    const float size = (h & 0x7fff) >= 0x7c00 ? ((h & 0x3ff) ? NAN : INFINITY) :
+                       (h & 0x7c00) == 0      ? (float) (h & 0x3ff) * 0x1p-24f :
+                                                std::ldexp((float) ((h & 0x3ff) | 0x400), (h >> 10 & 31) - 25);
+    return h & 0x8000 ? -size : size;
+}
+
+static inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma<2>(c, a, b, -10, [](uint32_t x, int k) { return from_half((uint16_t) (x >> 16 * k)); });
+}
+
 static inline void launch(const char * name, dim3 grid, dim3 threads, size_t shared, std::function<void()> body) {
     state & s = get();
     if (!s.error.empty()) {
@@ -248,23 +321,35 @@ using std::max;
 using std::min;
 
 static inline float __half2float(half h) {
-    const uint32_t sign = (uint32_t) (h.bits & 0x8000) << 16;
-    const uint32_t exp  = (h.bits >> 10) & 31;
-    const uint32_t mant = h.bits & 0x3ff;
-    if (exp == 0) {
-        const float x = (float) mant * 0x1p-24f;
-        return sign ? -x : x;
-    }
-    const uint32_t bits = sign | (exp == 31 ? 0x7f800000u : (exp + 112) << 23) | mant << 13;
-    float          res;
-    memcpy(&res, &bits, sizeof(res));
-    return res;
+    return xkv_shim::from_half(h.bits);
+}
+
+static inline half __float2half(float x) {
+    return { xkv_shim::to_half(x) };
 }
 
 static inline float __uint_as_float(uint32_t x) {
     float res;
     memcpy(&res, &x, sizeof(res));
     return res;
+}
+
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+static inline int __float_as_int(float x) {
+    return (int) __float_as_uint(x);
+}
+
+static inline float __int_as_float(int x) {
+    return __uint_as_float((uint32_t) x);
+}
+
+static inline int __float2int_rn(float x) {
+    return x == x ? (int) std::nearbyint(std::min(std::max(x, -2e9f), 2e9f)) : 0;
 }
 
 static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
@@ -274,6 +359,14 @@ static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
         res |= (uint32_t) ((all >> 8 * ((s >> 4 * i) & 7)) & 255) << 8 * i;
     }
     return res;
+}
+
+static inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
 }
 
 static inline int __dp4a(int x, int y, int sum) {

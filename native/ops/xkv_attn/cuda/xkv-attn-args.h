@@ -31,6 +31,8 @@ static inline void xkv_cu_set_segments(xkv_cu_attn & a, const xkv_attn_params & 
             const ggml_type tb    = xkv_attn_type(basis);
 
             a.segments[kd][a.n_segment[kd]++] = { i, basis, a.rank[kd], (int) r, at, at_base };
+            (i > XKV_CU_F16 ? a.coef_ints : a.coef_floats)[kd]       = true;
+            (basis > XKV_CU_F16 ? a.basis_ints : a.basis_floats)[kd] = true;
             a.rank[kd] += (int) r;
             at += kd == XKV_CU_K ? xkv_tile_bytes(tc, a.n_chunk, r) : xkv_tile_bytes(tc, r, a.n_chunk);
             if (!a.plain) {
@@ -134,6 +136,15 @@ static inline bool xkv_cu_attn_can(const ggml_tensor * t) {
         return false;
     }
     const xkv_cu_attn a = xkv_cu_attn_args(t);
+    // queries and directions of V are rounded in blocks that stay in a segment
+    for (int kd = 0; kd < 2; ++kd) {
+        for (int is = 0; is < a.n_segment[kd]; ++is) {
+            const xkv_cu_segment & seg = a.segments[kd][is];
+            if (seg.first % 32 != 0 && (seg.type > XKV_CU_F16 || seg.type_basis > XKV_CU_F16)) {
+                return false;
+            }
+        }
+    }
     return !coef || (coef->nb[1] % 4 == 0 && coef->nb[2] % 4 == 0 && a.n_chunk % 32 == 0 && a.n_chunk <= XKV_CU_MAX_CHUNK &&
                      a.rank[XKV_CU_V] <= XKV_CU_MAX_RANK);
 }
