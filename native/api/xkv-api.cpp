@@ -2,8 +2,8 @@
 
 #include "api/xkv-guard.h"
 #include "base/xkv-error.h"
-#include "cache/xkv-cache.h"
 #include "cache/xkv-capture.h"
+#include "cache/xkv-composed.h"
 #include "cache/xkv-scope.h"
 #include "cache/xkv-support.h"
 
@@ -14,7 +14,7 @@
 #include <cstring>
 
 static llama_kv_cache_xkv * xkv_cast(const llama_context * ctx) {
-    return dynamic_cast<llama_kv_cache_xkv *>(llama_get_memory(ctx));
+    return xkv_find(llama_get_memory(ctx));
 }
 
 static const llama_kv_cache_xkv & xkv_cast_seq(const llama_context * ctx, int32_t seq_id) {
@@ -43,10 +43,19 @@ int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_
         xkv_require(model, "model");
         xkv_require(n_layer, "n_layer");
         const uint32_t room = *n_layer;
-        const auto     list = xkv_kv_layers(*model);
+        const auto     list = xkv_layers_of(*model).held;
         *n_layer            = list.size();
         for (uint32_t i = 0; layers && i < std::min(room, *n_layer); ++i) {
-            layers[i] = { list[i], model->hparams.n_embd_k_gqa(list[i]), model->hparams.n_embd_v_gqa(list[i]) };
+            const auto &   hparams = model->hparams;
+            const uint32_t il      = list[i];
+
+            layers[i] = { il,
+                          hparams.n_embd_k_gqa(il),
+                          hparams.n_embd_v_gqa(il),
+                          hparams.n_embd_head_k(il),
+                          hparams.n_embd_head_v(il),
+                          hparams.n_head(il),
+                          model->layers[il].attn_sinks ? 1u : 0u };
         }
     });
 }
@@ -85,6 +94,10 @@ int xkv_report(const llama_context * ctx, xkv_report_part * parts, uint32_t * n_
         std::vector<std::pair<std::string, size_t>> list;
         if (const auto * xkv = xkv_cast(ctx)) {
             list = xkv->parts();
+            if (const auto * composed = dynamic_cast<const xkv_composed *>(llama_get_memory(ctx))) {
+                const auto beside = composed->parts();
+                list.insert(list.end(), beside.begin(), beside.end());
+            }
         } else if (const auto * mem = llama_get_memory(ctx)) {
             size_t bytes = 0;
             for (const auto & [buft, size] : mem->memory_breakdown()) {

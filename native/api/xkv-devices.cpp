@@ -1,7 +1,7 @@
 // The C API of devices: which there are, what a context has on them, and those of other machines.
 
 #include "api/xkv-guard.h"
-#include "cache/xkv-cache.h"
+#include "cache/xkv-composed.h"
 
 #include "llama-context.h"
 
@@ -64,7 +64,7 @@ int xkv_context_devices(const llama_context * ctx, xkv_device_part * parts, uint
             part.cache += size.context;
             part.compute += size.compute;
         }
-        if (const auto * xkv = dynamic_cast<llama_kv_cache_xkv *>(llama_get_memory(ctx))) {
+        if (const auto * xkv = xkv_find(llama_get_memory(ctx))) {
             for (const auto & gr : xkv->store->groups()) {
                 auto & part = found[ggml_backend_buft_name(xkv->store->buft(gr.layers[0]))];
                 part.n_layer += gr.layers.size();

@@ -122,7 +122,7 @@ static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_
 }
 
 ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                                ggml_tensor * v, float kq_scale, int il) {
+                                ggml_tensor * v, ggml_tensor * sinks, float kq_scale, int il) {
     ggml_context * ctx = gctx.ctx0;
 
     const int64_t n_head   = q->ne[1];
@@ -141,7 +141,14 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
                                            [&](xkv_span span) { return xkv_scores(gctx, inp, xkv_view_span(ctx, q, span), il, span); });
         kq              = ggml_concat(ctx, s, kq, 0);
     }
+    if (gctx.hparams.attn_soft_cap) {
+        const float cap = gctx.hparams.f_attn_logit_softcapping;
+
+        kq       = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, kq_scale / cap)), cap);
+        kq_scale = 1.0f;
+    }
     kq = ggml_soft_max_ext(ctx, kq, inp->mask_all, kq_scale, 0.0f);
+    ggml_soft_max_add_sinks(kq, sinks);
 
     // output of the window
     v = ggml_is_quantized(v->type) ? ggml_cast(ctx, v, GGML_TYPE_F32) : v;

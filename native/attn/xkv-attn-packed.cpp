@@ -44,6 +44,7 @@ static xkv_attn_params xkv_make_params(const llm_graph_context & gctx, const llm
 
     xkv_attn_params res = {};
     res.scale           = kq_scale;
+    res.softcap         = gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f;
     res.tolerance       = view.setup->config.tolerance;
     res.n_chunk         = store.n_chunk;
     res.rot_first       = rope.first;
@@ -61,12 +62,11 @@ static xkv_attn_params xkv_make_params(const llm_graph_context & gctx, const llm
             res.type_basis[i] |= xkv_attn_type_index(seg.type_basis) << 4 * kd;
         }
     }
-    GGML_UNUSED(gctx);
     return res;
 }
 
 ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-                              ggml_tensor * mask, float kq_scale, int il) {
+                              ggml_tensor * mask, ggml_tensor * sinks, float kq_scale, int il) {
     ggml_context * ctx   = gctx.ctx0;
     const auto &   view  = *inp->view;
     const auto &   store = *view.store;
@@ -79,7 +79,7 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
 
     const auto params = xkv_make_params(gctx, inp, kq_scale, il);
     if (inp->n_slot == 0) {
-        return xkv_attn(ctx, { q, k, v, mask, nullptr, nullptr, nullptr, nullptr, nullptr }, &params);
+        return xkv_attn(ctx, { q, k, v, mask, nullptr, nullptr, nullptr, nullptr, nullptr, sinks }, &params);
     }
     xkv_add_inputs(gctx, inp);
 
@@ -101,6 +101,6 @@ ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xk
                                                                 ggml_view_3d(ctx, turn, turn->ne[0], 1, n_frame * span.count, turn->nb[1],
                                                                              turn->nb[2], span.first * n_frame * turn->nb[2]);
         ggml_tensor * basis = store.plain() ? nullptr : store.packed_basis(il, view.stream_0 + span.first);
-        return xkv_attn(ctx, { part(q), part(k), part(v), part(mask), coef, basis, pairs, fill, l.mean_k }, &params);
+        return xkv_attn(ctx, { part(q), part(k), part(v), part(mask), coef, basis, pairs, fill, l.mean_k, sinks }, &params);
     });
 }

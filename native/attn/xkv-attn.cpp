@@ -11,7 +11,9 @@
 #include "format/xkv-sidecar.h"
 
 #include "llama-impl.h"
-#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <cmath>
@@ -93,8 +95,22 @@ void llm_graph_input_xkv::set_input(const llama_ubatch * ubatch) {
     }
 }
 
+// the part of a memory's context that an xkv cache makes
+static const xkv_view * xkv_view_of(const llama_memory_context_i * mctx) {
+    if (const auto * both = dynamic_cast<const llama_memory_hybrid_iswa_context *>(mctx)) {
+        return both->get_attn()->get_base()->as_xkv();
+    }
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        return hybrid->get_attn()->as_xkv();
+    }
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        return iswa->get_base()->as_xkv();
+    }
+    return static_cast<const llama_kv_cache_context *>(mctx)->as_xkv();
+}
+
 bool llm_graph_input_xkv::can_reuse(const llm_graph_params & params) {
-    view = static_cast<const llama_kv_cache_context *>(params.mctx)->as_xkv();
+    view = xkv_view_of(params.mctx);
 
     // the shape of the micro-batch is checked by the input of the window
     return view->n_slot == n_slot && view->store->n_change() == n_change;
@@ -209,7 +225,7 @@ static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_i
 
 // q [n_embd_head, n_head, n_tokens], k and v [n_embd_head, n_head_kv, n_kv, n_stream]
 static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                                           ggml_tensor * v, float kq_scale, int il) {
+                                           ggml_tensor * v, ggml_tensor * sinks, float kq_scale, int il) {
     ggml_context * ctx = gctx.ctx0;
 
     const ggml_type type = k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
@@ -221,7 +237,7 @@ static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_g
         k = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::K, type, il), k, 2);
         v = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::V, type, il), v, 2);
     }
-    return gctx.build_attn_mha(q, k, v, nullptr, inp->mask_all, nullptr, nullptr, 0, kq_scale, il);
+    return gctx.build_attn_mha(q, k, v, nullptr, inp->mask_all, sinks, nullptr, 0, kq_scale, il);
 }
 
 //
@@ -237,33 +253,33 @@ static ggml_tensor * xkv_times(ggml_context * ctx, ggml_tensor * x, float scale)
 }
 
 ggml_tensor * xkv_prepare_k(ggml_context * ctx, const xkv_view * view, ggml_tensor * k_cur, int il) {
-    return xkv_times(ctx, k_cur, view->setup->sidecar.scale[xkv_sidecar::K][il]);
+    return k_cur ? xkv_times(ctx, k_cur, view->setup->sidecar.scale[xkv_sidecar::K][il]) : nullptr;
 }
 
 ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tensor * v_cur, int il) {
+    if (!v_cur) {
+        return nullptr;
+    }
     ggml_tensor * mean = view->store->layer_of(il).mean_v;
     v_cur              = xkv_times(ctx, v_cur, view->setup->sidecar.scale[xkv_sidecar::V][il]);
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
 }
 
-ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_attn_kv * inp_kv, ggml_tensor * q, ggml_tensor * k,
+ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, const xkv_view * view, ggml_tensor * mask, ggml_tensor * q, ggml_tensor * k,
                              ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
-    const auto * view = inp_kv->mctx->as_xkv();
-
     // reached when the context reserves its graphs, inside llama_init_from_model
-    if (kq_b || sinks) {
+    if (kq_b) {
         xkv_throw(XKV_STATUS_UNSUPPORTED,
-                  "layer %d adds %s to its attention, which an xkv cache does not support yet; use kv_mode q8_0 or q4_0", il,
-                  kq_b ? "a bias" : "sink logits");
+                  "layer %d adds a bias to its attention, which an xkv cache does not support yet; use kv_mode q8_0 or q4_0", il);
     }
+    il = view->store->layer_of(il).il;
 
     if (!gctx.cparams.flash_attn) {
         xkv_throw(XKV_STATUS_UNSUPPORTED,
                   "flash attention was turned off for this context, but an xkv cache needs it; set flash_attn_type to enabled");
     }
 
-    auto * inp  = xkv_get_input(gctx, view);
-    auto * mask = inp_kv->get_kq_mask();
+    auto * inp = xkv_get_input(gctx, view);
 
     const auto & scale  = view->setup->sidecar.scale;
     const float  times  = kq_scale / scale[xkv_sidecar::K][il];
@@ -271,12 +287,12 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, llm_graph_input_att
 
     ggml_tensor * out;
     if (packed) {
-        out = xkv_attn_packed(gctx, inp, q, k, v, mask, times, il);
+        out = xkv_attn_packed(gctx, inp, q, k, v, mask, sinks, times, il);
     } else {
         if (!inp->mask_all) {
             inp->mask_all = inp->mask ? ggml_concat(gctx.ctx0, inp->mask, mask, 0) : mask;
         }
-        out = (inp->absorb ? xkv_attn_absorbed : xkv_attn_materialized)(gctx, inp, q, k, v, times, il);
+        out = (inp->absorb ? xkv_attn_absorbed : xkv_attn_materialized)(gctx, inp, q, k, v, sinks, times, il);
     }
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous

@@ -68,11 +68,11 @@ template <typename F> ggml_tensor * xkv_concat_spans(ggml_context * ctx, const x
 // Absorbed attention of one layer, [n_embd_head, n_head, n_tps, n_stream], of stock ops.
 // q [n_embd_head, n_head, n_tokens], k and v [n_embd_head, n_head_kv, n_kv, n_stream]
 ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
-                                ggml_tensor * v, float kq_scale, int il);
+                                ggml_tensor * v, ggml_tensor * sinks, float kq_scale, int il);
 
 // the same of the op XKV_ATTN, where the layer's group is packed; mask: of the window
 ggml_tensor * xkv_attn_packed(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-                              ggml_tensor * mask, float kq_scale, int il);
+                              ggml_tensor * mask, ggml_tensor * sinks, float kq_scale, int il);
 
 // graph nodes beyond the model's own
 uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config);

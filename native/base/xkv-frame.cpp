@@ -19,7 +19,8 @@ xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, u
     res.first      = hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) :
                                              0; // heads made from a latent vector end with what is turned
     res.neox       = hparams.rope_type != LLAMA_ROPE_TYPE_NORM;
-    res.type       = hparams.rope_type;
+    // all positions of a text token are the same, and then sections turn as one
+    res.type       = hparams.rope_type == LLAMA_ROPE_TYPE_NORM ? LLAMA_ROPE_TYPE_NORM : LLAMA_ROPE_TYPE_NEOX;
     res.n_ctx_orig = cparams.n_ctx_orig_yarn;
     res.freq_base  = model.get_rope_freq_base(cparams, il);
     res.freq_scale = model.get_rope_freq_scale(cparams, il);

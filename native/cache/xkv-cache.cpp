@@ -25,7 +25,8 @@ static uint32_t xkv_n_seq_stream(const llama_cparams & cparams) {
 }
 
 llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config) :
+                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config,
+                                       const xkv_layers & layers) :
     config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar), setup{ model, cparams, *sidecar, this->config } {
     const uint32_t n_chunk = sidecar->frame;
     const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
@@ -51,12 +52,8 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
                   n_chunks, n_chunk, cparams.n_ctx_seq);
     }
 
-    store = std::make_unique<xkv_store>(model, *sidecar, config, n_stream, cparams.offload_kqv);
+    store = std::make_unique<xkv_store>(model, *sidecar, config, layers, n_stream, cparams.offload_kqv);
 
-    std::vector<uint32_t> layers;
-    for (const auto & l : store->layers()) {
-        layers.push_back(l.il);
-    }
     window = std::make_unique<xkv_window>(model, params, cparams, layers, config.n_cell);
     tables.assign(n_stream, xkv_chunk_table(n_chunk, store->n_slot / n_chunk));
     flow  = std::make_unique<xkv_flow>(setup, *store, *window, tables);
@@ -67,8 +64,8 @@ llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_me
 
 llama_kv_cache_xkv::~llama_kv_cache_xkv() = default;
 
-llama_memory_context_ptr llama_kv_cache_xkv::failed_context() noexcept {
-    auto * res = new (std::nothrow) llama_kv_cache_xkv_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+llama_memory_context_ptr llama_kv_cache_xkv::failed_context(llama_memory_status status) noexcept {
+    auto * res = new (std::nothrow) llama_kv_cache_xkv_context(status);
     return res ? llama_memory_context_ptr(res) : std::move(spare);
 }
 
@@ -80,16 +77,6 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_batch(llama_batch_allocr & bal
 }
 
 llama_memory_context_ptr llama_kv_cache_xkv::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch) {
-    const auto fail = [](llama_memory_status status) { return std::make_unique<llama_kv_cache_xkv_context>(status); };
-
-    if (!spare) {
-        spare = fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
-    }
-    if (broken) {
-        report();
-        return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
-    }
-
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
@@ -101,15 +88,31 @@ llama_memory_context_ptr llama_kv_cache_xkv::prepare(llama_batch_allocr & balloc
         ubatches.push_back(std::move(ubatch));
     }
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return fail(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        return failed_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+    return init_ubatches(std::move(ubatches));
+}
+
+llama_memory_context_ptr llama_kv_cache_xkv::init_ubatches(std::vector<llama_ubatch> ubatches) {
+    if (!spare) {
+        spare = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
+    if (broken) {
+        report();
+        return failed_context();
     }
 
     for (const auto & ubatch : ubatches) {
         for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
             if (ubatch.seq_id_unq[s] >= (llama_seq_id) n_seq_max) {
                 refuse("the batch has sequence %d, expected below n_seq_max = %u", ubatch.seq_id_unq[s], n_seq_max);
-                return fail(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+                return failed_context();
             }
+        }
+        // positions of the parts of an image differ, and chunks have one
+        if (ubatch.embd && ubatch.n_pos > 1) {
+            refuse("the batch has embeddings with %d positions each, as of an image; expected tokens, whose positions are one", ubatch.n_pos);
+            return failed_context();
         }
     }
 
@@ -123,7 +126,7 @@ llama_memory_context_ptr llama_kv_cache_xkv::prepare(llama_batch_allocr & balloc
     for (uint32_t s = 0; s < tables.size(); ++s) {
         const uint32_t n = n_tokens[s] + window->n_used(s) + tables[s].n_token();
         if (n_tokens[s] > 0 && n > setup.cparams.n_ctx_seq) {
-            return fail(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+            return failed_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
         }
     }
 

@@ -27,7 +27,7 @@ class llama_kv_cache_xkv : public llama_memory_i {
 public:
     // throws xkv_error
     llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config);
+                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config, const xkv_layers & layers);
     ~llama_kv_cache_xkv();
 
     //
@@ -71,6 +71,12 @@ public:
             return false;
         }
     }
+
+    // a context for micro-batches that the caller has split
+    llama_memory_context_ptr init_ubatches(std::vector<llama_ubatch> ubatches);
+
+    // says that it failed, also where there is no memory to say it
+    llama_memory_context_ptr failed_context(llama_memory_status status = LLAMA_MEMORY_STATUS_FAILED_COMPUTE) noexcept;
 
     // makes room in the window for the micro-batch: chunks leave it; throws xkv_error
     void flush(const llama_ubatch & ubatch);
@@ -127,8 +133,6 @@ private:
     void refuse(const char * fmt, ...) noexcept;
     void fail(const char * what, bool changed, const xkv_failure & err) noexcept;
     void report() noexcept;
-
-    llama_memory_context_ptr failed_context() noexcept;
 
     llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch);
 

@@ -5,7 +5,9 @@
 #include "cache/xkv-support.h"
 
 #include "llama-context.h"
-#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -13,6 +15,20 @@
 
 // tokens per graph
 static const size_t XKV_CAPTURE_BLOCK = 1024;
+
+// the cache of layers that keep all tokens, nullptr when it is none of llama.cpp's plain ones
+static llama_kv_cache * xkv_plain_cache(llama_memory_i * mem) {
+    if (const auto * both = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        mem = both->get_mem_attn();
+    }
+    if (const auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        mem = hybrid->get_mem_attn();
+    }
+    if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        mem = iswa->get_base();
+    }
+    return mem && typeid(*mem) == typeid(llama_kv_cache) ? static_cast<llama_kv_cache *>(mem) : nullptr;
+}
 
 xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>> layers_, uint32_t frame, uint32_t n_sink) :
     ctx(ctx), frame(frame), n_sink(n_sink), layers(std::move(layers_)) {
@@ -24,8 +40,7 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>>
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
     }
 
-    auto * mem = ctx->get_memory();
-    cache      = mem && typeid(*mem) == typeid(llama_kv_cache) ? static_cast<llama_kv_cache *>(mem) : nullptr;
+    cache = xkv_plain_cache(ctx->get_memory());
     if (!cache || (cache->type_k() != GGML_TYPE_F16 && cache->type_k() != GGML_TYPE_F32) || cache->type_v() != cache->type_k()) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "calibration needs a context with a plain f16 or f32 cache");
     }
@@ -33,7 +48,7 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>>
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is 0 tokens, expected at least 1");
     }
 
-    const auto known = xkv_kv_layers(model);
+    const auto known = xkv_layers_of(model).held;
     for (size_t g = 0; g < layers.size(); ++g) {
         if (layers[g].empty()) {
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu has no layers, expected at least one", g);

@@ -1,29 +1,22 @@
-// How a context comes to have an xkv cache: the scope of a thread, and the hooks of llama_model::create_memory.
+// The scope of a thread: parameters, checked as far as they can be without a model.
 
-#include "attn/xkv-attn.h"
+#include "cache/xkv-scope.h"
+
 #include "base/xkv-codec.h"
 #include "base/xkv-error.h"
-#include "cache/xkv-cache-hooks.h"
-#include "cache/xkv-cache.h"
-#include "cache/xkv-scope.h"
-#include "cache/xkv-support.h"
-
 #include "ops/xkv_attn/xkv-attn-op.h"
-
-#include "llama-cparams.h"
-#include "llama-model.h"
+#include "store/xkv-store.h"
 
 #include <algorithm>
-#include <memory>
-
-struct xkv_scope {
-    xkv_config                   config;
-    std::shared_ptr<xkv_sidecar> sidecar;
-};
+#include <string>
 
 static thread_local std::unique_ptr<xkv_scope> g_scope;
 
-static ggml_type xkv_check_type(const std::string & name, int32_t type, std::initializer_list<ggml_type> allowed) {
+const xkv_scope * xkv_scope_now() {
+    return g_scope.get();
+}
+
+ggml_type xkv_check_type(const std::string & name, int32_t type, std::initializer_list<ggml_type> allowed) {
     std::string names;
     for (ggml_type t : allowed) {
         if (type == t) {
@@ -184,147 +177,4 @@ void xkv_scope_open(const xkv_params & params) {
 
 void xkv_scope_close() {
     g_scope.reset();
-}
-
-static void xkv_check_heads(const llama_hparams & hparams, const xkv_sidecar::group & gr, ggml_type type_basis) {
-    for (uint32_t il : gr.layers) {
-        if (hparams.n_embd_head_k(il) % xkv_block_size(type_basis) != 0) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED,
-                      "type_basis is %s, but the heads of layer %u have %u numbers, expected a multiple of %u; use f16",
-                      ggml_type_name(type_basis), il, hparams.n_embd_head_k(il), xkv_block_size(type_basis));
-        }
-    }
-}
-
-// in a plain stage, a head's numbers are whole blocks
-static void xkv_check_plain(const llama_hparams & hparams, const std::vector<uint32_t> & layers) {
-    for (uint32_t il : layers) {
-        const uint32_t n_k = hparams.n_embd_head_k(il);
-        const uint32_t n_v = hparams.n_embd_head_v(il);
-        if (n_k % 32 != 0 || n_v % 32 != 0) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED,
-                      "stage 0 has no segments, but the heads of layer %u have %u numbers of K and %u of V, expected multiples of 32; "
-                      "leave it out",
-                      il, n_k, n_v);
-        }
-    }
-}
-
-static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & sidecar, const xkv_config::stage & stage) {
-    for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
-        for (size_t g = 0; g < sidecar.groups.size(); ++g) {
-            uint32_t rank = 0;
-            for (const auto & seg : stage.segments[kd][g]) {
-                if (kd == xkv_sidecar::K) { // rows of V's bases are directions
-                    xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
-                }
-                rank += seg.rank;
-            }
-            if (rank > sidecar.groups[g].dim[kd]) {
-                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
-                          kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
-            }
-        }
-    }
-}
-
-static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, const xkv_config & config) {
-    const std::string reason = xkv_unsupported_reason(model);
-    if (!reason.empty()) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
-    }
-    const auto & hparams = model.hparams;
-    const auto   layers  = xkv_kv_layers(model);
-    if (!sidecar.calibrated()) {
-        std::vector<uint32_t> n_embd[2] = { std::vector<uint32_t>(hparams.n_layer(), 0), std::vector<uint32_t>(hparams.n_layer(), 0) };
-        for (uint32_t il : layers) {
-            n_embd[0][il] = hparams.n_embd_k_gqa(il);
-            n_embd[1][il] = hparams.n_embd_v_gqa(il);
-        }
-        sidecar.set_embd(n_embd[0], n_embd[1]);
-    }
-    if (sidecar.n_embd[0].size() != hparams.n_layer()) {
-        xkv_throw(XKV_STATUS_MODEL_MISMATCH, "sidecar %s is for %zu layers, the model has %u; run xkv-gguf convert for this model",
-                  sidecar.path.c_str(), sidecar.n_embd[0].size(), hparams.n_layer());
-    }
-    std::vector<uint32_t> held;
-    for (const auto & gr : sidecar.groups) {
-        held.insert(held.end(), gr.layers.begin(), gr.layers.end());
-    }
-    std::sort(held.begin(), held.end());
-    if (held != layers) {
-        xkv_throw(XKV_STATUS_MODEL_MISMATCH, "the groups hold %zu layers, expected the %zu of the model that keep K and V, each once",
-                  held.size(), layers.size());
-    }
-    for (uint32_t il : layers) {
-        if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != hparams.n_embd_v_gqa(il)) {
-            xkv_throw(
-                XKV_STATUS_MODEL_MISMATCH,
-                "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
-                sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
-        }
-    }
-    for (const auto & stage : config.stages) {
-        if (stage.plain()) {
-            xkv_check_plain(hparams, layers);
-        } else {
-            xkv_check_ranks(hparams, sidecar, stage);
-        }
-    }
-}
-
-// what went wrong reaches the caller of llama_init_from_model as a null pointer only: the text stays in xkv_last_error()
-template <typename F> static auto xkv_keep_error(F && f) {
-    try {
-        return f();
-    } catch (...) {
-        xkv_set_last_error(xkv_caught().text);
-        throw;
-    }
-}
-
-llama_memory_i * xkv_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    if (!g_scope) {
-        return nullptr;
-    }
-    return xkv_keep_error([&]() -> llama_memory_i * {
-        xkv_check_model(model, *g_scope->sidecar, g_scope->config);
-        if (!cparams.flash_attn) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "flash attention is off, but an xkv cache needs it; set flash_attn_type to enabled or auto");
-        }
-        if (!cparams.causal_attn || cparams.embeddings) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "an xkv cache is for causal text generation, not for embeddings; use kv_mode f16");
-        }
-        if (params.type_v != params.type_k) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "type_k and type_v are %s and %s, expected the same for both: they are the window's",
-                      ggml_type_name(params.type_k), ggml_type_name(params.type_v));
-        }
-        xkv_check_type("type_k, the window's type,", params.type_k, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 });
-        for (uint32_t il : xkv_kv_layers(model)) {
-            const uint32_t block = xkv_block_size(params.type_k);
-            if (model.hparams.n_embd_head_k(il) % block != 0 || model.hparams.n_embd_head_v(il) % block != 0) {
-                xkv_throw(XKV_STATUS_UNSUPPORTED,
-                          "the window's type is %s, but the heads of layer %u have %u and %u numbers, expected multiples of %u; use f16",
-                          ggml_type_name(params.type_k), il, model.hparams.n_embd_head_k(il), model.hparams.n_embd_head_v(il), block);
-            }
-        }
-        return new llama_kv_cache_xkv(model, params, cparams, g_scope->sidecar, g_scope->config);
-    });
-}
-
-llama_memory_i * xkv_check_memory(llama_memory_i * mem) {
-    if (!g_scope || dynamic_cast<llama_kv_cache_xkv *>(mem)) {
-        return mem;
-    }
-    delete mem;
-    return xkv_keep_error([]() -> llama_memory_i * {
-        xkv_throw(
-            XKV_STATUS_UNSUPPORTED,
-            "this model does not keep a plain KV cache, and an xkv cache does not support its kind yet; use kv_mode f16, q8_0 or q4_0");
-    });
-}
-
-uint32_t xkv_graph_max_nodes(const llama_memory_i * mem) {
-    const auto * xkv = dynamic_cast<const llama_kv_cache_xkv *>(mem);
-    return xkv ? xkv_attn_max_nodes(*xkv->store, xkv->config) : 0;
 }

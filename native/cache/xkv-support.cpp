@@ -1,16 +1,69 @@
 #include "cache/xkv-support.h"
 
 #include "llama-arch.h"
+#include "llama-cparams.h"
 #include "llama-model.h"
 
-std::vector<uint32_t> xkv_kv_layers(const llama_model & model) {
-    std::vector<uint32_t> res;
-    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
-        if (model.hparams.has_kv(il) && model.hparams.n_head_kv(il) > 0) {
-            res.push_back(il);
+static thread_local xkv_probe * g_probe = nullptr;
+
+xkv_probe::xkv_probe() {
+    g_probe = this;
+}
+
+xkv_probe::~xkv_probe() {
+    g_probe = nullptr;
+}
+
+xkv_probe * xkv_probe::current() {
+    return g_probe;
+}
+
+xkv_layers xkv_pick_layers(const llama_model & model, const llama_memory_i::layer_filter_cb & filter_attn,
+                           const llama_memory_i::layer_reuse_cb & reuse) {
+    const auto & hparams = model.hparams;
+    const bool   hybrid  = llm_arch_is_hybrid(model.arch);
+
+    const auto attends = [&](uint32_t il) {
+        return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.n_head_kv(il) > 0 &&
+               (hparams.swa_type == LLAMA_SWA_TYPE_NONE || !hparams.is_swa(il));
+    };
+    xkv_layers res;
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        const int32_t from = reuse && attends(il) ? reuse(il) : -1;
+        if (from >= 0) {
+            res.shared[il] = from;
+        } else if (attends(il) && hparams.has_kv(il)) {
+            res.held.push_back(il);
         }
     }
     return res;
+}
+
+xkv_layers xkv_layers_of(const llama_model & model) {
+    if (!model.hparams.causal_attn || model.hparams.vocab_only) {
+        return {};
+    }
+    // what llama.cpp makes without asking us has to be small
+    llama_cparams cparams = {};
+    cparams.n_ctx         = 256;
+    cparams.n_ctx_seq     = 256;
+    cparams.n_batch       = 1;
+    cparams.n_ubatch      = 1;
+    cparams.n_seq_max     = 1;
+    cparams.flash_attn    = true;
+    cparams.kv_unified    = true;
+
+    llama_memory_params params = {};
+    params.type_k              = GGML_TYPE_F16;
+    params.type_v              = GGML_TYPE_F16;
+
+    xkv_probe probe;
+    try {
+        delete model.create_memory(params, cparams);
+    } catch (const xkv_probed &) {
+        // the layers are known
+    }
+    return probe.layers;
 }
 
 std::string xkv_unsupported_reason(const llama_model & model) {
@@ -30,34 +83,22 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     if (!hparams.causal_attn || llm_arch_is_diffusion(model.arch)) {
         return because("attends in both directions");
     }
-    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
-        return because("has recurrent layers");
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return because("has sliding-window layers");
-    }
     if (hparams.is_mla()) {
         return because("caches latents (MLA)");
     }
-    if (hparams.n_pos_per_embd() > 1) {
-        return because("has positions of several dimensions (M-RoPE)");
-    }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return because("uses ALiBi");
-    }
-    if (hparams.n_layer_nextn > 0) {
-        return because("has multi-token-prediction layers");
     }
     if (model.arch == LLM_ARCH_PLM) { // its graph passes V in two dimensions, which aborts
         return "architecture plm does not run with flash attention in llama.cpp, and an xkv cache needs it; use kv_mode f16 with "
                "flash_attn False";
     }
-    if (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
-        return because("caps its attention scores");
+    if (model.arch == LLM_ARCH_GROK) {
+        return because("caps its attention scores in a way of its own");
     }
-    const auto layers = xkv_kv_layers(model);
-    if (layers.size() != hparams.n_layer()) {
-        return because("has layers without a KV cache of their own");
+    const auto layers = xkv_layers_of(model).held;
+    if (layers.empty()) {
+        return because("has no layers that keep plain K and V of all tokens");
     }
     for (uint32_t il : layers) {
         if (hparams.n_embd_k_gqa(il) != hparams.n_embd_k_gqa(layers[0]) || hparams.n_embd_v_gqa(il) != hparams.n_embd_v_gqa(layers[0])) {

@@ -40,3 +40,11 @@ target_link_libraries(xkv-bench-attn PRIVATE ggml)
 if (GGML_NATIVE AND NOT MSVC)
     target_compile_options(xkv-bench-attn PRIVATE -march=native)
 endif()
+
+# tiny models of all architectures, by upstream's own test
+if (UNIX)
+    xkv_add_test(xkv-tiny-archs "${PROJECT_SOURCE_DIR}/tests/native/archs.cpp")
+    target_include_directories(xkv-tiny-archs PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims/upstream" "${XKV_UPSTREAM_DIR}")
+    target_compile_options(xkv-tiny-archs PRIVATE -Wno-unused-function)
+    target_link_libraries(xkv-tiny-archs PRIVATE llama)
+endif()

@@ -122,6 +122,10 @@ struct xkv_layer_info {
     uint32_t il;       // of the model
     uint32_t n_embd_k; // K numbers per token: n_head_kv * n_embd_head_k
     uint32_t n_embd_v; // V numbers per token
+    uint32_t n_embd_head_k;
+    uint32_t n_embd_head_v;
+    uint32_t n_head; // of queries
+    uint32_t sinks;  // 1 when a logit of the model's has a part of the softmax: then V is stored without taking off its mean
 };
 
 struct xkv_capture;
@@ -135,8 +139,8 @@ const char * xkv_last_error(void);
 // 0 when the model can be used with xkv, else XKV_STATUS_UNSUPPORTED with the reason
 int xkv_model_check(const struct llama_model * model);
 
-// the layers that keep K and V of their own: fills layers[0 .. *n_layer - 1]; *n_layer is the room on entry and their number
-// on return
+// the layers that an xkv cache of the model holds, those with K and V of all tokens: fills layers[0 .. *n_layer - 1]; *n_layer is
+// the room on entry and their number on return
 int xkv_model_layers(const struct llama_model * model, struct xkv_layer_info * layers, uint32_t * n_layer);
 
 // between begin and end, a llama_context that this thread creates keeps its KV cache as xkv

@@ -1,6 +1,7 @@
 // Bases and means of the store: from the sidecar, and a stream's own once they have been adapted.
 
 #include "base/xkv-codec.h"
+#include "base/xkv-error.h"
 #include "base/xkv-parallel.h"
 #include "store/xkv-pack.h"
 #include "store/xkv-store.h"
@@ -258,6 +259,13 @@ void xkv_store::fill_means() {
             const layer &  l          = layer_of(il);
             const float *  v          = mean_v.data() + l.off[kind::V];
             const uint32_t n_head_dim = hparams.n_embd_head_v(il);
+
+            // weights of the values sum to one without sinks only, and then the mean comes back once
+            if (model.layers[il].attn_sinks && std::any_of(v, v + hparams.n_embd_v_gqa(il), [](float x) { return x != 0.0f; })) {
+                xkv_throw(XKV_STATUS_MODEL_MISMATCH,
+                          "sidecar %s has a mean of V of layer %u, expected none for a model with sink logits; run xkv-gguf convert again",
+                          sidecar.path.c_str(), il);
+            }
 
             xkv_floats mean_o;
             for (uint32_t h = 0; h < hparams.n_head(il); ++h) {

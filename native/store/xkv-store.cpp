@@ -87,7 +87,8 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
     return res;
 }
 
-xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_stream, bool offload) :
+xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, const xkv_layers & layers,
+                     uint32_t n_stream, bool offload) :
     n_chunk(sidecar.frame), n_slot(config.n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload),
     fused(config.fused), stages(config.stages), own(n_stream) {
     const auto & hparams = model.hparams;
@@ -109,6 +110,10 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
             off[0] += hparams.n_embd_k_gqa(il);
             off[1] += hparams.n_embd_v_gqa(il);
         }
+    }
+
+    for (const auto & [il, from] : layers.shared) {
+        slot_of[il] = slot_of.at(from);
     }
 
     check_devices();

@@ -91,13 +91,14 @@ public:
     };
 
     // starts in the last stage; throws xkv_error
-    xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, uint32_t n_stream, bool offload);
+    xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, const xkv_layers & layers,
+              uint32_t n_stream, bool offload);
 
     const std::vector<group> & groups() const { return now.groups; }
 
     const std::vector<layer> & layers() const { return layer_list; }
 
-    // by its index in the model, as everywhere
+    // by its index in the model, as everywhere; of a layer that attends to another's K and V, that one
     const layer & layer_of(uint32_t il) const { return layer_list[slot_of.at(il)]; }
 
     uint32_t stage() const { return now.stage; }
@@ -203,7 +204,7 @@ private:
 
     std::vector<xkv_config::stage> stages;
 
-    std::vector<layer>           layer_list; // those of the model that have a KV cache, group by group
+    std::vector<layer>           layer_list; // those that the cache holds, group by group
     std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
 
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena;                        // coefficients and bases

@@ -7,12 +7,18 @@
 #include <algorithm>
 
 xkv_window::xkv_window(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                       const std::vector<uint32_t> & layers, uint32_t n_cell) {
-    const auto filter = [&](int32_t il) { return std::find(layers.begin(), layers.end(), (uint32_t) il) != layers.end(); };
+                       const xkv_layers & layers, uint32_t n_cell) {
+    const auto filter = [&](int32_t il) {
+        return std::binary_search(layers.held.begin(), layers.held.end(), (uint32_t) il) || layers.shared.count(il) > 0;
+    };
+    const auto from = [&](int32_t il) {
+        const auto it = layers.shared.find(il);
+        return it == layers.shared.end() ? -1 : (int32_t) it->second;
+    };
 
     kv = std::make_unique<llama_kv_cache>(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/false, cparams.offload_kqv,
                                           cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr, filter,
-                                          nullptr, nullptr, "xkv_window_");
+                                          from, nullptr, "xkv_window_");
 
     // upstream turns K and V of quantized caches by a Hadamard matrix; compression needs them as they are
     kv->attn_rot_k = false;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "store/xkv-config.h"
 #include "window/xkv-chunks.h"
 
 #include "llama-kv-cache.h"
@@ -12,9 +13,8 @@
 // Sinks and recent tokens, exact: a plain llama_kv_cache. Nothing else knows how that keeps its cells and tensors.
 class xkv_window {
 public:
-    // layers: of the model, that have a KV cache
-    xkv_window(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-               const std::vector<uint32_t> & layers, uint32_t n_cell);
+    xkv_window(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const xkv_layers & layers,
+               uint32_t n_cell);
 
     llama_kv_cache * get() const { return kv.get(); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from xkv_gguf.sidecar.write import write_sidecar
 
 N_SINK = 4
 N_WINDOW = 40
+MEAN_SIZE = {"k": 0.5, "v": 0.5}
 # for scopes that no context is made in: a context's are `harness.places`
 PLACES = {"n_keep": 256, "n_cell": 512, "n_slot": 1024}
 
@@ -24,8 +26,7 @@ class Bases:
 
     path: Path
     frame: int
-    first: tuple[int, ...]
-    count: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
     basis: dict[str, list[np.ndarray]]
     mean: dict[str, list[np.ndarray]]
     scale: dict[str, tuple[float, ...]]
@@ -47,7 +48,7 @@ class Bases:
         Every rank is `rank`, or full, in one type; or the directions are split as `types` says: (rank, type).
         """
         segments = []
-        for g in range(len(self.first)):
+        for g in range(len(self.groups)):
             for kind in KINDS:
                 dim = len(self.basis[kind][g])
                 rows = types or ((min(rank or dim, dim), type_coef),)
@@ -63,9 +64,7 @@ class Bases:
             online=online,
             n_prior=n_prior,
             fused=fused,
-            layers=()
-            if calibrated
-            else tuple(tuple(range(f, f + c)) for f, c in zip(self.first, self.count, strict=True)),
+            layers=() if calibrated else self.groups,
             frame=0 if calibrated else self.frame,
         )
 
@@ -80,24 +79,27 @@ def write_random(
     widest: float = 1.25,
     held: int | None = None,
     fall: float = 0.0,
+    layers: Sequence[int] | None = None,
+    mean_size: Mapping[str, float] = MEAN_SIZE,
 ) -> Bases:
     """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer.
 
     Scales of layers are between 1 / `widest` and `widest`. The file holds the first `held` directions, or all.
-    Variances fall from 2 to 1, or as this power of the direction's number.
+    Variances fall from 2 to 1, or as this power of the direction's number. `layers` are those that the cache holds, or
+    all. Means are of the sizes `mean_size`, by kind: 0 for V of models with sinks.
     """
     rng = np.random.default_rng(seed)
-    first = tuple(range(0, n_layer, group_size))
-    count = tuple(min(group_size, n_layer - f) for f in first)
+    left = tuple(range(n_layer) if layers is None else layers)
+    groups = tuple(left[f : f + group_size] for f in range(0, len(left), group_size))
     basis: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     mean: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     arrays: dict[str, np.ndarray] = {}
-    for g, c in enumerate(count):
+    for g, group in enumerate(groups):
         for kind, embd in zip(KINDS, n_embd, strict=True):
-            dim = c * embd
+            dim = len(group) * embd
             spectrum = np.arange(1, dim + 1) ** -fall if fall else np.linspace(2.0, 1.0, dim)
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
-            mean[kind].append(rng.normal(0, 0.5, dim).astype(np.float32))
+            mean[kind].append(rng.normal(0, mean_size[kind], dim).astype(np.float32))
             arrays[tensor_name(g, kind, "basis")] = basis[kind][g][:held]
             arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
             arrays[tensor_name(g, kind, "spectrum")] = spectrum.astype(np.float32)
@@ -106,15 +108,15 @@ def write_random(
         fingerprint="0" * 64,
         architecture="test",
         name="test",
-        embd_k=(n_embd[0],) * n_layer,
-        embd_v=(n_embd[1],) * n_layer,
+        embd_k=tuple(n_embd[0] * (il in left) for il in range(n_layer)),
+        embd_v=tuple(n_embd[1] * (il in left) for il in range(n_layer)),
         group_size=group_size,
         frame=frame,
         n_sink=N_SINK,
-        groups=tuple(Group(tuple(range(f, f + c))) for f, c in zip(first, count, strict=True)),
+        groups=tuple(map(Group, groups)),
         calibration=Calibration("self", 1, 0, 1, "0" * 64),
         scale_k=scale["k"],
         scale_v=scale["v"],
     )
     write_sidecar(path, info, arrays)
-    return Bases(path, frame, first, count, basis, mean, scale)
+    return Bases(path, frame, groups, basis, mean, scale)

@@ -12,9 +12,10 @@
 //   6    turn   [n_rot, 1, n_frame*n_stream]          F32      (1, 0) pairs turned to each chunk's frame
 //   7    fill   [n_frame, n_tps, n_stream]            I32      tokens of each chunk that a query sees
 //   8    mean   [d_k*n_head_kv]                       F32      of K in the frames of chunks
+//   9    sinks  [n_head]                              F32      a logit more in each head's softmax, that no value belongs to
 //   dst         [d_v, n_head, n_tps, n_stream]        F32
 //
-// Without stored tokens src 4 to 8 are absent; without bases (plain) src 5 is, without RoPE src 6.
+// Without stored tokens src 4 to 8 are absent; without bases (plain) src 5 is, without RoPE src 6, without sinks src 9.
 //
 // With tolerance 0, or more than XKV_ATTN_MAX_QUERY queries, all directions count for all tokens. Otherwise the first `lead`
 // directions do, and the rest only in blocks of XKV_ATTN_FINE tokens whose share of a query's softmax exceeds the tolerance.
@@ -50,6 +51,7 @@ enum xkv_attn_flag {
 // op_params
 struct xkv_attn_params {
     float    scale;                       // of scores
+    float    softcap;                     // scores become softcap*tanh(score/softcap) before the mask; 0: they stay
     float    tolerance;                   // share of the softmax beyond which a block is refined
     uint16_t n_chunk;                     // tokens of a chunk: 32, 64, 128 or 256
     uint16_t rot_first;                   // first number of a head that is turned
@@ -92,6 +94,7 @@ struct xkv_attn_src {
     struct ggml_tensor * turn;
     struct ggml_tensor * fill;
     struct ggml_tensor * mean;
+    struct ggml_tensor * sinks;
 };
 
 struct ggml_tensor * xkv_attn(struct ggml_context * ctx, struct xkv_attn_src src, const struct xkv_attn_params * params);

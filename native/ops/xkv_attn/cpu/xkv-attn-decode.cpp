@@ -117,7 +117,8 @@ struct xkv_decode_lead_chunk : xkv_decode_chunk {
             }
         });
         for (int k = 0; k < n; ++k) {
-            mask_tail(ic, all[k]);
+            l.cap(score(all[k]), n_chunk);
+            mask_tail(ic, all[k], score(all[k]));
             weigh(ic, all[k]);
         }
         each_list([&](int64_t h, const int64_t * list, int n_list) {
@@ -145,7 +146,7 @@ static void xkv_decode_lead(const xkv_attn_layer & l, const xkv_decode_buffers &
 
 // log of the sum of weights by the lead from which on a block is refined
 static float xkv_least(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t n_part, int64_t i, int round) {
-    float max = -INFINITY;
+    float max = l.sink(i);
     float sum = 0.0f;
     for (int64_t k = 0; k < XKV_N_EXACT; ++k) {
         max = std::max(max, b.exact.max(k, i));
@@ -159,6 +160,7 @@ static float xkv_least(const xkv_attn_layer & l, const xkv_decode_buffers & b, i
     for (int64_t k = 0; k < n_part; ++k) {
         sum += b.parts.all(k, i, round) > -INFINITY ? expf(b.parts.all(k, i, round) - max) : 0.0f;
     }
+    sum += l.sinks ? expf(l.sink(i) - max) : 0.0f;
     return logf(sum * l.par.tolerance) + max;
 }
 
@@ -182,7 +184,7 @@ static bool xkv_next_round(const xkv_attn_layer & l, const xkv_decode_buffers & 
 static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, int64_t s, int64_t n_part, int64_t i) {
     const int64_t n_v = l.dim[XKV_V];
 
-    float max = -INFINITY;
+    float max = l.sink(i);
     for (int64_t k = 0; k < XKV_N_EXACT; ++k) {
         max = std::max(max, b.exact.max(k, i));
     }
@@ -190,7 +192,7 @@ static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, in
         max = b.parts.sum(k, i) > 0.0f ? std::max(max, b.parts.max(k, i)) : max;
     }
     float * o   = l.out(i, s);
-    float   sum = 0.0f;
+    float   sum = l.sinks ? expf(l.sink(i) - max) : 0.0f;
     memset(o, 0, n_v * sizeof(float));
     for (int64_t k = 0; k < XKV_N_EXACT; ++k) {
         if (b.exact.sum(k, i) > 0.0f) {

@@ -30,6 +30,7 @@ struct xkv_attn_layer {
     const ggml_tensor * turn;
     const ggml_tensor * fill;
     const ggml_tensor * mean;
+    const ggml_tensor * sinks;
     ggml_tensor *       dst;
 
     int64_t dim[2];                                             // numbers of a head
@@ -58,6 +59,7 @@ struct xkv_attn_layer {
         turn  = t->src[6];
         fill  = t->src[7];
         mean  = t->src[8];
+        sinks = t->src[9];
 
         dim[XKV_K] = q->ne[0];
         dim[XKV_V] = t->ne[0];
@@ -133,6 +135,16 @@ struct xkv_attn_layer {
     float mask_at(int64_t j, int64_t t, int64_t s) const {
         const char * p = (const char *) mask->data + t * mask->nb[1] + s * mask->nb[3];
         return mask->type == GGML_TYPE_F32 ? ((const float *) p)[j] : xkv_f16((const ggml_fp16_t *) p + j);
+    }
+
+    // a logit that has a part of the softmax and no value
+    float sink(int64_t i) const { return sinks ? ((const float *) sinks->data)[i % n_head] : -INFINITY; }
+
+    // n scores, a multiple of 16
+    void cap(float * score, int64_t n) const {
+        for (int64_t i = 0; i < n && par.softcap != 0.0f; i += 16) {
+            xkv_store(score + i, xkv_tanh(xkv_load(score + i) * (1.0f / par.softcap)) * par.softcap);
+        }
     }
 
     // x turned by the pairs of a chunk's frame

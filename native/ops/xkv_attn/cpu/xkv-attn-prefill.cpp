@@ -117,6 +117,7 @@ struct xkv_prefill : xkv_prefill_head {
             }
             xkv_mul<false>(m, l.dim[XKV_K], n, a, kt(it), n, c);
             for (int i = 0; i < m; ++i) {
+                l.cap(c[i], n);
                 f32r top = xkv_set1(-INFINITY);
                 for (int64_t t = 0; t < n; t += 16) {
                     f32r x = xkv_load(c[i] + t);
@@ -213,10 +214,12 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
         }
         xkv_share(l.n_query, ith, nth, &u0, &u1);
         for (int64_t i = u0; i < u1; ++i) {
-            const float sum = b.state[2 * i + 1];
-            float *     o   = l.out(i, s);
+            const float max  = std::max(b.state[2 * i], l.sink(i));
+            const float kept = max == -INFINITY ? 0.0f : expf(b.state[2 * i] - max);
+            const float sum  = kept * b.state[2 * i + 1] + (l.sinks ? expf(l.sink(i) - max) : 0.0f);
+            float *     o    = l.out(i, s);
             for (int64_t d = 0; d < l.dim[XKV_V]; ++d) {
-                o[d] *= sum > 0.0f ? 1.0f / sum : 0.0f;
+                o[d] *= sum > 0.0f ? kept / sum : 0.0f;
             }
         }
         barrier(user);

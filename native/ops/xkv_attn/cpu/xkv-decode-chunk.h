@@ -140,9 +140,9 @@ struct xkv_decode_chunk {
     }
 
     // tokens that the query doesn't see
-    void mask_tail(int64_t ic, int64_t i) const {
+    void mask_tail(int64_t ic, int64_t i, float * scores) const {
         for (int64_t t = l.n_fill(ic, i / l.n_head, s); t < n_chunk; ++t) {
-            score(i)[t] = -INFINITY;
+            scores[t] = -INFINITY;
         }
     }
 

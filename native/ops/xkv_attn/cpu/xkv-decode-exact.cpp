@@ -93,9 +93,10 @@ void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int6
 
                 float list[XKV_EXACT_BLOCK];
                 for (int64_t k = 0; k < XKV_EXACT_BLOCK; ++k) {
-                    list[k] = bias[k] + (k < n ? l.par.scale * xkv_dot_f32(dk, q, b.row_k + k * dk) : 0.0f);
+                    list[k] = k < n ? l.par.scale * xkv_dot_f32(dk, q, b.row_k + k * dk) : 0.0f;
                 }
-                const f32r  score = xkv_load(list);
+                l.cap(list, XKV_EXACT_BLOCK);
+                const f32r  score = xkv_load(list) + xkv_load(bias);
                 const float m     = std::max(max, xkv_max(score));
                 if (m > max) {
                     const float f = max == -INFINITY ? 0.0f : expf(max - m);

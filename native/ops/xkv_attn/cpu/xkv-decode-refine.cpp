@@ -8,12 +8,14 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
 
     const uint8_t * fine(int64_t i) const { return b.fine + i * n_fine; }
 
+    float * rough(int64_t i) const { return b.rough + i * n_chunk; }
+
     // marks the blocks of a query that are refined
     bool mark(int64_t i) const {
         const float max = b.parts.max(part, i);
         bool        any = false;
         for (int64_t f = 0; f < n_fine; ++f) {
-            const float sum        = xkv_sum(xkv_exp(xkv_load(score(i) + 16 * f) - max));
+            const float sum        = xkv_sum(xkv_exp(xkv_load(rough(i) + 16 * f) - max));
             const float all        = logf(sum) + max;
             b.fine[i * n_fine + f] = all > b.least[i] && all <= b.above[i];
             any                    = any || b.fine[i * n_fine + f];
@@ -28,14 +30,14 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         float *     r   = b.taken.row(i);
         f32r        sum = {};
         for (int64_t f = 0; f < n_fine; ++f) {
-            const f32r rough = xkv_exp(xkv_load(b.rough + i * n_chunk + 16 * f) - max);
-            f32r       p     = {};
+            const f32r led = xkv_exp(xkv_load(rough(i) + 16 * f) - max);
+            f32r       p   = {};
             if (fine(i)[f]) {
                 p = xkv_exp(xkv_load(score(i) + 16 * f) - max);
-                sum += p - rough;
+                sum += p - led;
             }
             xkv_store(w + 16 * f, p);
-            xkv_store(r + 16 * f, rough);
+            xkv_store(r + 16 * f, led);
         }
         b.parts.sum(part, i) += xkv_sum(sum);
         b.weight.round(i, 0, n_chunk);
@@ -91,8 +93,9 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         int n_kept = 0;
         for (int k = 0; k < n; ++k) {
             const int64_t i = list[k];
-            mask_tail(ic, i);
-            memcpy(b.rough + i * n_chunk, score(i), n_chunk * sizeof(float));
+            memcpy(rough(i), score(i), n_chunk * sizeof(float));
+            l.cap(rough(i), n_chunk);
+            mask_tail(ic, i, rough(i));
             if (mark(i)) {
                 list[n_kept++] = i;
             }
@@ -103,7 +106,8 @@ struct xkv_decode_refine_chunk : xkv_decode_chunk {
         }
         for (int k = 0; k < n; ++k) {
             const int64_t i = list[k];
-            mask_tail(ic, i);
+            l.cap(score(i), n_chunk);
+            mask_tail(ic, i, score(i));
             raise_max(i, max_score(i));
             if (!b.parts.deep(part, i)) {
                 b.parts.set_deep(part, i, true);

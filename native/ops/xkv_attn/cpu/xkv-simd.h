@@ -61,6 +61,7 @@ typedef xkv_wide<uint16_t> u16r;
 XKV_WIDE_OP(+)
 XKV_WIDE_OP(-)
 XKV_WIDE_OP(*)
+XKV_WIDE_OP(/)
 XKV_WIDE_OP(&)
 XKV_WIDE_OP(|)
 #undef XKV_WIDE_OP
@@ -268,6 +269,12 @@ XKV_INLINE f32r xkv_exp(const f32r & x) {
 #endif
     }
     return res;
+}
+
+// to 1e-7
+XKV_INLINE f32r xkv_tanh(const f32r & x) {
+    const f32r y = xkv_max(xkv_max(x, xkv_set1(-10.0f)) * -1.0f, xkv_set1(-10.0f)) * -2.0f;
+    return xkv_set1(1.0f) - xkv_set1(2.0f) / (xkv_exp(y) + 1.0f);
 }
 
 //

@@ -135,6 +135,11 @@ static inline bool xkv_cu_attn_can(const ggml_tensor * t) {
         !ggml_is_contiguous(t) || (m->type != GGML_TYPE_F32 && m->type != GGML_TYPE_F16)) {
         return false;
     }
+    xkv_attn_params par;
+    memcpy(&par, t->op_params, sizeof(par));
+    if (par.softcap != 0.0f || t->src[9]) {
+        return false;
+    }
     const xkv_cu_attn a = xkv_cu_attn_args(t);
     // queries and directions of V are rounded in blocks that stay in a segment
     for (int kd = 0; kd < 2; ++kd) {

@@ -20,6 +20,8 @@ struct xkv_case {
     ggml_type exact                     = GGML_TYPE_F16;
     ggml_type mask                      = GGML_TYPE_F16;
     float     tolerance                 = 0.0f;
+    float     softcap                   = 0.0f;
+    bool      sinks                     = false;
     int       flags                     = XKV_ATTN_ROPE_NEOX;
     int64_t   n_rot                     = -1; // of a head, -1: all
     int64_t   rot_first                 = 0;
@@ -65,6 +67,7 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
     xkv_attn_params par = {};
     par.scale           = 1.0f / sqrtf((float) c.dim_k);
     par.tolerance       = c.tolerance;
+    par.softcap         = c.softcap;
     par.n_chunk         = (uint16_t) c.n_chunk;
     par.rot_first       = (uint16_t) c.rot_first;
     par.flags           = (uint8_t) c.flags;
@@ -104,8 +107,12 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
             }
         }
     }
+    ggml_tensor * sinks = c.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_head) : nullptr;
+    for (int64_t i = 0; sinks && i < c.n_head; ++i) {
+        ((float *) sinks->data)[i] = 2.0f * nd(rng) + 2.0f;
+    }
     if (c.n_stored == 0) {
-        return xkv_attn(ctx, { q, kv[0], kv[1], mask }, &par);
+        return xkv_attn(ctx, { q, kv[0], kv[1], mask, nullptr, nullptr, nullptr, nullptr, nullptr, sinks }, &par);
     }
 
     ggml_tensor *        sizes = xkv_attn(ctx, { q, kv[0], kv[1], mask }, &par);
@@ -181,5 +188,5 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
             }
         }
     }
-    return xkv_attn(ctx, { q, kv[0], kv[1], mask, coef, plain ? nullptr : basis, turn, fill, mean }, &par);
+    return xkv_attn(ctx, { q, kv[0], kv[1], mask, coef, plain ? nullptr : basis, turn, fill, mean, sinks }, &par);
 }

@@ -56,6 +56,17 @@ template <typename F> static inline void xkv_each_case(F && check) {
         c.n_rot     = 0;
         c.rot_first = 0;
         check("not turned" + at, c, 1e-5);
+        for (bool stored : { true, false }) {
+            const std::string of = stored ? "" : ", exact only";
+            c                    = with(f32(96));
+            c.n_stored           = stored ? c.n_stored : 0;
+            c.softcap            = 1.5f;
+            check("scores capped" + of + at, c, 1e-5);
+            c.sinks = true;
+            check("scores capped, and sinks" + of + at, c, 1e-5);
+            c.softcap = 0.0f;
+            check("sinks" + of + at, c, 1e-5);
+        }
         for (int64_t n_chunk : { 32, 128, 256 }) {
             c          = with(f32(64));
             c.n_stored = 4 * n_chunk;
@@ -104,6 +115,11 @@ template <typename F> static inline void xkv_each_case(F && check) {
         c.lead[0] = c.lead[1] = 32;
         c.tolerance           = 1e-6f;
         check("refined nearly everywhere" + at, c, 2e-4);
+        c.softcap = 3.0f;
+        c.sinks   = true;
+        check("refined nearly everywhere, capped, with sinks" + at, c, 2e-4);
+        c.softcap   = 0.0f;
+        c.sinks     = false;
         c.tolerance = 0.02f;
         c.decay     = 8.0f;
         check("refined where it matters" + at, c, 4e-2);

@@ -123,7 +123,9 @@ static inline std::vector<double> xkv_ref_attn(const ggml_tensor * t) {
                     for (int64_t d = 0; d < dk; ++d) {
                         x += (double) k[d] * l.query(i, s)[d];
                     }
-                    score.push_back(x * l.par.scale + bias);
+                    x *= l.par.scale;
+                    x = l.par.softcap != 0.0f ? l.par.softcap * tanh(x / l.par.softcap) : x;
+                    score.push_back(x + bias);
                     vs.push_back(&v);
                 };
                 for (size_t j = 0; j < keys.size(); ++j) {
@@ -140,11 +142,12 @@ static inline std::vector<double> xkv_ref_attn(const ggml_tensor * t) {
                         add(exact[2 * j], exact[2 * j + 1], bias);
                     }
                 }
-                double max = -INFINITY, sum = 0.0;
+                double max = l.sink(i);
                 for (double x : score) {
                     max = std::max(max, x);
                 }
-                double * o = res.data() + (s * l.n_query + i) * dv;
+                double   sum = l.sinks ? exp(l.sink(i) - max) : 0.0;
+                double * o   = res.data() + (s * l.n_query + i) * dv;
                 for (size_t j = 0; j < score.size(); ++j) {
                     const double p = exp(score[j] - max);
                     sum += p;

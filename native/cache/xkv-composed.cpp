@@ -1,0 +1,174 @@
+#include "cache/xkv-composed.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+
+#include <algorithm>
+#include <utility>
+
+xkv_composed::xkv_composed(std::unique_ptr<llama_kv_cache_xkv> attn, std::unique_ptr<llama_kv_cache> windowed,
+                           std::unique_ptr<llama_memory_recurrent> recurrent, bool unified) :
+    attn(std::move(attn)), windowed(std::move(windowed)), recurrent(std::move(recurrent)), unified(unified) {}
+
+std::vector<llama_ubatch> xkv_composed::split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) const {
+    balloc.split_reset();
+
+    // a recurrent state takes its sequences in step, and can be rolled back within the last tokens of a micro-batch only
+    const uint32_t n_last = recurrent && recurrent->n_rs_seq > 0 ? recurrent->n_rs_seq + 1 : 0;
+
+    std::vector<llama_ubatch> res;
+    while (true) {
+        auto ubatch = recurrent && embd_all ? balloc.split_seq(n_ubatch) :
+                      recurrent || !unified ? balloc.split_equal(n_ubatch, !unified, n_last) :
+                                              balloc.split_simple(n_ubatch);
+        if (ubatch.n_tokens == 0) {
+            return res;
+        }
+        res.push_back(std::move(ubatch));
+    }
+}
+
+llama_memory_context_ptr xkv_composed::compose(llama_memory_context_ptr a, llama_memory_context_ptr w, llama_memory_context_ptr r,
+                                               std::vector<llama_ubatch> ubatches) const {
+    if (!recurrent) {
+        return std::make_unique<llama_kv_cache_iswa_context>(std::move(a), std::move(w), std::move(ubatches));
+    }
+    if (!windowed) {
+        return std::make_unique<llama_memory_hybrid_context>(std::move(a), std::move(r), std::move(ubatches));
+    }
+    auto both = std::make_unique<llama_kv_cache_iswa_context>(std::move(a), std::move(w), ubatches);
+    return std::make_unique<llama_memory_hybrid_iswa_context>(std::move(both), std::move(r), std::move(ubatches));
+}
+
+llama_memory_context_ptr xkv_composed::prepare(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    auto ubatches = split(balloc, n_ubatch, embd_all);
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+    auto a = attn->init_ubatches(ubatches);
+    if (llama_memory_status_is_fail(a->get_status())) {
+        return a;
+    }
+    llama_memory_context_ptr w, r;
+    if (windowed) {
+        auto sinfos = windowed->prepare(ubatches);
+        if (sinfos.empty()) {
+            return attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        }
+        w = std::make_unique<llama_kv_cache_context>(windowed.get(), std::move(sinfos), ubatches);
+    }
+    if (recurrent) {
+        if (!recurrent->prepare(ubatches)) {
+            return attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        }
+        r = std::make_unique<llama_memory_recurrent_context>(recurrent.get(), ubatches);
+    }
+    return compose(std::move(a), std::move(w), std::move(r), std::move(ubatches));
+}
+
+llama_memory_context_ptr xkv_composed::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) noexcept {
+    llama_memory_context_ptr res;
+    const bool               ok = attn->guard("a batch", false, [&] { res = prepare(balloc, n_ubatch, embd_all); });
+    return ok ? std::move(res) : attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+}
+
+llama_memory_context_ptr xkv_composed::init_full() noexcept {
+    llama_memory_context_ptr res;
+    const bool               ok = attn->guard("a full cache", false, [&] {
+        res = compose(attn->init_full(), windowed ? windowed->init_full() : nullptr, recurrent ? recurrent->init_full() : nullptr, {});
+    });
+    return ok ? std::move(res) : attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+}
+
+llama_memory_context_ptr xkv_composed::init_update(llama_context * lctx, bool optimize) noexcept {
+    llama_memory_context_ptr res;
+    const bool               ok = attn->guard("an update", false, [&] {
+        res = compose(attn->init_update(lctx, optimize), windowed ? windowed->init_update(lctx, optimize) : nullptr,
+                                    recurrent ? recurrent->init_update(lctx, optimize) : nullptr, {});
+    });
+    return ok ? std::move(res) : attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+}
+
+void xkv_composed::clear(bool data) noexcept {
+    each([&](llama_memory_i & mem) { mem.clear(data); });
+}
+
+bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept {
+    // a recurrent state seldom forgets a part, and says so before it changes anything
+    return (!recurrent || recurrent->seq_rm(seq_id, p0, p1)) && attn->seq_rm(seq_id, p0, p1) &&
+           (!windowed || windowed->seq_rm(seq_id, p0, p1));
+}
+
+void xkv_composed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept {
+    each([&](llama_memory_i & mem) { mem.seq_cp(seq_id_src, seq_id_dst, p0, p1); });
+}
+
+void xkv_composed::seq_keep(llama_seq_id seq_id) noexcept {
+    each([&](llama_memory_i & mem) { mem.seq_keep(seq_id); });
+}
+
+void xkv_composed::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept {
+    each([&](llama_memory_i & mem) { mem.seq_add(seq_id, p0, p1, shift); });
+}
+
+void xkv_composed::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) noexcept {
+    each([&](llama_memory_i & mem) { mem.seq_div(seq_id, p0, p1, d); });
+}
+
+// what all parts know of a sequence
+llama_pos xkv_composed::seq_pos_min(llama_seq_id seq_id) const noexcept {
+    llama_pos res = -1;
+    each([&](llama_memory_i & mem) { res = std::max(res, mem.seq_pos_min(seq_id)); });
+    return res;
+}
+
+llama_pos xkv_composed::seq_pos_max(llama_seq_id seq_id) const noexcept {
+    llama_pos res = attn->seq_pos_max(seq_id);
+    each([&](llama_memory_i & mem) { res = std::min(res, mem.seq_pos_max(seq_id)); });
+    return res;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> xkv_composed::memory_breakdown() const noexcept {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+    each([&](llama_memory_i & mem) {
+        for (const auto & [buft, bytes] : mem.memory_breakdown()) {
+            res[buft] += bytes;
+        }
+    });
+    return res;
+}
+
+std::vector<std::pair<std::string, size_t>> xkv_composed::parts() const {
+    std::vector<std::pair<std::string, size_t>> res;
+
+    const auto add = [&](const char * name, const llama_memory_i * mem) {
+        if (!mem) {
+            return;
+        }
+        res.emplace_back(name, 0);
+        for (const auto & [buft, bytes] : mem->memory_breakdown()) {
+            res.back().second += bytes;
+        }
+    };
+    add("windowed layers", windowed.get());
+    add("recurrent state", recurrent.get());
+    return res;
+}
+
+void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    attn->state_write(io, seq_id, flags);
+}
+
+void xkv_composed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    attn->state_read(io, seq_id, flags);
+}
+
+llama_kv_cache_xkv * xkv_find(llama_memory_i * mem) {
+    if (auto * composed = dynamic_cast<xkv_composed *>(mem)) {
+        return composed->attn.get();
+    }
+    return dynamic_cast<llama_kv_cache_xkv *>(mem);
+}
