@@ -61,6 +61,8 @@ struct fault {
     int         lane         = 0;  // shuffles are off by this
     int         thread       = 0;  // threadIdx.x of every 32nd thread is off by this
     int         block        = 0;  // blockIdx.x is off by this, where the grid is not of one
+    int         code         = 0;  // so are numbers that are rounded to whole ones, of every 32nd thread
+    int         dot          = 0;  // and sums of products of bytes, there too
     std::string kernel;            // which one; all if empty
 };
 
@@ -212,8 +214,14 @@ static inline void mma(T (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
     }
 }
 
+// whether the thread is one that a fault is of
+static inline bool struck() {
+    return get().faulty && lane() == 7;
+}
+
 static inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma<4>(c, a, b, -9, [](uint32_t x, int k) { return (int) (int8_t) (x >> 8 * k); });
+    c[0] += struck() ? get().planted.dot : 0;
 }
 
 static inline uint16_t to_half(float x) {
@@ -232,11 +240,22 @@ static inline uint16_t to_half(float x) {
     return (uint16_t) (sign | ((bits >> 13) - (112 << 10)));
 }
 
-static inline float from_half(uint16_t h) {
+static inline float make_float(uint16_t h) {
     const float size = (h & 0x7fff) >= 0x7c00 ? ((h & 0x3ff) ? NAN : INFINITY) :
                        (h & 0x7c00) == 0      ? (float) (h & 0x3ff) * 0x1p-24f :
                                                 std::ldexp((float) ((h & 0x3ff) | 0x400), (h >> 10 & 31) - 25);
     return h & 0x8000 ? -size : size;
+}
+
+static inline float from_half(uint16_t h) {
+    static const std::vector<float> all = [] {
+        std::vector<float> res(1 << 16);
+        for (int i = 0; i < 1 << 16; ++i) {
+            res[i] = make_float((uint16_t) i);
+        }
+        return res;
+    }();
+    return all[h];
 }
 
 static inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -349,7 +368,8 @@ static inline float __int_as_float(int x) {
 }
 
 static inline int __float2int_rn(float x) {
-    return x == x ? (int) std::nearbyint(std::min(std::max(x, -2e9f), 2e9f)) : 0;
+    const int off = xkv_shim::struck() ? xkv_shim::get().planted.code : 0;
+    return x == x ? (int) std::nearbyint(std::min(std::max(x, -2e9f), 2e9f)) + off : 0;
 }
 
 static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
@@ -373,7 +393,7 @@ static inline int __dp4a(int x, int y, int sum) {
     for (int i = 0; i < 4; ++i) {
         sum += (int) (int8_t) (x >> 8 * i) * (int) (int8_t) (y >> 8 * i);
     }
-    return sum;
+    return sum + (xkv_shim::struck() ? xkv_shim::get().planted.dot : 0);
 }
 
 template <typename T> static inline T atomicAdd(T * p, T x) {

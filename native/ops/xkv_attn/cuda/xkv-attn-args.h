@@ -70,6 +70,7 @@ static inline xkv_cu_attn xkv_cu_attn_args(const ggml_tensor * t) {
     const ggml_tensor * turn  = t->src[6];
     const ggml_tensor * fill  = t->src[7];
     const ggml_tensor * mean  = t->src[8];
+    const ggml_tensor * sinks = t->src[9];
 
     xkv_cu_attn a   = {};
     a.dst           = (float *) t->data;
@@ -84,6 +85,8 @@ static inline xkv_cu_attn xkv_cu_attn_args(const ggml_tensor * t) {
     a.n_exact       = (int) t->src[1]->ne[2];
     a.scale         = par.scale;
     a.tolerance     = par.tolerance;
+    a.softcap       = par.softcap;
+    a.sinks         = sinks ? (const float *) sinks->data : nullptr;
     a.n_chunk       = par.n_chunk;
     a.neox          = par.flags & XKV_ATTN_ROPE_NEOX;
     a.plain         = par.flags & XKV_ATTN_PLAIN;
@@ -126,18 +129,16 @@ static inline xkv_cu_attn xkv_cu_attn_args(const ggml_tensor * t) {
 // whether the kernels can do it
 static inline bool xkv_cu_attn_can(const ggml_tensor * t) {
     const auto rows = [](const ggml_tensor * x) {
-        return (x->type == GGML_TYPE_F32 || x->type == GGML_TYPE_F16 || x->type == GGML_TYPE_Q8_0) && x->nb[0] == ggml_type_size(x->type);
+        // numbers are read two at a time
+        const size_t step = x->type == GGML_TYPE_Q8_0 ? 2 : 4;
+        return (x->type == GGML_TYPE_F32 || x->type == GGML_TYPE_F16 || x->type == GGML_TYPE_Q8_0) && x->nb[0] == ggml_type_size(x->type) &&
+               x->nb[1] % step == 0 && x->nb[2] % step == 0 && x->nb[3] % step == 0;
     };
     const ggml_tensor * q    = t->src[0];
     const ggml_tensor * m    = t->src[3];
     const ggml_tensor * coef = t->src[4];
     if (!xkv_attn_fits(t) || q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || !rows(t->src[1]) || !rows(t->src[2]) ||
         !ggml_is_contiguous(t) || (m->type != GGML_TYPE_F32 && m->type != GGML_TYPE_F16)) {
-        return false;
-    }
-    xkv_attn_params par;
-    memcpy(&par, t->op_params, sizeof(par));
-    if (par.softcap != 0.0f || t->src[9]) {
         return false;
     }
     const xkv_cu_attn a = xkv_cu_attn_args(t);

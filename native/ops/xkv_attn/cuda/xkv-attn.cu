@@ -164,7 +164,7 @@ static void xkv_cu_run_round(const xkv_cu_attn & a, const xkv_cu_decode & b, int
     // pieces of work there are at most, by whole strips of each segment
     const int n_strip = xkv_cu_parts(rank, XKV_CU_ROUND) + a.n_segment[XKV_CU_K];
     const int n_piece = xkv_cu_parts(b.n_span * m, XKV_CU_TILE) * xkv_cu_parts(n_strip, XKV_CU_STRIPS);
-    const int n_block = std::min(n_piece, xkv_cu_parts(4 * n_sm, a.n_head_kv * a.n_stream));
+    const int n_block = std::min(n_piece, xkv_cu_parts(2 * n_sm, a.n_head_kv * a.n_stream));
 
     XKV_LAUNCH(xkv_cu_least, dim3(b.n_query, a.n_stream), XKV_CU_WARP, 0, stream, a, b, round);
     for (int first = 0; first < a.n_frame; first += b.n_span) {

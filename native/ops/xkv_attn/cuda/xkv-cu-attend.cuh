@@ -152,7 +152,6 @@ struct xkv_cu_attend_block {
                 }
             }
         }
-        __syncthreads();
     }
 };
 

@@ -313,7 +313,6 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
             }
         }
     }
-    __syncthreads();
     if (stay && xkv_cu_warp() * 16 < a.lead[XKV_CU_V]) {
         c.move_sums(split, xkv_cu_warp() * 16, 0, c.n, acc, true);
     }
