@@ -148,7 +148,7 @@ static __global__ void __launch_bounds__(XKV_CU_EXACT_THREADS)
                 const float f = i < n ? c.factor[i] : 0.0f;
                 acc[o][i]     = make_float2(acc[o][i].x * f, acc[o][i].y * f);
             }
-#pragma unroll 4
+#pragma unroll 2
             for (int k = 0; k < n_k; ++k) {
                 const float2 v = xkv_cu_exact_two(a.exact[XKV_CU_V], xkv_cu_exact_row(a.exact[XKV_CU_V], k0 + k, head, s), d);
 #pragma unroll

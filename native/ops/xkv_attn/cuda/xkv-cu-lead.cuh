@@ -95,20 +95,20 @@ struct xkv_cu_lead_block {
     // all rows of a KV head through directions [d0, d1)
     __device__ void project(int d0, int d1) const {
         const int n_strip = xkv_cu_n_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND);
-        const int n_pack  = (::min(m(), n) * n_chunk + XKV_CU_TILE - 1) / XKV_CU_TILE;
+        const int n_pack  = (::min(m(), n) * n_chunk + XKV_CU_TILE / 2 - 1) / (XKV_CU_TILE / 2);
         for (int item = xkv_cu_warp(); item < n_head() * n_pack * n_strip; item += xkv_cu_n_warp()) {
             const int head  = heads_from() + item / (n_pack * n_strip);
-            const int from  = item / n_strip % n_pack * XKV_CU_TILE;
+            const int from  = item / n_strip % n_pack * (XKV_CU_TILE / 2);
             const int i0    = begin_of(head);
             const int own   = end_of(head) - i0;
-            const int n_col = ::min(own * n_chunk - from, XKV_CU_TILE);
+            const int n_col = ::min(own * n_chunk - from, XKV_CU_TILE / 2);
             if (n_col <= 0) {
                 continue;
             }
-            const auto                   row_of = [&](int c) { return (from + c) / own * n + i0 + (from + c) % own; };
-            const xkv_cu_group<XKV_CU_G> group(n_col, row_of);
-            const xkv_cu_strip           strip = xkv_cu_find_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND, item % n_strip);
-            xkv_cu_project(a, head, strip, q, group, y, group, n_col, a.segments[XKV_CU_K][strip.segment].first + strip.first - d0);
+            const auto row_of = [&](int c) { return (from + c) / own * n + i0 + (from + c) % own; };
+            const xkv_cu_group<XKV_CU_G / 2> group(n_col, row_of);
+            const xkv_cu_strip               strip = xkv_cu_find_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND, item % n_strip);
+            xkv_cu_project(a, head, strip, q, group, y, n_col, row_of, a.segments[XKV_CU_K][strip.segment].first + strip.first - d0);
         }
     }
 
@@ -267,6 +267,7 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
     xkv_cu_arena            arena = { (char *) shared };
     const xkv_cu_lead_block c(a, b, blockIdx.z, j0, min(n_most, b.n_query - j0), n_chunk, arena);
 
+    const bool whole            = a.plain || c.one_slice(a); // the lead is one slice
     const bool stay             = !a.plain && a.lead[XKV_CU_V] <= 16 * xkv_cu_n_warp();
     float      acc[XKV_CU_G][4] = {};
     for (int i = threadIdx.x; i < c.n; i += blockDim.x) {
@@ -289,21 +290,16 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
         }
         for (int k = 0; k < n_chunk && ic0 + k * b.n_split < a.n_frame; ++k) {
             const int ic = ic0 + k * b.n_split;
-            if (!any) {
-                // shares of what nobody sees
-            } else if (a.plain || c.one_slice(a)) {
-                c.add_scores(ic, k, 0, a.lead[XKV_CU_K], true);
-            } else {
-                for (int d = 0; d < a.lead[XKV_CU_K];) {
-                    const int end = c.slice_end(d, a.lead[XKV_CU_K]);
+            for (int d = 0; any && d < a.lead[XKV_CU_K];) {
+                const int end = whole ? a.lead[XKV_CU_K] : c.slice_end(d, a.lead[XKV_CU_K]);
+                if (!whole) {
                     c.project(d, end);
                     __syncthreads();
-                    c.add_scores(ic, k, d, end, d == 0);
-                    __syncthreads();
-                    d = end;
                 }
+                c.add_scores(ic, k, d, end, d == 0);
+                __syncthreads();
+                d = end;
             }
-            __syncthreads();
             for (int i = xkv_cu_warp(); i < c.n; i += xkv_cu_n_warp()) {
                 c.weigh(ic, k, i);
             }

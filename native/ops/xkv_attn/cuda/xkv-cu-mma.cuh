@@ -18,7 +18,7 @@ static __device__ __forceinline__ void xkv_cu_mma_s8(int (&c)[4], const uint32_t
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#    else
+#    elif __CUDA_ARCH__ >= 750
 #        pragma unroll
     for (int h = 0; h < 2; ++h) {
 #        pragma unroll
@@ -28,6 +28,8 @@ static __device__ __forceinline__ void xkv_cu_mma_s8(int (&c)[4], const uint32_t
                 : "r"(a[2 * h + i]), "r"(b[h]));
         }
     }
+#    else
+    __trap(); // such cards are refused
 #    endif
 }
 
@@ -36,13 +38,15 @@ static __device__ __forceinline__ void xkv_cu_mma_f16(float (&c)[4], const uint3
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#    else
+#    elif __CUDA_ARCH__ >= 750
 #        pragma unroll
     for (int h = 0; h < 2; ++h) {
         asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(b[h]));
     }
+#    else
+    __trap();
 #    endif
 }
 

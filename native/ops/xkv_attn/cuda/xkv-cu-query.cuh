@@ -123,12 +123,11 @@ static __device__ __forceinline__ xkv_cu_strip xkv_cu_find_strip(const xkv_cu_at
     return { 0, 0, 0 };
 }
 
-// By a warp: a strip of the rows of q in the group through the basis of K, to the rows of y, where it begins at column col. Columns
-// from n_col on are not kept.
-template <int G>
+// By a warp: a strip of the n_col rows of q in the group through the basis of K, to rows row_of(i) of y, where it begins at column
+// col.
+template <int G, typename F>
 static __device__ void xkv_cu_project(const xkv_cu_attn & a, int head, const xkv_cu_strip & strip, const xkv_cu_rows & q,
-                                      const xkv_cu_group<G> & from, const xkv_cu_rows & y, const xkv_cu_group<G> & to, int n_col,
-                                      int col) {
+                                      const xkv_cu_group<G> & from, const xkv_cu_rows & y, int n_col, F && row_of, int col) {
     const xkv_cu_segment & seg   = a.segments[XKV_CU_K][strip.segment];
     const int              dk    = a.dim[XKV_CU_K];
     const size_t           bytes = xkv_cu_rows_bytes(seg.type_basis, dk);
@@ -150,7 +149,7 @@ static __device__ void xkv_cu_project(const xkv_cu_attn & a, int head, const xkv
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             const bool  on   = 8 * g + 2 * j + c < n_col;
-            const int   row  = to.c[g][c];
+            const int   row  = row_of(min(8 * g + 2 * j + c, n_col - 1));
             const float v[4] = { acc[0][g][c], acc[0][g][c + 2], acc[1][g][c], acc[1][g][c + 2] };
             if (!ints && on) {
 #pragma unroll

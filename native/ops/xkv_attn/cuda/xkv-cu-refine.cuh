@@ -72,11 +72,11 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
         }
         __syncthreads();
         const xkv_cu_group<XKV_CU_G> from(n_col, [](int c) { return c; });
-        const xkv_cu_group<XKV_CU_G> to(n_col, [&](int c) { return s * b.n_span * b.n_query + list[i0 + c]; });
-        const int                    k0 = item % n_part * XKV_CU_STRIPS;
+        const auto                   row_of = [&](int c) { return s * b.n_span * b.n_query + list[i0 + c]; };
+        const int                    k0     = item % n_part * XKV_CU_STRIPS;
         for (int k = k0 + xkv_cu_warp(); k < min(n_strip, k0 + XKV_CU_STRIPS); k += xkv_cu_n_warp()) {
             const xkv_cu_strip strip = xkv_cu_find_strip(a, XKV_CU_K, 0, rank, XKV_CU_ROUND, k);
-            xkv_cu_project(a, head, strip, q, from, b.y, to, n_col, a.segments[XKV_CU_K][strip.segment].first + strip.first);
+            xkv_cu_project(a, head, strip, q, from, b.y, n_col, row_of, a.segments[XKV_CU_K][strip.segment].first + strip.first);
         }
         __syncthreads();
     }

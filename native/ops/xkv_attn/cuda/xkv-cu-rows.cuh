@@ -14,6 +14,8 @@ struct alignas(8) xkv_cu_scale {
     int   sum;
 };
 
+static_assert(sizeof(xkv_cu_scale) * 4 == XKV_CU_ROUND, "a block's scale is at a quarter of its codes' place");
+
 struct xkv_cu_rows {
     uint8_t * bytes; // nullptr without tiles of integers
     float *   x;     // nullptr without tiles of floats
@@ -104,10 +106,18 @@ static __device__ __forceinline__ void xkv_cu_mul_ints(const uint8_t * __restric
     constexpr int zero = xkv_cu_zero(type);
     const int     r    = xkv_cu_lane() / 4;
     const int     j    = xkv_cu_lane() % 4;
+    const int     step = (int) xkv_cu_rows::row_bytes(rows.n);
+    int           b0[G], s0[G], s1[G]; // bytes to the codes and the scales of the lane's rows
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        b0[g] = at.b[g] * step + 8 * j;
+        s0[g] = at.c[g][0] * step + rows.n;
+        s1[g] = at.c[g][1] * step + rows.n;
+    }
     for (int c = col; c < col + n_col; c += xkv_cu_cols(type), tiles += xkv_cu_tile_bytes(type)) {
         const float d0 = xkv_cu_half(tiles + 2 * r);
         const float d1 = xkv_cu_half(tiles + 2 * r + 16);
-#pragma unroll
+#pragma unroll 2
         for (int part = 0; part < xkv_cu_cols(type) / XKV_CU_ROUND; ++part) {
             const int k = c + part * XKV_CU_ROUND;
             uint32_t  a[4];
@@ -115,18 +125,18 @@ static __device__ __forceinline__ void xkv_cu_mul_ints(const uint8_t * __restric
 #pragma unroll
             for (int g = 0; g < G; ++g) {
                 if (at.on >> g & 1) {
-                    const uint2        w    = *(const uint2 *) (rows.codes(at.b[g]) + k + 8 * j);
+                    const uint2        w    = *(const uint2 *) (rows.bytes + (b0[g] + k));
                     const uint32_t     b[2] = { w.x, w.y };
-                    const xkv_cu_scale s0   = rows.scales(at.c[g][0])[k / XKV_CU_ROUND];
-                    const xkv_cu_scale s1   = rows.scales(at.c[g][1])[k / XKV_CU_ROUND];
+                    const xkv_cu_scale x    = *(const xkv_cu_scale *) (rows.bytes + (s0[g] + k / 4));
+                    const xkv_cu_scale y    = *(const xkv_cu_scale *) (rows.bytes + (s1[g] + k / 4));
                     int                sums[4];
-                    sums[0] = sums[2] = -zero * s0.sum;
-                    sums[1] = sums[3] = -zero * s1.sum;
+                    sums[0] = sums[2] = -zero * x.sum;
+                    sums[1] = sums[3] = -zero * y.sum;
                     xkv_cu_mma_s8(sums, a, b);
-                    acc[g][0] += d0 * s0.d * (float) sums[0];
-                    acc[g][1] += d0 * s1.d * (float) sums[1];
-                    acc[g][2] += d1 * s0.d * (float) sums[2];
-                    acc[g][3] += d1 * s1.d * (float) sums[3];
+                    acc[g][0] += d0 * x.d * (float) sums[0];
+                    acc[g][1] += d0 * y.d * (float) sums[1];
+                    acc[g][2] += d1 * x.d * (float) sums[2];
+                    acc[g][3] += d1 * y.d * (float) sums[3];
                 }
             }
         }

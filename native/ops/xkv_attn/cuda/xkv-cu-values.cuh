@@ -64,13 +64,12 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
     const int              cols = xkv_cu_cols(seg.type);
     const bool             lead = d < a.lead[XKV_CU_V];
 
-    const xkv_cu_group<XKV_CU_G> of(n, [](int i) { return i; });
-    float                        acc[XKV_CU_G][4];
+    float acc[XKV_CU_G][4];
 #pragma unroll
     for (int g = 0; g < XKV_CU_G; ++g) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const int   i   = of.c[g][e % 2];
+            const int   i   = min(8 * g + xkv_cu_lane() % 4 * 2 + e % 2, n - 1);
             const float had = c.old[i] > -INFINITY ? b.deep[b.deep_part(s, k, j0 + i) * rank + d + xkv_cu_lane() / 4 + e / 2 * 8] : 0.0f;
             acc[g][e]       = had * xkv_cu_rescale(c.old[i], c.top[i]);
         }
@@ -103,9 +102,8 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
         for (int t = 0; t < a.n_chunk; t += cols) {
             if (blocks >> t / XKV_CU_FINE & ((1u << cols / XKV_CU_FINE) - 1)) {
                 const uint8_t * tile = tiles + xkv_cu_rows_bytes(seg.type, t);
-                xkv_cu_mul(seg.type, tile, cols, b.fresh, t, group, part);
-                if (lead) {
-                    xkv_cu_mul(seg.type, tile, cols, b.taken, t, group, part);
+                for (int w = 0; w < (lead ? 2 : 1); ++w) {
+                    xkv_cu_mul(seg.type, tile, cols, w == 0 ? b.fresh : b.taken, t, group, part);
                 }
             }
         }
