@@ -46,11 +46,13 @@ COLUMNS = 8
 """Queries that a product of the tensor cores has room for."""
 PRODUCT = 16 * COLUMNS * 32
 """Multiply-adds of one product of bytes."""
-INSTRUCTIONS = 22
+INSTRUCTIONS = 26
 """Of a warp for each product: codes, scales, sums to float; counted in the source."""
 FUSED_BYTES = 1.25
 """Of a rounded number: a byte, and a scale and a sum for 32 of them."""
 ROUNDS = 3
+BATCH = 512
+"""Tokens whose K and V are made at a time (XKV_CU_BATCH)."""
 SPAN_BYTES = 32 << 20
 """Rows of a span of the second pass (XKV_CU_SPAN)."""
 
@@ -273,7 +275,7 @@ def decode_stages(x: Sizes) -> list[Stage]:
 def prefill_stages(x: Sizes, n_token: int) -> list[Stage]:
     """Some tokens at the end of the context: K and V made again, and attention."""
     seen = x.n + x.exact + n_token / 2
-    batches = -(-x.n // 512)
+    batches = -(-x.n // BATCH)
     per_layer = [
         Stage("making K and V", f16=x.n * HEADS_KV * HEAD * sum(x.rank.values()), launches=2 * batches),
         Stage("attention", f16=seen * n_token * HEADS * 2 * HEAD, launches=batches),

@@ -106,8 +106,8 @@ struct xkv_cu_lead_block {
                 continue;
             }
             const auto row_of = [&](int c) { return (from + c) / own * n + i0 + (from + c) % own; };
-            const xkv_cu_group<XKV_CU_G / 2> group(n_col, row_of);
-            const xkv_cu_strip               strip = xkv_cu_find_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND, item % n_strip);
+            const auto         group = xkv_cu_columns<XKV_CU_G / 2>(n_col, row_of);
+            const xkv_cu_strip strip = xkv_cu_find_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND, item % n_strip);
             xkv_cu_project(a, head, strip, q, group, y, n_col, row_of, a.segments[XKV_CU_K][strip.segment].first + strip.first - d0);
         }
     }
@@ -125,8 +125,8 @@ struct xkv_cu_lead_block {
             if (n_col <= 0) {
                 continue;
             }
-            const xkv_cu_group<XKV_CU_G> group(n_col, [&](int c) { return k * n + i0 + c; });
-            float                        acc[XKV_CU_G][4] = {};
+            const auto group            = xkv_cu_columns<XKV_CU_G>(n_col, [=](int c) { return k * n + i0 + c; });
+            float      acc[XKV_CU_G][4] = {};
             xkv_cu_add_scores(a, ic, s, head, t, d0, d1, y, a.plain ? d0 : 0, group, acc);
 #pragma unroll
             for (int g = 0; g < XKV_CU_G; ++g) {
@@ -213,7 +213,7 @@ struct xkv_cu_lead_block {
             if (n_col <= 0) {
                 continue;
             }
-            const xkv_cu_group<XKV_CU_G> group(n_col, [&](int c) { return i0 + c; });
+            const auto group = xkv_cu_columns<XKV_CU_G>(n_col, [=](int c) { return i0 + c; });
             const xkv_cu_segment &       seg   = a.segments[XKV_CU_V][xkv_cu_find_segment(a, XKV_CU_V, d)];
             const int                    cols  = xkv_cu_cols(seg.type);
             const uint8_t *              tiles = xkv_cu_coef(a, ic, s, XKV_CU_V, seg, head) +
@@ -224,10 +224,12 @@ struct xkv_cu_lead_block {
 #pragma unroll
             for (int g = 0; g < XKV_CU_G; ++g) {
                 if (group.on >> g & 1) {
-                    acc[g][0] *= factor[group.c[g][0]];
-                    acc[g][1] *= factor[group.c[g][1]];
-                    acc[g][2] *= factor[group.c[g][0]];
-                    acc[g][3] *= factor[group.c[g][1]];
+                    const float f0 = factor[group.c(g, 0)];
+                    const float f1 = factor[group.c(g, 1)];
+                    acc[g][0] *= f0;
+                    acc[g][1] *= f1;
+                    acc[g][2] *= f0;
+                    acc[g][3] *= f1;
                 }
             }
             xkv_cu_mul(seg.type, tiles, (n_fill + cols - 1) / cols * cols, w, 0, group, acc);

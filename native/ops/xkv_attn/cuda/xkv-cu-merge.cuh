@@ -60,8 +60,8 @@ struct xkv_cu_merge_block {
 
     // rows d and d + 16 of the basis times the sums, in part
     __device__ void multiply(int head, int d) const {
-        const xkv_cu_group<1> group(n, [](int i) { return i; });
-        float                 acc[2][1][4] = {};
+        const auto group        = xkv_cu_columns<1>(n, [](int i) { return i; });
+        float      acc[2][1][4] = {};
         for (int is = 0; is < a.n_segment[XKV_CU_V]; ++is) {
             const xkv_cu_segment & seg   = a.segments[XKV_CU_V][is];
             const uint8_t *        base  = xkv_cu_basis(a, XKV_CU_V, seg, head);

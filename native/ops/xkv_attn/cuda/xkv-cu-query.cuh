@@ -125,9 +125,9 @@ static __device__ __forceinline__ xkv_cu_strip xkv_cu_find_strip(const xkv_cu_at
 
 // By a warp: a strip of the n_col rows of q in the group through the basis of K, to rows row_of(i) of y, where it begins at column
 // col.
-template <int G, typename F>
+template <int G, typename E, typename F>
 static __device__ void xkv_cu_project(const xkv_cu_attn & a, int head, const xkv_cu_strip & strip, const xkv_cu_rows & q,
-                                      const xkv_cu_group<G> & from, const xkv_cu_rows & y, int n_col, F && row_of, int col) {
+                                      const xkv_cu_group<G, E> & from, const xkv_cu_rows & y, int n_col, F && row_of, int col) {
     const xkv_cu_segment & seg   = a.segments[XKV_CU_K][strip.segment];
     const int              dk    = a.dim[XKV_CU_K];
     const size_t           bytes = xkv_cu_rows_bytes(seg.type_basis, dk);
@@ -200,9 +200,9 @@ static __device__ void xkv_cu_project(const xkv_cu_attn & a, int head, const xkv
 }
 
 // adds directions [d0, d1) of 16 tokens from t on to the scores in acc; the rows of y begin with direction d0 - col
-template <int G>
+template <int G, typename F>
 static __device__ __forceinline__ void xkv_cu_add_scores(const xkv_cu_attn & a, int ic, int s, int head, int t, int d0, int d1,
-                                                         const xkv_cu_rows & y, int col, const xkv_cu_group<G> & at, float (&acc)[G][4]) {
+                                                         const xkv_cu_rows & y, int col, const xkv_cu_group<G, F> & at, float (&acc)[G][4]) {
     for (int is = 0; is < a.n_segment[XKV_CU_K]; ++is) {
         const xkv_cu_segment & seg = a.segments[XKV_CU_K][is];
         const int              r0  = max(d0 - seg.first, 0);

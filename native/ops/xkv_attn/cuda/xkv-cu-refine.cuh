@@ -71,9 +71,9 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
             }
         }
         __syncthreads();
-        const xkv_cu_group<XKV_CU_G> from(n_col, [](int c) { return c; });
-        const auto                   row_of = [&](int c) { return s * b.n_span * b.n_query + list[i0 + c]; };
-        const int                    k0     = item % n_part * XKV_CU_STRIPS;
+        const auto from   = xkv_cu_columns<XKV_CU_G>(n_col, [](int c) { return c; });
+        const auto row_of = [&](int c) { return s * b.n_span * b.n_query + list[i0 + c]; };
+        const int  k0     = item % n_part * XKV_CU_STRIPS;
         for (int k = k0 + xkv_cu_warp(); k < min(n_strip, k0 + XKV_CU_STRIPS); k += xkv_cu_n_warp()) {
             const xkv_cu_strip strip = xkv_cu_find_strip(a, XKV_CU_K, 0, rank, XKV_CU_ROUND, k);
             xkv_cu_project(a, head, strip, q, from, b.y, n_col, row_of, a.segments[XKV_CU_K][strip.segment].first + strip.first);
@@ -134,8 +134,9 @@ struct xkv_cu_refine_block {
 
     // scores by the lead of all tokens, since blocks that are not refined were rounded with others, and by all directions
     __device__ void add_scores(int ic, int i) const {
-        const int                    n_col = *n_own;
-        const xkv_cu_group<XKV_CU_G> group(n_col, [&](int c) { return (int) b.row(s, i, j0 + query[c]); });
+        const int n_col  = *n_own;
+        const int first  = (int) b.row(s, i, j0);
+        const auto group = xkv_cu_columns<XKV_CU_G>(n_col, [=, of = query](int c) { return first + of[c]; });
         for (int t = xkv_cu_warp() * 16; t < a.n_chunk; t += xkv_cu_n_warp() * 16) {
             float acc[XKV_CU_G][4] = {};
             bool  any              = false;

@@ -83,26 +83,25 @@ static __device__ __forceinline__ void xkv_cu_round(const xkv_cu_rows & rows, si
     }
 }
 
-// rows that a warp multiplies tiles with, 8 to a group: its lane's row of b, and those of its columns of c
-template <int G> struct xkv_cu_group {
-    int      b[G];
-    int      c[G][2];
+// Rows that a warp multiplies tiles with, 8 to a group: column i is row_of(i), found anew for each product, since registers are
+// what these kernels are short of.
+template <int G, typename F> struct xkv_cu_group {
+    F        row_of;
+    int      n_col;
     uint32_t on; // groups with some
 
-    // n_col columns, of which column i is row_of(i)
-    template <typename F> __device__ __forceinline__ xkv_cu_group(int n_col, F && row_of) : on((1u << (n_col + 7) / 8) - 1) {
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            b[g]    = row_of(min(8 * g + xkv_cu_lane() / 4, n_col - 1));
-            c[g][0] = row_of(min(8 * g + xkv_cu_lane() % 4 * 2, n_col - 1));
-            c[g][1] = row_of(min(8 * g + xkv_cu_lane() % 4 * 2 + 1, n_col - 1));
-        }
-    }
+    // the lane's row of b, and those of its columns of c
+    __device__ __forceinline__ int b(int g) const { return row_of(min(8 * g + xkv_cu_lane() / 4, n_col - 1)); }
+    __device__ __forceinline__ int c(int g, int i) const { return row_of(min(8 * g + xkv_cu_lane() % 4 * 2 + i, n_col - 1)); }
 };
 
-template <int type, int G>
+template <int G, typename F> static __device__ __forceinline__ xkv_cu_group<G, F> xkv_cu_columns(int n_col, F row_of) {
+    return { row_of, n_col, (1u << (n_col + 7) / 8) - 1 };
+}
+
+template <int type, int G, typename F>
 static __device__ __forceinline__ void xkv_cu_mul_ints(const uint8_t * __restrict__ tiles, int n_col, const xkv_cu_rows & rows, int col,
-                                                       const xkv_cu_group<G> & at, float (&acc)[G][4]) {
+                                                       const xkv_cu_group<G, F> & at, float (&acc)[G][4]) {
     constexpr int zero = xkv_cu_zero(type);
     const int     r    = xkv_cu_lane() / 4;
     const int     j    = xkv_cu_lane() % 4;
@@ -110,9 +109,9 @@ static __device__ __forceinline__ void xkv_cu_mul_ints(const uint8_t * __restric
     int           b0[G], s0[G], s1[G]; // bytes to the codes and the scales of the lane's rows
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        b0[g] = at.b[g] * step + 8 * j;
-        s0[g] = at.c[g][0] * step + rows.n;
-        s1[g] = at.c[g][1] * step + rows.n;
+        b0[g] = at.b(g) * step + 8 * j;
+        s0[g] = at.c(g, 0) * step + rows.n;
+        s1[g] = at.c(g, 1) * step + rows.n;
     }
     for (int c = col; c < col + n_col; c += xkv_cu_cols(type), tiles += xkv_cu_tile_bytes(type)) {
         const float d0 = xkv_cu_half(tiles + 2 * r);
@@ -143,10 +142,17 @@ static __device__ __forceinline__ void xkv_cu_mul_ints(const uint8_t * __restric
     }
 }
 
-template <int type, int G>
+template <int type, int G, typename F>
 static __device__ __forceinline__ void xkv_cu_mul_floats(const uint8_t * __restrict__ tiles, int n_col, const xkv_cu_rows & rows, int col,
-                                                         const xkv_cu_group<G> & at, float (&acc)[G][4]) {
+                                                         const xkv_cu_group<G, F> & at, float (&acc)[G][4]) {
     const int r = xkv_cu_lane() / 4;
+    const float * y0[G];
+    const float * y1[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        y0[g] = rows.floats(at.c(g, 0)) + col;
+        y1[g] = rows.floats(at.c(g, 1)) + col;
+    }
     for (int c = 0; c < n_col; ++c) {
         const int    i  = c * XKV_CU_TILE_ROWS + r;
         const float  x0 = type == XKV_CU_F32 ? ((const float *) tiles)[i] : xkv_cu_half((const half *) tiles + i);
@@ -154,12 +160,10 @@ static __device__ __forceinline__ void xkv_cu_mul_floats(const uint8_t * __restr
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             if (at.on >> g & 1) {
-                const float y0 = rows.floats(at.c[g][0])[col + c];
-                const float y1 = rows.floats(at.c[g][1])[col + c];
-                acc[g][0] += x0 * y0;
-                acc[g][1] += x0 * y1;
-                acc[g][2] += x1 * y0;
-                acc[g][3] += x1 * y1;
+                acc[g][0] += x0 * y0[g][c];
+                acc[g][1] += x0 * y1[g][c];
+                acc[g][2] += x1 * y0[g][c];
+                acc[g][3] += x1 * y1[g][c];
             }
         }
     }
@@ -167,9 +171,9 @@ static __device__ __forceinline__ void xkv_cu_mul_floats(const uint8_t * __restr
 
 // By a warp: adds the products of 16 rows, whose n_col columns are in tiles that follow each other, and columns [col, col + n_col)
 // of the group's rows; acc is laid out as c of xkv-cu-mma.cuh.
-template <int G>
+template <int G, typename F>
 static __device__ void xkv_cu_mul(int type, const uint8_t * tiles, int n_col, const xkv_cu_rows & rows, int col,
-                                  const xkv_cu_group<G> & at, float (&acc)[G][4]) {
+                                  const xkv_cu_group<G, F> & at, float (&acc)[G][4]) {
     switch (type) {
     case XKV_CU_F32:
         return xkv_cu_mul_floats<XKV_CU_F32>(tiles, n_col, rows, col, at, acc);

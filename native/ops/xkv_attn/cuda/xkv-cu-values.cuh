@@ -91,9 +91,10 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
             blocks |= __shfl_xor_sync(XKV_CU_ALL, blocks, o);
         }
         // where a query has none, a row that is there: its column is not added
-        const int              other = __ffs((int) some) - 1;
-        xkv_cu_group<XKV_CU_G> group(n, [&](int c) { return (int) b.row(s, i, j0 + (some >> c & 1 ? c : other)); });
-        group.on = 0;
+        const int other = __ffs((int) some) - 1;
+        const int base  = (int) b.row(s, i, j0);
+        auto      group = xkv_cu_columns<XKV_CU_G>(n, [=](int c) { return base + (some >> c & 1 ? c : other); });
+        group.on        = 0;
 #pragma unroll
         for (int g = 0; g < XKV_CU_G; ++g) {
             group.on |= (uint32_t) ((some >> 8 * g & 255) != 0) << g;
@@ -113,7 +114,7 @@ static __global__ void __launch_bounds__(XKV_CU_THREADS, 2)
             for (int e = 0; e < 4; ++e) {
                 const int col = 8 * g + xkv_cu_lane() % 4 * 2 + e % 2;
                 if (some >> col & 1) {
-                    acc[g][e] += part[g][e] * xkv_cu_rescale(b.top[group.c[g][e % 2]], c.top[col]);
+                    acc[g][e] += part[g][e] * xkv_cu_rescale(b.top[base + col], c.top[col]);
                 }
             }
         }
