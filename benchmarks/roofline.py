@@ -380,7 +380,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables that the arguments ask for."""
     parser = argparse.ArgumentParser(description="What attention takes on a GPU, computed from public figures.")
-    parser.add_argument("--stages", metavar="CARD", choices=[card.name for card in CARDS], help="by stage, on this card")
+    parser.add_argument(
+        "--stages", metavar="CARD", choices=[card.name for card in CARDS], help="by stage, on this card"
+    )
     parser.add_argument("--n-ctx", type=int, default=65536, metavar="N", help="for --stages (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.stages:

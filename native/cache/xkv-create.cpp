@@ -121,9 +121,7 @@ static std::unique_ptr<llama_kv_cache> xkv_make_windowed(const llama_model & mod
     const uint32_t n_cell  = params.swa_full ? cparams.n_ctx_seq : GGML_PAD(std::min(cparams.n_ctx_seq, n_swa), 256);
     const bool     hybrid  = llm_arch_is_hybrid(model.arch);
 
-    const auto filter = [&](int32_t il) {
-        return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.is_swa(il);
-    };
+    const auto filter = [&](int32_t il) { return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.is_swa(il); };
     return std::make_unique<llama_kv_cache>(model, hparams, params.type_k, params.type_v, /*v_trans =*/false, cparams.offload_kqv,
                                             cparams.kv_unified, n_cell, cparams.n_seq_max, 1, hparams.n_swa, hparams.swa_type, nullptr,
                                             filter, reuse, nullptr);

@@ -39,7 +39,9 @@ def test_sizes_are_those_of_the_plan() -> None:
     sizes = roofline.sizes_of(plan)
     n_group = LAYERS // roofline.GROUP_LAYERS
     for kind in ("k", "v"):
-        assert n_group * sizes.n * sizes.coef[kind] == pytest.approx(plan.parts[f"{kind.upper()} coefficients"], rel=1e-6)
+        assert n_group * sizes.n * sizes.coef[kind] == pytest.approx(
+            plan.parts[f"{kind.upper()} coefficients"], rel=1e-6
+        )
         assert 0 < sizes.lead_coef[kind] < sizes.coef[kind]
     bases = LAYERS * (sizes.basis["k"] + sizes.basis["v"])
     assert bases == pytest.approx(plan.parts["bases and means"], rel=0.02)

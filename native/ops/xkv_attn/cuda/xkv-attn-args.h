@@ -30,7 +30,7 @@ static inline void xkv_cu_set_segments(xkv_cu_attn & a, const xkv_attn_params & 
             const ggml_type tc    = xkv_attn_type(i);
             const ggml_type tb    = xkv_attn_type(basis);
 
-            a.segments[kd][a.n_segment[kd]++] = { i, basis, a.rank[kd], (int) r, at, at_base };
+            a.segments[kd][a.n_segment[kd]++]                        = { i, basis, a.rank[kd], (int) r, at, at_base };
             (i > XKV_CU_F16 ? a.coef_ints : a.coef_floats)[kd]       = true;
             (basis > XKV_CU_F16 ? a.basis_ints : a.basis_floats)[kd] = true;
             a.rank[kd] += (int) r;

@@ -104,7 +104,8 @@ static xkv_cu_decode xkv_cu_lay_out_decode(const xkv_cu_attn & a, int n_sm, xkv_
         const bool ints[] = { a.coef_ints[XKV_CU_K], a.coef_ints[XKV_CU_V] };
         const bool real[] = { a.coef_floats[XKV_CU_K], a.coef_floats[XKV_CU_V] };
 
-        const size_t bytes = xkv_cu_rows::size(rank, ints[0], real[0]) + 2 * xkv_cu_rows::size(a.n_chunk, ints[1], real[1]) + 3 * sizeof(int);
+        const size_t bytes =
+            xkv_cu_rows::size(rank, ints[0], real[0]) + 2 * xkv_cu_rows::size(a.n_chunk, ints[1], real[1]) + 3 * sizeof(int);
         const size_t deep  = n_query * a.rank[XKV_CU_V] * sizeof(float);
         const int    tiles = xkv_cu_parts(b.n_query, XKV_CU_TILE) * a.n_stream;
 
@@ -155,9 +156,9 @@ static void xkv_cu_run_round(const xkv_cu_attn & a, const xkv_cu_decode & b, int
     const int m      = a.n_tps * a.n_gqa;
     const int rank   = a.rank[XKV_CU_K];
 
-    const size_t size_mark   = xkv_cu_size([](xkv_cu_arena & at) { at.take<int>(1); });
-    const size_t size_refine = xkv_cu_refine_shared(a, n);
-    const size_t size_values = xkv_cu_size([](xkv_cu_arena & at) { xkv_cu_values_shared{ at }; });
+    const size_t size_mark    = xkv_cu_size([](xkv_cu_arena & at) { at.take<int>(1); });
+    const size_t size_refine  = xkv_cu_refine_shared(a, n);
+    const size_t size_values  = xkv_cu_size([](xkv_cu_arena & at) { xkv_cu_values_shared{ at }; });
     const size_t size_queries = xkv_cu_size([&](xkv_cu_arena & at) {
         xkv_cu_rows().take(at, XKV_CU_TILE, xkv_cu_rows::width(a.dim[XKV_CU_K]), a.basis_ints[XKV_CU_K], a.basis_floats[XKV_CU_K]);
     });

@@ -21,10 +21,10 @@ struct xkv_cu_decode {
     int n_span, n_deep;            // chunks of a span of the second pass; splits of its sums
     int lead_v;                    // numbers of a query's sums by the lead
 
-    float *  sums;  // [stream][split][query][lead_v] by the lead, weighted by exp(score)
+    float *  sums;     // [stream][split][query][lead_v] by the lead, weighted by exp(score)
     float *  sums_max; // [stream][split][query] score that they are relative to
-    float2 * state; // [stream][split][query] max, sum of weights
-    float *  exact; // [stream][span][query][d_v]
+    float2 * state;    // [stream][split][query] max, sum of weights
+    float *  exact;    // [stream][span][query][d_v]
     float2 * exact_state;
     float *  share; // [stream][query][block of tokens] log of its sum of weights by the lead; -inf once refined
     float2 * least; // [stream][query] log of the sum of weights beyond which a block is refined: the least so far, this round's

@@ -67,7 +67,7 @@ static __device__ void xkv_cu_exact_score(const xkv_cu_attn & a, const xkv_cu_ex
 #pragma unroll
     for (int i = 0; i < XKV_CU_VECS; ++i) {
         if (i < n) {
-            acc[i] = xkv_cu_sum(acc[i]);
+            acc[i]    = xkv_cu_sum(acc[i]);
             float * x = c.score + i * XKV_CU_EXACT_BLOCK + k;
             if (xkv_cu_lane() == 0 && *x > -INFINITY) {
                 *x += xkv_cu_cap(a, acc[i]);

@@ -24,8 +24,7 @@ struct xkv_cu_lead_block {
 
     // Queries are done with when scores begin, if the lead is one slice: they have the same memory then.
     __host__ __device__ xkv_cu_lead_block(const xkv_cu_attn & a, const xkv_cu_decode & b, int s, int j0, int n, int n_chunk,
-                                          xkv_cu_arena & at) :
-        a(a), b(b), s(s), j0(j0), n(n), n_chunk(n_chunk) {
+                                          xkv_cu_arena & at) : a(a), b(b), s(s), j0(j0), n(n), n_chunk(n_chunk) {
         max    = at.take<float>(n);
         sum    = at.take<float>(n);
         factor = at.take<float>(n);
@@ -105,9 +104,9 @@ struct xkv_cu_lead_block {
             if (n_col <= 0) {
                 continue;
             }
-            const auto row_of = [&](int c) { return (from + c) / own * n + i0 + (from + c) % own; };
-            const auto         group = xkv_cu_columns<XKV_CU_G / 2>(n_col, row_of);
-            const xkv_cu_strip strip = xkv_cu_find_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND, item % n_strip);
+            const auto         row_of = [&](int c) { return (from + c) / own * n + i0 + (from + c) % own; };
+            const auto         group  = xkv_cu_columns<XKV_CU_G / 2>(n_col, row_of);
+            const xkv_cu_strip strip  = xkv_cu_find_strip(a, XKV_CU_K, d0, d1, XKV_CU_ROUND, item % n_strip);
             xkv_cu_project(a, head, strip, q, group, y, n_col, row_of, a.segments[XKV_CU_K][strip.segment].first + strip.first - d0);
         }
     }
@@ -213,11 +212,11 @@ struct xkv_cu_lead_block {
             if (n_col <= 0) {
                 continue;
             }
-            const auto group = xkv_cu_columns<XKV_CU_G>(n_col, [=](int c) { return i0 + c; });
-            const xkv_cu_segment &       seg   = a.segments[XKV_CU_V][xkv_cu_find_segment(a, XKV_CU_V, d)];
-            const int                    cols  = xkv_cu_cols(seg.type);
-            const uint8_t *              tiles = xkv_cu_coef(a, ic, s, XKV_CU_V, seg, head) +
-                                    (d - seg.first) / 16 * xkv_cu_rows_bytes(seg.type, a.n_chunk);
+            const auto             group = xkv_cu_columns<XKV_CU_G>(n_col, [=](int c) { return i0 + c; });
+            const xkv_cu_segment & seg   = a.segments[XKV_CU_V][xkv_cu_find_segment(a, XKV_CU_V, d)];
+            const int              cols  = xkv_cu_cols(seg.type);
+            const uint8_t *        tiles =
+                xkv_cu_coef(a, ic, s, XKV_CU_V, seg, head) + (d - seg.first) / 16 * xkv_cu_rows_bytes(seg.type, a.n_chunk);
             if (!stay) {
                 move_sums(split, d, i0, n_col, acc, false);
             }

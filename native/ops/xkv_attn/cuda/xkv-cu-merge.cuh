@@ -4,9 +4,9 @@
 
 #include "xkv-cu-decode.cuh"
 
-#define XKV_CU_MERGE_ROWS  32   // numbers of a head that a block of threads makes
+#define XKV_CU_MERGE_ROWS  32  // numbers of a head that a block of threads makes
 #define XKV_CU_MERGE_SLICE 512 // directions that are added up at a time
-#define XKV_CU_MERGE_STRIP 128  // directions that a warp multiplies
+#define XKV_CU_MERGE_STRIP 128 // directions that a warp multiplies
 
 struct xkv_cu_merge_block {
     const xkv_cu_attn &   a;

@@ -59,7 +59,7 @@ static __global__ void xkv_cu_load_exact(const __grid_constant__ xkv_cu_attn a, 
             const size_t at = (size_t) head * XKV_CU_BATCH * dim;
             half *       y  = kd == XKV_CU_K ? b.k + at + slot * dim + d : b.v + at + d * XKV_CU_BATCH + slot;
 
-            y[0]                                   = __float2half(x.x);
+            y[0]                                 = __float2half(x.x);
             y[kd == XKV_CU_K ? 1 : XKV_CU_BATCH] = __float2half(x.y);
         }
     }

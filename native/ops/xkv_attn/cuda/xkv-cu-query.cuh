@@ -202,7 +202,8 @@ static __device__ void xkv_cu_project(const xkv_cu_attn & a, int head, const xkv
 // adds directions [d0, d1) of 16 tokens from t on to the scores in acc; the rows of y begin with direction d0 - col
 template <int G, typename F>
 static __device__ __forceinline__ void xkv_cu_add_scores(const xkv_cu_attn & a, int ic, int s, int head, int t, int d0, int d1,
-                                                         const xkv_cu_rows & y, int col, const xkv_cu_group<G, F> & at, float (&acc)[G][4]) {
+                                                         const xkv_cu_rows & y, int col, const xkv_cu_group<G, F> & at,
+                                                         float (&acc)[G][4]) {
     for (int is = 0; is < a.n_segment[XKV_CU_K]; ++is) {
         const xkv_cu_segment & seg = a.segments[XKV_CU_K][is];
         const int              r0  = max(d0 - seg.first, 0);

@@ -134,8 +134,8 @@ struct xkv_cu_refine_block {
 
     // scores by the lead of all tokens, since blocks that are not refined were rounded with others, and by all directions
     __device__ void add_scores(int ic, int i) const {
-        const int n_col  = *n_own;
-        const int first  = (int) b.row(s, i, j0);
+        const int  n_col = *n_own;
+        const int  first = (int) b.row(s, i, j0);
         const auto group = xkv_cu_columns<XKV_CU_G>(n_col, [=, of = query](int c) { return first + of[c]; });
         for (int t = xkv_cu_warp() * 16; t < a.n_chunk; t += xkv_cu_n_warp() * 16) {
             float acc[XKV_CU_G][4] = {};

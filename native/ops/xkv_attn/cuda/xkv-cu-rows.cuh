@@ -145,7 +145,7 @@ static __device__ __forceinline__ void xkv_cu_mul_ints(const uint8_t * __restric
 template <int type, int G, typename F>
 static __device__ __forceinline__ void xkv_cu_mul_floats(const uint8_t * __restrict__ tiles, int n_col, const xkv_cu_rows & rows, int col,
                                                          const xkv_cu_group<G, F> & at, float (&acc)[G][4]) {
-    const int r = xkv_cu_lane() / 4;
+    const int     r = xkv_cu_lane() / 4;
     const float * y0[G];
     const float * y1[G];
 #pragma unroll
@@ -154,9 +154,9 @@ static __device__ __forceinline__ void xkv_cu_mul_floats(const uint8_t * __restr
         y1[g] = rows.floats(at.c(g, 1)) + col;
     }
     for (int c = 0; c < n_col; ++c) {
-        const int    i  = c * XKV_CU_TILE_ROWS + r;
-        const float  x0 = type == XKV_CU_F32 ? ((const float *) tiles)[i] : xkv_cu_half((const half *) tiles + i);
-        const float  x1 = type == XKV_CU_F32 ? ((const float *) tiles)[i + 8] : xkv_cu_half((const half *) tiles + i + 8);
+        const int   i  = c * XKV_CU_TILE_ROWS + r;
+        const float x0 = type == XKV_CU_F32 ? ((const float *) tiles)[i] : xkv_cu_half((const half *) tiles + i);
+        const float x1 = type == XKV_CU_F32 ? ((const float *) tiles)[i + 8] : xkv_cu_half((const half *) tiles + i + 8);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             if (at.on >> g & 1) {

@@ -15,8 +15,8 @@ static __device__ float xkv_cu_top(const xkv_cu_decode & b, int s, int j) {
 }
 
 struct xkv_cu_values_shared {
-    float *    top; // [XKV_CU_TILE] of each query
-    float *    old; // what the sums so far are relative to
+    float * top; // [XKV_CU_TILE] of each query
+    float * old; // what the sums so far are relative to
 
     __host__ __device__ explicit xkv_cu_values_shared(xkv_cu_arena & at) {
         top = at.take<float>(XKV_CU_TILE);

@@ -51,10 +51,10 @@ static inline void xkv_encode_rows(ggml_type type, const float * x, void * dst, 
 // rows of numbers, packed
 static inline void xkv_make_tiles(ggml_type type, uint8_t * tiles, int64_t n_row, int64_t n_col,
                                   const std::function<float(int64_t, int64_t)> & at) {
-    const int64_t                   cols  = xkv_tile_cols(type);
-    const size_t                    bytes = ggml_row_size(type, cols);
-    std::vector<float>              x(16 * cols);
-    std::vector<uint8_t>            rows(16 * bytes);
+    const int64_t        cols  = xkv_tile_cols(type);
+    const size_t         bytes = ggml_row_size(type, cols);
+    std::vector<float>   x(16 * cols);
+    std::vector<uint8_t> rows(16 * bytes);
     for (int64_t r = 0; r < n_row; r += 16) {
         for (int64_t c = 0; c < n_col; c += cols, tiles += 16 * bytes) {
             for (int i = 0; i < 16; ++i) {

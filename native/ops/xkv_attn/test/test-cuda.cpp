@@ -162,12 +162,12 @@ static std::vector<std::pair<xkv_case, double>> small_cases() {
 // A number of a query that is none: its output is none at all, and that of others is as it was.
 static void check_nan(const std::string & name, const xkv_case & c) {
     const instance one(c, 1);
-    const outcome  before = one.run(1, fibers::order::forward);
-    const int64_t  head   = 1;
-    const int64_t  token  = c.n_tps - 1;
+    const outcome  before                                                    = one.run(1, fibers::order::forward);
+    const int64_t  head                                                      = 1;
+    const int64_t  token                                                     = c.n_tps - 1;
     ((float *) one.t->src[0]->data)[(token * c.n_head + head) * c.dim_k + 5] = NAN;
-    const outcome after = one.run(1, fibers::order::forward);
-    bool          ok    = after.error.empty();
+    const outcome after                                                      = one.run(1, fibers::order::forward);
+    bool          ok                                                         = after.error.empty();
     for (size_t i = 0; i < after.values.size(); ++i) {
         const bool own = (int64_t) i / c.dim_v == token * c.n_head + head;
         ok             = ok && (own ? std::isnan(after.values[i]) : after.values[i] == before.values[i]);
@@ -201,8 +201,8 @@ static std::vector<planted> list_faults() {
         p.fault.lane   = lane;
         res.push_back(p);
     };
-    for (const char * kernel : { "xkv_cu_lead", "xkv_cu_exact_span", "xkv_cu_project_list", "xkv_cu_refine", "xkv_cu_values", "xkv_cu_merge",
-                                 "xkv_cu_make", "xkv_cu_attend" }) {
+    for (const char * kernel : { "xkv_cu_lead", "xkv_cu_exact_span", "xkv_cu_project_list", "xkv_cu_refine", "xkv_cu_values",
+                                 "xkv_cu_merge", "xkv_cu_make", "xkv_cu_attend" }) {
         index("thread index", kernel, 1, 0, 0);
         index("block index", kernel, 0, 1, 0);
         index("shuffle", kernel, 0, 0, 1);
