@@ -191,7 +191,7 @@ def plan_8b(ratio: float, n_ctx: int) -> CachePlan:
         weights={kind: (1.0,) * len(groups) for kind in KINDS},
         frame=FRAME,
     )
-    return plan_cache(stats, shape, Wishes(n_ctx=n_ctx, target=SizeTarget("ratio", ratio)))
+    return plan_cache(stats, shape, Wishes(n_ctx=n_ctx, target=SizeTarget("ratio", f"{ratio:g}")))
 
 
 def sizes_of(plan: CachePlan) -> Sizes:

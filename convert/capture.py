@@ -33,24 +33,6 @@ class Sums:
         return Sums(np.ascontiguousarray(self.gram[part, part]), self.total[part].copy(), self.n_tokens)
 
 
-def model_layers(engine: Engine) -> tuple[list[int], list[int]]:
-    """K and V numbers per token of every layer.
-
-    Raises
-    ------
-    UnsupportedError
-        An xkv cache cannot be used with the model; the text says why.
-    """
-    native.check_model(engine.model_pointer)
-    api = native.native()
-    model = api.model(engine.model_pointer)
-    count = api.ffi.new("uint32_t *", 0)
-    native.check_status(api.lib.xkv_model_layers(model, api.ffi.NULL, count))
-    layers = api.ffi.new("struct xkv_layer_info[]", count[0])
-    native.check_status(api.lib.xkv_model_layers(model, layers, count))
-    return [int(layer.n_embd_k) for layer in layers], [int(layer.n_embd_v) for layer in layers]
-
-
 class Capture:
     """Sums over everything that was added so far. Their size does not depend on the number of tokens.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,7 @@ class Engine:
                 f"model {path}: llama.cpp cannot load it ({self._log.reason(errors) or 'no reason given'})"
             )
         self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self._recurrent = bool(self._lib.llama_model_is_hybrid(self._model))
         self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
     def __enter__(self) -> Engine:
@@ -174,6 +175,8 @@ class Engine:
         """
         self.close_context()
         params = self._lib.llama_context_default_params()
+        self._n_seq = n_seq
+        n_seq += self._recurrent  # one to branch to
         params.n_ctx = n_seq * padded_ctx(n_len)
         params.n_seq_max = n_seq
         params.n_batch = max(N_UBATCH, n_seq)
@@ -182,6 +185,7 @@ class Engine:
         params.type_k = params.type_v = self._lib.GGML_TYPE_F16
         params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = False
+        params.swa_full = True  # what is cut off must leave no hole in a window
         params.no_perf = True
         from xkv_gguf.runtime import native
 
@@ -208,9 +212,25 @@ class Engine:
         """Empty the cache."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), False)
 
-    def cut(self, seq: int, pos: int) -> None:
-        """Take the tokens of a sequence from a position on out of the cache."""
-        if not self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._ctx), seq, pos, -1):
+    @contextmanager
+    def branch(self, seq: int, pos: int) -> Iterator[int]:
+        """Go on from a sequence's first `pos` tokens, all that it holds, and forget what was added.
+
+        Yields
+        ------
+        int
+            The sequence to go on with: a copy where the model has a recurrent state, which cannot go back.
+        """
+        memory = self._lib.llama_get_memory(self._ctx)
+        if self._recurrent:
+            copy = self._n_seq
+            self._lib.llama_memory_seq_cp(memory, seq, copy, -1, -1)
+            yield copy
+            done = self._lib.llama_memory_seq_rm(memory, copy, -1, -1)
+        else:
+            yield seq
+            done = self._lib.llama_memory_seq_rm(memory, seq, pos, -1)
+        if not done:
             raise CalibrationError(f"llama.cpp cannot remove tokens from position {pos} on")
 
     def decode(self, tokens: Sequence[int], seqs: Sequence[int], positions: Sequence[int], outputs: bool) -> None:

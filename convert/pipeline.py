@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from xkv_gguf import __version__
 from xkv_gguf.base.partial import Partial
 from xkv_gguf.convert.calibrate import TextPlan, collect, plan_text
-from xkv_gguf.convert.capture import Sums, model_layers
+from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.estimate import Work, measure_rate, n_solvers, split_runs
 from xkv_gguf.convert.sensitivity import n_token
@@ -22,13 +23,13 @@ from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
 from xkv_gguf.errors import SidecarError
 from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
-from xkv_gguf.model.shape import find_shape, known_shape
 from xkv_gguf.plan.cache_plan import Wishes
 from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
 from xkv_gguf.plan.groups import LayerGroups, default_frame, group_layers
 from xkv_gguf.plan.segments import Kind
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import loader
+from xkv_gguf.runtime.shape import held_layers, model_shape
 from xkv_gguf.sidecar.find import cached_sidecar, check_output, find_sidecar
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, sidecar_beside
 from xkv_gguf.sidecar.read import read_sidecar
@@ -97,11 +98,11 @@ def convert(
     }
     partial = Partial(out, "convert", basis)
     with _telling(partial, show_progress), Engine(model, settings.threads) as engine:
-        embd_k, embd_v = model_layers(engine)
-        shape = known_shape(find_shape(header), embd_k, embd_v)
+        shape = model_shape(engine.model_pointer)
+        sinks = any(layer.sinks for layer in held_layers(engine.model_pointer))
         wishes = Wishes(settings.plan_ctx(engine.n_ctx_train), settings.target, settings.n_sink)
-        sizes = settings.group_sizes(embd_k, embd_v)
-        captured = LayerGroups.of(group_layers(range(len(embd_k)), sizes[-1]), embd_k, embd_v)
+        sizes = settings.group_sizes(shape)
+        captured = LayerGroups.of(group_layers(shape.layers, sizes[-1]), shape.embd_k, shape.embd_v)
         candidates = [Candidate.of(size, captured, shape) for size in sizes]
         frame = settings.frame if settings.frame is not None else default_frame(shape.head_k)
         candidates = within_reach(candidates, shape, wishes, frame)
@@ -130,6 +131,8 @@ def convert(
         ):
 
             def submit(captured_group: int, kind: Kind, sums: Sums) -> None:
+                if kind == "v" and sinks:  # their weights do not sum to one, so that a mean could not be given back
+                    sums = replace(sums, total=np.zeros_like(sums.total))
                 for candidate in candidates:
                     for g in (g for g, inside in enumerate(candidate.inside) if inside == captured_group):
                         part = sums.cut(candidate.part(g, kind))
@@ -147,8 +150,8 @@ def convert(
                 fingerprint=fingerprint,
                 architecture=header.scalar("general.architecture"),
                 name=str(header.scalar("general.name", "")),
-                embd_k=tuple(embd_k),
-                embd_v=tuple(embd_v),
+                embd_k=shape.embd_k,
+                embd_v=shape.embd_v,
                 group_size=1,
                 frame=frame,
                 n_sink=settings.n_sink,

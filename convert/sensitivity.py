@@ -111,9 +111,9 @@ class _Bench:
     def _predict(self, seq: int) -> F32:
         """Logits after each of the last tokens, shape (n_score, n_vocab)."""
         n_score = self._n_score
-        self._run(seq, self._texts[seq][-n_score:], N_TOKEN - n_score, outputs=True)
-        found: F32 = self._engine.logits(n_score).copy()
-        self._engine.cut(seq, N_TOKEN - n_score)
+        with self._engine.branch(seq, N_TOKEN - n_score) as branch:
+            self._run(branch, self._texts[seq][-n_score:], N_TOKEN - n_score, outputs=True)
+            found: F32 = self._engine.logits(n_score).copy()
         return found
 
     def get(self, seq: int, source: Source) -> F32:

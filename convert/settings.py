@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +9,9 @@ from typing import Any, Literal
 from xkv_gguf.convert.text import MIN_TOKENS
 from xkv_gguf.errors import OptionError
 from xkv_gguf.plan.groups import FRAMES, MAX_DIM, default_group_size, group_layers
+from xkv_gguf.plan.segments import KINDS
 from xkv_gguf.plan.size_target import DEFAULT_TARGET, SizeTarget
-from xkv_gguf.plan.sizes import PLAN_CTX
+from xkv_gguf.plan.sizes import PLAN_CTX, ModelShape
 from xkv_gguf.runtime.threads import default_threads
 
 AUTO_SIZES = (2, 5, 10)
@@ -130,14 +130,13 @@ class Settings:
             return self.tokens
         return min(max(TOKENS, PER_NUMBER * widest), THOROUGH_TOKENS)
 
-    def group_sizes(self, embd_k: Sequence[int], embd_v: Sequence[int]) -> list[int]:
-        """Group sizes to try for a model of these K and V numbers per token, ascending; one unless "auto"."""
-        n_layer = len(embd_k)
+    def group_sizes(self, shape: ModelShape) -> list[int]:
+        """Group sizes to try for a model, ascending; one unless "auto"."""
         if self.group_size is None:
-            return [default_group_size(embd_k, embd_v)]
+            return [default_group_size(shape)]
         if self.group_size != "auto":
             return [self.group_size]
-        sizes = [n for n in AUTO_SIZES if n <= n_layer and _widest_group(n, embd_k, embd_v) <= MAX_DIM]
+        sizes = [n for n in AUTO_SIZES if n <= len(shape.layers) and _widest_group(n, shape) <= MAX_DIM]
         return sizes or [1]
 
     def plan_ctx(self, n_ctx_train: int) -> int:
@@ -147,7 +146,6 @@ class Settings:
         return min(PLAN_CTX, n_ctx_train) if n_ctx_train > 0 else PLAN_CTX
 
 
-def _widest_group(size: int, embd_k: Sequence[int], embd_v: Sequence[int]) -> int:
+def _widest_group(size: int, shape: ModelShape) -> int:
     """Most numbers per token of K or of V among groups of at most `size` layers."""
-    groups = group_layers(range(len(embd_k)), size)
-    return max(sum(embd[il] for il in layers) for embd in (embd_k, embd_v) for layers in groups)
+    return max(shape.dim(kind, layers) for kind in KINDS for layers in group_layers(shape.layers, size))

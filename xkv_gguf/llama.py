@@ -11,14 +11,17 @@ from typing import Any
 from . import opening, placing
 from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
 from .model.file import ModelFile, open_model
+from .model.tested import TESTED
 from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
+from .plan.coef_types import bytes_per_coef
 from .plan.groups import FRAMES
 from .plan.sizes import CacheLayout
 from .report import KvDevice, KvPart, KvReport
 from .runtime import arguments, devices, loader, log, native, rpc
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
+from .runtime.shape import find_shape
 from .runtime.threads import default_decode_threads, default_threads
 from .sidecar.read import Sidecar
 
@@ -159,8 +162,12 @@ class Llama(llama_cpp.Llama):
         on_cpu = settings.get("n_gpu_layers", 0) == 0
         if self.kv_mode != "xkv":
             if on_cpu:
-                arguments.check_memory(model.plain_bytes(self.kv_mode, n_ctx), n_ctx, self.kv_mode)
+                shape = find_shape(model.path)
+                least = shape.numbers * bytes_per_coef(self.kv_mode) * n_ctx if shape else 0
+                arguments.check_memory(int(least), n_ctx, self.kv_mode)
             return None
+        if model.architecture not in TESTED:
+            arguments.warn_untested(model.architecture)
         options = self.xkv_options
         least = CacheLayout(n_ctx, options.n_sink, options.n_window or WINDOWS[-1], frame=options.frame or FRAMES[0])
         arguments.check_ctx_for_xkv(least)  # before a sidecar is made
@@ -175,7 +182,7 @@ class Llama(llama_cpp.Llama):
                 arguments.check_memory(found.plan.total_bytes, n_ctx, "xkv")
             return found
 
-        if model.shape is not None and not opening.has_sidecar(model, options):
+        if not opening.has_sidecar(model, options):
             planned(None)  # what is out of reach is so with any spectra: it is refused before minutes of calibration
         found = planned(opening.open_sidecar(model.path, options, settings["n_threads_batch"]))
         plan, self._scope, self.xkv_device_bytes = found.plan, found.params, found.device_bytes

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from .convert.pipeline import ensure_sidecar
-from .errors import ModelError, OptionError
+from .errors import OptionError
 from .model.file import ModelFile
-from .model.shape import known_shape
-from .options import XkvOptions
-from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .options import PRESETS, XkvOptions
+from .plan.cache_plan import CachePlan, Rank, Wishes, plan_cache
 from .plan.groups import default_frame, default_group_size, group_layers
 from .plan.placement import Placement, at_group_borders, place_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
-from .plan.sizes import ModelShape, predict_devices
+from .plan.sizes import ModelShape, known_shape, predict_devices
 from .plan.work import Attention
 from .runtime.native import FUSED_CPU, FUSED_OTHER, FUSED_RPC, ScopeParams
+from .runtime.shape import file_shape, find_shape
 from .sidecar.find import find_sidecar
 from .sidecar.read import Sidecar, read_sidecar
 
@@ -129,20 +129,15 @@ def scope_params(
     ------
     OptionError
         The size that is asked for is out of reach, or an option does not fit the model.
-    ModelError
-        There is no sidecar, and the model's metadata does not tell the sizes of K and V.
+    ModelError, UnsupportedError
+        There is no sidecar, and the model cannot be read or is not one for an xkv cache.
     """
-    shape = model.shape
     if sidecar is not None:
         stats = sidecar.statistics()
-        # the sidecar's sizes are what llama.cpp made of the metadata
-        shape = known_shape(shape, sidecar.info.embd_k, sidecar.info.embd_v)
+        _check_preset(options, sidecar)
+        shape = known_shape(find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
     else:
-        if shape is None:
-            raise ModelError(
-                f"model {model.path}: its metadata does not tell the sizes of K and V, which calibrate=False needs; "
-                "leave it out"
-            )
+        shape = file_shape(model.path)
         stats = assumed_statistics(shape, options)
     target = options.target or (sidecar.info.target if sidecar is not None else DEFAULT_TARGET)
     assert isinstance(options.types, tuple)
@@ -165,7 +160,7 @@ def scope_params(
             type_basis=options.type_basis,
             types=options.types,
             max_segments=options.max_segments,
-            rank=options.rank,
+            rank=cast("Rank | None", options.rank),
             stages=options.stages,
             online=options.online,
             attention=Attention(options.lead, options.tolerance),
@@ -198,6 +193,16 @@ def scope_params(
     return Planned(plan, params, placement, there)
 
 
+def _check_preset(options: XkvOptions, sidecar: Sidecar) -> None:
+    """A published configuration is of groups of so many layers."""
+    size = PRESETS[options.preset].group_size if options.preset is not None else sidecar.info.group_size
+    if sidecar.info.group_size != size:
+        raise OptionError(
+            f"xkv option preset: {options.preset} is of groups of {size} layers, sidecar {sidecar.path} has groups of "
+            f"{sidecar.info.group_size}; make one with xkv-gguf convert --group-size {size}"
+        )
+
+
 def _fused(options: XkvOptions, on_devices: OnDevices) -> int:
     """The kinds of device on which attention is to be one op, see `ScopeParams.fused`."""
     if options.fused is False:
@@ -214,10 +219,12 @@ def assumed_statistics(shape: ModelShape, options: XkvOptions) -> Statistics:
     OptionError
         The group size is larger than the model has layers.
     """
-    n_layer = len(shape.embd_k)
+    n_layer = len(shape.layers)
     if options.group_size is not None and options.group_size > n_layer:
-        raise OptionError(f"xkv option group_size: {options.group_size}, expected 1 to {n_layer} (the model's layers)")
-    groups = group_layers(range(n_layer), options.group_size or default_group_size(shape.embd_k, shape.embd_v))
+        raise OptionError(
+            f"xkv option group_size: {options.group_size}, expected 1 to {n_layer} (layers that the cache holds)"
+        )
+    groups = group_layers(shape.layers, options.group_size or default_group_size(shape))
     return Statistics(
         layers=groups,
         spectra={kind: tuple(assumed_spectrum(shape.dim(kind, layers)) for layers in groups) for kind in KINDS},

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .base.text import closest
 from .errors import OptionError
@@ -21,6 +21,31 @@ from .plan.waterfill import STEP
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24
 ALONE = ("group_size", "frame")  # what a sidecar decides otherwise
+
+
+class Preset(NamedTuple):
+    """A published configuration: layers in a group, and the options it stands for."""
+
+    group_size: int
+    options: Mapping[str, Any]
+
+
+PRESETS = {
+    "xkv-4": Preset(
+        4,
+        {
+            "rank": (384, 576),
+            "types": ("f16",),
+            "type_basis": "f16",
+            "type_window": "f16",
+            "n_text_sink": 0,
+            "stages": False,
+            "online": False,
+            "tolerance": 0.0,
+        },
+    )
+}
+"""xkv-4: Llama-3.1-8B of "xKV" (arXiv 2503.18893), section 4: ranks of groups of 4 layers of 1024 numbers, in f16."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +87,11 @@ class XkvOptions:
         q1_0 only with chunks of 128 tokens or more, and q2_0 with 64.
     max_segments : int
         Most types beside each other in one kind of one group.
-    rank : int or "full", optional
-        This number of directions everywhere, in the one type of `types`, in place of a plan.
+    rank : int, pair of int, "full" or str, optional
+        This number of directions everywhere, in the one type of `types`, in place of a plan; a pair, also as
+        "384+576", is of K and of V.
+    preset : str, optional
+        A published configuration in place of a plan, see `PRESETS`: "xkv-4". The sidecar has to have its groups.
     stages : bool
         Whether a store that is not full divides its bytes among the tokens that are there; else every token gets those
         of a full store from the start.
@@ -110,7 +138,8 @@ class XkvOptions:
     type_basis: str | None = None
     types: tuple[str, ...] | str = DEFAULT_TYPES
     max_segments: int = MAX_SEGMENTS
-    rank: Rank | None = None
+    rank: Rank | str | None = None
+    preset: str | None = None
     stages: bool = True
     online: bool = True
     n_prior: int = 2000
@@ -124,6 +153,7 @@ class XkvOptions:
     frame: int | None = None
 
     def __post_init__(self) -> None:
+        self._take_preset()
         sidecar: object = self.sidecar
         if isinstance(sidecar, os.PathLike):
             sidecar = os.fspath(sidecar)
@@ -166,14 +196,29 @@ class XkvOptions:
         self._check_rank()
         self._check_calibrate()
 
+    def _take_preset(self) -> None:
+        if self.preset is None:
+            return
+        _check_choice("xkv option preset", self.preset, tuple(PRESETS))
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in PRESETS[self.preset].options.items():
+            if getattr(self, name) not in (defaults[name], value):
+                raise OptionError(f"xkv option {name}: preset {self.preset} decides it; leave one of them out")
+            object.__setattr__(self, name, value)
+
     def _check_rank(self) -> None:
         rank: object = self.rank
         if rank is None:
             return
+        if isinstance(rank, str) and rank.count("+") == 1:
+            rank = tuple(int(part) if part.isdecimal() else part for part in rank.split("+"))
+            object.__setattr__(self, "rank", rank)
+        ranks = rank if isinstance(rank, tuple) and len(rank) == 2 else (rank,)
         if rank != "full":
-            _check_int("xkv option rank", rank, 1)
+            for one in ranks:
+                _check_int("xkv option rank", one, 1)
         most = self.max_rank
-        if most is not None and (not isinstance(rank, int) or rank > most):
+        if most is not None and any(not isinstance(one, int) or one > most for one in ranks):
             raise OptionError(
                 f"xkv option rank: {rank!r}, expected at most max_rank = {most}; lower it or leave max_rank out"
             )

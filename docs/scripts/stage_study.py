@@ -24,12 +24,12 @@ import torch
 
 from xkv_gguf import Llama
 from xkv_gguf.model.gguf_read import read_header
-from xkv_gguf.model.shape import model_shape
 from xkv_gguf.plan.cache_plan import CachePlan, Wishes, plan_cache
 from xkv_gguf.plan.coef_types import TYPES, basis_types
 from xkv_gguf.plan.segments import KINDS, MAX_SEGMENTS, Kind, Prices, Segment, Statistics, plan_segments
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import ModelShape, mean_bytes, window_bytes
+from xkv_gguf.runtime.shape import file_shape
 from xkv_gguf.sidecar.read import Sidecar, read_sidecar
 
 F32 = npt.NDArray[np.float32]
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--ends", nargs="+", default=["static", "prompt"])
     args = parser.parse_args()
     header, sidecar = read_header(args.model), read_sidecar(args.sidecar)
-    shape, stats = model_shape(header), sidecar.statistics()
+    shape, stats = file_shape(args.model), sidecar.statistics()
     plan = plan_cache(stats, shape, Wishes(n_ctx=args.n_ctx, target=SizeTarget("ratio", args.ratio)))
     captured = capture(args.model, args.text, args.tokens, shape)
     base = float(header.fields["llama.rope.freq_base"].value)

@@ -14,11 +14,11 @@ xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, u
     if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
         return {};
     }
-    xkv_rope res = {};
-    res.n_rot    = hparams.n_rot(il);
-    res.first    = hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) :
-                                           0; // heads made from a latent vector end with what is turned
-    res.neox     = hparams.rope_type != LLAMA_ROPE_TYPE_NORM;
+    xkv_rope res   = {};
+    res.n_rot      = hparams.n_rot(il);
+    res.first      = hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) :
+                                             0; // heads made from a latent vector end with what is turned
+    res.neox       = hparams.rope_type != LLAMA_ROPE_TYPE_NORM;
     // all positions of a text token are the same, and then sections turn as one
     res.type       = hparams.rope_type == LLAMA_ROPE_TYPE_NORM ? LLAMA_ROPE_TYPE_NORM : LLAMA_ROPE_TYPE_NEOX;
     res.n_ctx_orig = cparams.n_ctx_orig_yarn;

@@ -25,7 +25,8 @@ static uint32_t xkv_n_seq_stream(const llama_cparams & cparams) {
 }
 
 llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config, const xkv_layers & layers) :
+                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config,
+                                       const xkv_layers & layers) :
     config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar), setup{ model, cparams, *sidecar, this->config } {
     const uint32_t n_chunk = sidecar->frame;
     const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
@@ -110,8 +111,7 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_ubatches(std::vector<llama_uba
         }
         // positions of the parts of an image differ, and chunks have one
         if (ubatch.embd && ubatch.n_pos > 1) {
-            refuse("the batch has embeddings with %d positions each, as of an image; expected tokens, whose positions are one",
-                   ubatch.n_pos);
+            refuse("the batch has embeddings with %d positions each, as of an image; expected tokens, whose positions are one", ubatch.n_pos);
             return failed_context();
         }
     }
@@ -212,6 +212,12 @@ void llama_kv_cache_xkv::drop_unused() {
         if (tables[s].empty() && window->n_used(s) == 0) {
             flow->reset(s);
         }
+    }
+}
+
+void llama_kv_cache_xkv::start_over() {
+    for (uint32_t s = 0; lctx && s < tables.size(); ++s) {
+        flow->start_over(lctx, s);
     }
 }
 

@@ -147,6 +147,9 @@ private:
     // what belongs to tokens that were removed: text sinks, and a stream's bases with its last token
     void drop_unused();
 
+    // after tokens were removed, see xkv_flow
+    void start_over();
+
     // throws xkv_error, before anything is changed, when what remains of cut chunks has no room in the window
     void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 

@@ -87,7 +87,7 @@ llama_memory_context_ptr xkv_composed::init_update(llama_context * lctx, bool op
     llama_memory_context_ptr res;
     const bool               ok = attn->guard("an update", false, [&] {
         res = compose(attn->init_update(lctx, optimize), windowed ? windowed->init_update(lctx, optimize) : nullptr,
-                      recurrent ? recurrent->init_update(lctx, optimize) : nullptr, {});
+                                    recurrent ? recurrent->init_update(lctx, optimize) : nullptr, {});
     });
     return ok ? std::move(res) : attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
 }

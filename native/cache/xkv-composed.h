@@ -46,8 +46,7 @@ private:
 
     // all parts, as far as they are there
     template <typename F> void each(F && f) const {
-        for (llama_memory_i * mem :
-             { (llama_memory_i *) attn.get(), (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
+        for (llama_memory_i * mem : { (llama_memory_i *) attn.get(), (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
             if (mem) {
                 f(*mem);
             }

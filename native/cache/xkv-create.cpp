@@ -112,7 +112,7 @@ template <typename F> static auto xkv_keep_error(F && f) {
     }
 }
 
-// windowed layers of the same memory, as llama.cpp's own would keep them
+// windowed layers of the same memory, as llama.cpp's own would keep them by default: the window's type is for layers that are held
 static std::unique_ptr<llama_kv_cache> xkv_make_windowed(const llama_model & model, const llama_memory_params & params,
                                                          const llama_cparams & cparams, const llama_memory_i::layer_filter_cb & filter_attn,
                                                          const llama_memory_i::layer_reuse_cb & reuse) {
@@ -121,8 +121,12 @@ static std::unique_ptr<llama_kv_cache> xkv_make_windowed(const llama_model & mod
     const uint32_t n_cell  = params.swa_full ? cparams.n_ctx_seq : GGML_PAD(std::min(cparams.n_ctx_seq, n_swa), 256);
     const bool     hybrid  = llm_arch_is_hybrid(model.arch);
 
-    const auto filter = [&](int32_t il) { return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.is_swa(il); };
-    return std::make_unique<llama_kv_cache>(model, hparams, params.type_k, params.type_v, /*v_trans =*/false, cparams.offload_kqv,
+    const auto filter = [&](int32_t il) {
+        return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.is_swa(il);
+    };
+    const ggml_type type = params.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
+
+    return std::make_unique<llama_kv_cache>(model, hparams, type, type, /*v_trans =*/false, cparams.offload_kqv,
                                             cparams.kv_unified, n_cell, cparams.n_seq_max, 1, hparams.n_swa, hparams.swa_type, nullptr,
                                             filter, reuse, nullptr);
 }

@@ -38,6 +38,7 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
             }
         }
         drop_unused();
+        start_over();
     });
 }
 
@@ -143,6 +144,7 @@ void llama_kv_cache_xkv::seq_keep(llama_seq_id seq_id) noexcept {
         get_window()->seq_keep(seq_id);
         tables[get_stream(seq_id)].seq_keep(seq_id);
         drop_unused();
+        start_over();
     });
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "store/xkv-config.h"
+#include "base/xkv-layers.h"
 
 #include "llama-memory.h"
 

@@ -119,7 +119,8 @@ void xkv_flow::commit(uint32_t stream, const jobs_t & jobs) {
     window.remove(stream, xkv_job_cells(jobs));
 }
 
-void xkv_flow::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+std::vector<uint32_t> xkv_flow::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0,
+                                        llama_pos p1) {
     const auto & chunk = tables[stream][ic];
 
     std::vector<uint32_t> slots;
@@ -136,6 +137,26 @@ void xkv_flow::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama
     for (size_t i = 0; i < slots.size(); ++i) {
         window.put(stream, cells[i], chunk.pos + chunk.offsets[slots[i]], seq_id);
     }
+    return cells;
+}
+
+void xkv_flow::start_over(llama_context * lctx, uint32_t stream) {
+    auto &     table = tables[stream];
+    const auto used  = table.used();
+    if (tables.size() > 1 || used.empty() || xkv_select_stage(store.stage_slots(), 0, store.n_chunk, used.size()) >= store.stage() ||
+        table.n_token() + window.n_used(stream) > window.size()) {
+        return;
+    }
+    change("a return to an earlier stage", [&] {
+        for (uint32_t ic : used) {
+            const auto chunk = table[ic];
+            const auto cells = restore(lctx, stream, ic, chunk.seqs._Find_first(), chunk.pos, chunk.end());
+            window.share(stream, cells, chunk.seqs);
+        }
+        table.clear();
+        restart(0);
+    });
+    xkv_trim();
 }
 
 void xkv_flow::restart(uint32_t stage) {

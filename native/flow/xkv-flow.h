@@ -30,7 +30,12 @@ public:
     bool half_changed() { return std::exchange(changing, false); }
 
     // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence; throws xkv_error
-    void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    // returns their cells
+    std::vector<uint32_t> restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // Where so few stored tokens are left that they would be in an earlier stage, and the window has room for them, they go back
+    // there: what follows is stored as finely as after them, with bases that do not know what was removed. Throws xkv_error.
+    void start_over(llama_context * lctx, uint32_t stream);
 
     // an empty store in a stage, with calibrated bases
     void restart(uint32_t stage);

@@ -3,7 +3,6 @@
 #include "ggml.h"
 
 #include <cstdint>
-#include <map>
 #include <vector>
 
 struct llama_cparams;
@@ -16,12 +15,6 @@ enum xkv_fused {
     XKV_FUSED_CPU   = 1,
     XKV_FUSED_RPC   = 2, // ggml takes it for granted that a server has every op
     XKV_FUSED_OTHER = 4,
-};
-
-// Layers of a model that an xkv cache holds, and others that attend to what one of them keeps.
-struct xkv_layers {
-    std::vector<uint32_t>        held;   // ascending
-    std::map<uint32_t, uint32_t> shared; // layer to the one whose K and V it attends to
 };
 
 // Checked copy of xkv_params. Sizes are in tokens.

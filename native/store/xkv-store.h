@@ -1,5 +1,6 @@
 #pragma once
 
+#include "base/xkv-layers.h"
 #include "format/xkv-sidecar.h"
 #include "store/xkv-config.h"
 

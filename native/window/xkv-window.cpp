@@ -77,6 +77,16 @@ void xkv_window::put(uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id
     cells(stream).seq_add(cell, seq_id);
 }
 
+void xkv_window::share(uint32_t stream, const std::vector<uint32_t> & list, const xkv_seq_set & seqs) {
+    for (llama_seq_id seq_id = 0; seq_id < (llama_seq_id) seqs.size(); ++seq_id) {
+        for (uint32_t cell : list) {
+            if (seqs.test(seq_id) && !cells(stream).seq_has(cell, seq_id)) {
+                cells(stream).seq_add(cell, seq_id);
+            }
+        }
+    }
+}
+
 void xkv_window::remove(uint32_t stream, const std::vector<uint32_t> & list) {
     for (uint32_t cell : list) {
         cells(stream).rm(cell);

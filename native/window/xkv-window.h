@@ -1,6 +1,6 @@
 #pragma once
 
-#include "store/xkv-config.h"
+#include "base/xkv-layers.h"
 #include "window/xkv-chunks.h"
 
 #include "llama-kv-cache.h"
@@ -38,6 +38,7 @@ public:
     std::vector<uint32_t> free_cells(uint32_t stream, size_t n) const;
 
     void put(uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id seq_id);
+    void share(uint32_t stream, const std::vector<uint32_t> & list, const xkv_seq_set & seqs); // tokens belong to all of these
     void remove(uint32_t stream, const std::vector<uint32_t> & list);
 
     // attention sinks in the text, which stay while their cell is used

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import shape
 from xkv_gguf import Llama
 from xkv_gguf.cli import main as xkv_main
-from xkv_gguf.model.file import open_model
+from xkv_gguf.runtime.shape import file_shape
 from xkv_gguf.sidecar.read import read_sidecar
 
 
@@ -97,7 +97,7 @@ def test_a_full_model_has_the_names_and_sizes_of_its_shape(monkeypatch: pytest.M
         (["llama-8b", "-o", "x.gguf", "--exponent", "nan"], "--exponent: nan, expected 0 to 10"),
         (
             ["llama-8b", "-o", "x.gguf", "--layers", "2", "--group-size", "3"],
-            "group size 3: 1 to 2 (the model's layers)",
+            "group size 3: 1 to 2 (layers that the cache holds)",
         ),
         (["llama-8b", "-o", "no/such/folder/x.gguf"], "the folder no/such/folder does not exist"),
     ],
@@ -112,8 +112,8 @@ def test_mistakes_are_one_line(words: list[str], expected: str, capsys: pytest.C
 def test_metadata_tells_the_shape(tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
     assert shape.main(["llama-8b", "--layers", "2", "-o", str(out)]) == 0
-    found = open_model(out).shape
-    assert found is not None and found.embd_k == found.embd_v == (128, 128)
+    found = file_shape(out)
+    assert found.embd_k == found.embd_v == (128, 128)
 
 
 def test_bench_runs_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

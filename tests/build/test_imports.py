@@ -17,7 +17,7 @@ ROOMS = (
     ("sidecar",),
     ("runtime",),
     ("convert",),
-    ("options", "report", "opening", "placing"),
+    ("options", "report", "opening", "placing", "describe"),
     ("llama",),
     ("lab",),
     ("cli", "demo", "__main__"),

@@ -13,21 +13,27 @@ from xkv_gguf.convert.pipeline import convert
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.errors import OutOfMemoryError
 from xkv_gguf.plan.groups import LayerGroups, default_group_size, group_layers
+from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.sidecar.read import read_sidecar
 
 
 def work(embd: int, n_layer: int, n_seq: int = 2) -> Work:
-    size = default_group_size([embd], [embd]) if embd > 4096 else min(5, max(1, 4096 // embd), n_layer)
+    size = min(5, max(1, 4096 // embd), n_layer)
     groups = LayerGroups.of(group_layers(range(n_layer), size), [embd] * n_layer, [embd] * n_layer)
     return Work(groups, 2, n_seq, 512, 16384, 18432, False)
 
 
 def test_wide_layers_are_grouped_less() -> None:
-    assert default_group_size([192] * 30, [192] * 30) == 5
-    assert default_group_size([1024] * 32, [1024] * 32) == 4
-    assert default_group_size([4096] * 32, [4096] * 32) == 1
-    assert default_group_size([8192] * 32, [8192] * 32) == 1
-    assert default_group_size([64] * 3, [32] * 3) == 3
+    def size(n_layer: int, embd_k: int, embd_v: int, every: int = 1) -> int:
+        k, v = (tuple(embd * (il % every == 0) for il in range(n_layer)) for embd in (embd_k, embd_v))
+        return default_group_size(ModelShape(k, v, v, 64, 64))
+
+    assert size(30, 192, 192) == 5
+    assert size(32, 1024, 1024) == 4
+    assert size(32, 4096, 4096) == 1
+    assert size(32, 8192, 8192) == 1
+    assert size(3, 64, 32) == 3
+    assert size(12, 64, 64, every=4) == 3
 
 
 def test_a_wide_model_is_converted_in_four_gigabytes() -> None:

@@ -49,6 +49,11 @@ def test_the_size_target_is_what_was_given() -> None:
         ({"coef_ratio": 5, "quality": "low"}, "xkv option coef_ratio: quality is given as well"),
         ({"rank": 32, "types": "q8_0", "ratio": 4}, "xkv options rank and ratio: one of them expected"),
         ({"rank": "full"}, "xkv option rank: 'full', expected together with one type in types"),
+        ({"rank": "64+half", "types": "f16"}, "xkv option rank: 'half', expected a whole number from 1"),
+        ({"rank": "64+128", "types": "f16", "max_rank": 64}, "rank: (64, 128), expected at most max_rank = 64"),
+        ({"preset": "xkv-4", "rank": 64}, "xkv option rank: preset xkv-4 decides it; leave one of them out"),
+        ({"preset": "xkv-4", "ratio": 4}, "xkv options rank and ratio: one of them expected"),
+        ({"preset": "xkv-9"}, "xkv option preset: 'xkv-9', expected one of xkv-4"),
         ({"rank": 96, "types": "q8_0", "max_rank": 64}, "rank: 96, expected at most max_rank = 64; lower it or leave"),
         ({"rank": "full", "types": "q8_0", "max_rank": 64}, "rank: 'full', expected at most max_rank = 64; lower it"),
         ({"group_size": 3}, "xkv option group_size: the sidecar decides it"),
@@ -64,6 +69,12 @@ def test_options_that_contradict_each_other(fields: dict[str, Any], expected: st
         XkvOptions.of(fields)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_is_its_options() -> None:
+    found = XkvOptions(preset="xkv-4")
+    assert (found.rank, found.types, found.online, found.stages) == ((384, 576), ("f16",), False, False)
+    assert XkvOptions(rank="384+576", types="f16").rank == (384, 576)
 
 
 def test_a_cap_holds_where_a_rank_is_given() -> None:

@@ -14,10 +14,10 @@ N_VOCAB = 32
 N_LAYER = 2
 
 
-def write_sliding_window_model(path: Path, n_head: int = N_HEAD) -> None:
-    """A gemma2 model: every other layer attends to a sliding window. Heads have 64 / `n_head` numbers."""
+def write_alibi_model(path: Path, n_head: int = N_HEAD) -> None:
+    """A refact model: scores have a bias by distance, which no xkv cache has. Heads have 64 / `n_head` numbers."""
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, "gemma2")
+    writer = GGUFWriter(path, "refact")
     writer.add_context_length(1024)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(N_LAYER)
@@ -27,13 +27,10 @@ def write_sliding_window_model(path: Path, n_head: int = N_HEAD) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_key_length(N_EMBD // n_head)
     writer.add_value_length(N_EMBD // n_head)
-    writer.add_sliding_window(128)
-    writer.add_attn_logit_softcapping(50.0)
-    writer.add_final_logit_softcapping(30.0)
     _add_vocabulary(writer)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (N_VOCAB, N_EMBD), "output_norm": (N_EMBD,)}
     for layer in range(N_LAYER):
-        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+        for name in ("attn_norm", "ffn_norm"):
             shapes[f"blk.{layer}.{name}"] = (N_EMBD,)
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             shapes[f"blk.{layer}.{name}"] = (N_EMBD, N_EMBD)

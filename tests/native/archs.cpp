@@ -7,17 +7,27 @@
 #include "tests/test-llama-archs.cpp"
 #undef main
 
+#include "../src/llama-model.h"
+
 #include <algorithm>
 
 #include <sys/wait.h>
 #include <unistd.h>
 
-// fixtures that upstream's test leaves out
+// room for a prompt, and fixtures that upstream's test leaves out
 static void complete(gguf_context * gguf, llm_arch arch) {
+    gguf_set_val_u32(gguf, (std::string(llm_arch_name(arch)) + ".context_length").c_str(), 4096);
     if (arch == LLM_ARCH_GEMMA4) {
-        const bool pattern[] = { true, false, true, true, false };
+        const bool pattern[] = { true, true, false, true, false };
         gguf_set_arr_data(gguf, "gemma4.attention.sliding_window_pattern", GGUF_TYPE_BOOL, pattern, 5);
         gguf_set_val_u32(gguf, "gemma4.attention.shared_kv_layers", 2);
+    }
+    if (arch == LLM_ARCH_OPENELM || arch == LLM_ARCH_DECI) { // KV heads by layer
+        const uint32_t n_head_kv[] = { 2, 1 };
+        gguf_set_arr_data(gguf, (std::string(llm_arch_name(arch)) + ".attention.head_count_kv").c_str(), GGUF_TYPE_UINT32, n_head_kv, 2);
+    }
+    if (arch == LLM_ARCH_LFM2) {
+        gguf_remove_key(gguf, "lfm2.attention.sliding_window"); // the models have none
     }
 }
 
@@ -31,7 +41,17 @@ static void write_model(llm_arch arch, bool moe, const std::string & path) {
     if (!model) {
         throw std::runtime_error("is not made");
     }
-    llama_model_save_to_file(model.get(), path.c_str());
+    // upstream's saver leaves out what some loaders need
+    const gguf_context_ptr out(gguf_init_empty());
+    gguf_set_kv(out.get(), gguf.get());
+    for (const auto & [name, tensor] : llama_internal_get_tensor_map(model.get())) {
+        if (gguf_find_tensor(out.get(), name.c_str()) < 0) { // layers can share one
+            gguf_add_tensor(out.get(), tensor);
+        }
+    }
+    if (!gguf_write_to_file(out.get(), path.c_str(), false)) {
+        throw std::runtime_error("is not written");
+    }
 }
 
 int main(int argc, char ** argv) {

@@ -94,7 +94,8 @@ static void test_store(const llama_model & model, bool fused) {
     const auto sidecar = make_sidecar(model, { { 1, 3 }, { 2 } });
     const auto config  = make_config(*sidecar, fused);
 
-    xkv_store store(model, *sidecar, config, 1, false);
+    xkv_store store(model, *sidecar, config, { { 1, 2, 3 }, { { 0, 2 } } }, 1, false);
+    CHECK(store.layer_of(0).il == 2 && store.layer_of(0).ig == 1); // attends to what layer 2 keeps
 
     std::vector<uint32_t> layers;
     for (const auto & l : store.layers()) {
@@ -143,7 +144,8 @@ static void test_stage(const llama_model & model, bool fused) {
     plain.type              = GGML_TYPE_Q8_0;
     config.stages.insert(config.stages.begin(), plain);
 
-    xkv_store store(model, *sidecar, config, 1, false);
+    xkv_store store(model, *sidecar, config, { { 1, 2, 3 }, { { 0, 2 } } }, 1, false);
+    CHECK(store.layer_of(0).il == 2 && store.layer_of(0).ig == 1); // attends to what layer 2 keeps
     store.restart(0);
     CHECK(store.plain() && store.n_stage() == 2);
 
@@ -221,8 +223,12 @@ static void test_window(const llama_model & model) {
     cparams.n_seq_max     = 1;
     cparams.kv_unified    = true;
 
-    xkv_window all(model, params, cparams, { 0, 1, 2, 3 }, N_CELL);
-    xkv_window some(model, params, cparams, { 1, 3 }, N_CELL);
+    xkv_window all(model, params, cparams, { { 0, 1, 2, 3 }, {} }, N_CELL);
+    xkv_window some(model, params, cparams, { { 1, 3 }, {} }, N_CELL);
+
+    // layer 2 attends to what layer 1 keeps
+    const xkv_window shared(model, params, cparams, { { 1, 3 }, { { 2, 1 } } }, N_CELL);
+    CHECK(shared.k(2, 0) == shared.k(1, 0) && shared.v(2, 0) == shared.v(1, 0));
 
     for (uint32_t il : { 1, 3 }) {
         CHECK(some.k(il, 0)->ne[0] == (int64_t) model.hparams.n_embd_k_gqa(il) && some.k(il, 0)->ne[1] == N_CELL);

@@ -89,8 +89,7 @@ class Reference:
         assert self.bases is not None
         chunk = slice(first, first + self.bases.frame)
         origin = np.full(self.bases.frame, first)
-        for g, (il0, count) in enumerate(zip(self.bases.first, self.bases.count, strict=True)):
-            layers = range(il0, il0 + count)
+        for g, layers in enumerate(self.bases.groups):
             scale_k, scale_v = self.bases.scale["k"], self.bases.scale["v"]
             k = np.concatenate([scale_k[il] * rotate(self.k[il][chunk], -origin)[:, 0] for il in layers], axis=1)
             v = np.concatenate([scale_v[il] * self.v[il][chunk][:, 0] for il in layers], axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Bases:
 def write_random(
     path: Path,
     n_layer: int,
-    n_embd: tuple[int, int],
+    n_embd: tuple[int, int] | Sequence[tuple[int, int]],
     group_size: int,
     frame: int,
     seed: int = 0,
@@ -82,7 +83,7 @@ def write_random(
     layers: Sequence[int] | None = None,
     mean_size: Mapping[str, float] = MEAN_SIZE,
 ) -> Bases:
-    """Write a sidecar for a model whose K and V have the numbers `n_embd` per token and layer.
+    """Write a sidecar for a model whose K and V have the numbers `n_embd` per token of every layer held, or of each.
 
     Scales of layers are between 1 / `widest` and `widest`. The file holds the first `held` directions, or all.
     Variances fall from 2 to 1, or as this power of the direction's number. `layers` are those that the cache holds, or
@@ -91,12 +92,14 @@ def write_random(
     rng = np.random.default_rng(seed)
     left = tuple(range(n_layer) if layers is None else layers)
     groups = tuple(left[f : f + group_size] for f in range(0, len(left), group_size))
+    by_layer = [n_embd] * len(left) if isinstance(n_embd[0], int) else n_embd
+    embd = dict(zip(left, cast("Sequence[tuple[int, int]]", by_layer), strict=True))
     basis: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     mean: dict[str, list[np.ndarray]] = {"k": [], "v": []}
     arrays: dict[str, np.ndarray] = {}
     for g, group in enumerate(groups):
-        for kind, embd in zip(KINDS, n_embd, strict=True):
-            dim = len(group) * embd
+        for place, kind in enumerate(KINDS):
+            dim = sum(embd[il][place] for il in group)
             spectrum = np.arange(1, dim + 1) ** -fall if fall else np.linspace(2.0, 1.0, dim)
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
             mean[kind].append(rng.normal(0, mean_size[kind], dim).astype(np.float32))
@@ -108,8 +111,8 @@ def write_random(
         fingerprint="0" * 64,
         architecture="test",
         name="test",
-        embd_k=tuple(n_embd[0] * (il in left) for il in range(n_layer)),
-        embd_v=tuple(n_embd[1] * (il in left) for il in range(n_layer)),
+        embd_k=tuple(embd.get(il, (0, 0))[0] for il in range(n_layer)),
+        embd_v=tuple(embd.get(il, (0, 0))[1] for il in range(n_layer)),
         group_size=group_size,
         frame=frame,
         n_sink=N_SINK,

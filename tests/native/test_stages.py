@@ -173,3 +173,41 @@ def test_stage_beyond_the_store(tiny: Callable[[str], Tiny]) -> None:
         open_context(one.model, n_ctx=N_CTX, xkv=params(one.bases(4), FULL, {4096: FULL})),
     ):
         pass
+
+
+def test_few_tokens_that_are_left_start_over(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """After a cut, tokens of an earlier stage than the store's go back to the window; they lose nothing by it."""
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    full = ((len(bases.basis["k"][0]), "f32"),)
+    prompt, after = tokens[:120], tokens[500:780]
+    with open_context(one.model, n_ctx=N_CTX, flash_attn=False) as ctx:
+        ctx.feed(prompt, 8)
+        plain = ctx.feed(after, 8)
+    with open_context(one.model, n_ctx=N_CTX, xkv=params(bases, full, {256: full, 512: full})) as ctx:
+        ctx.feed(tokens[:900], 8)
+        assert native.seq_tokens(ctx.ptr, 0)[1] > 700
+        assert ctx.seq_rm(0, 700)  # too many to go back
+        assert native.seq_tokens(ctx.ptr, 0)[1] > 400
+        assert ctx.seq_rm(0, len(prompt))
+        assert native.seq_tokens(ctx.ptr, 0) == (len(prompt), 0)
+        assert deviation(ctx.feed(after, 8), plain) <= TOL_F32
+
+
+def test_sequences_that_are_left_start_over(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """What sequences share stays shared on its way back."""
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    full = ((len(bases.basis["k"][0]), "f32"),)
+    prompt = tokens[:200]
+    plain, xkv = {"flash_attn": False}, {"xkv": params(bases, full, {256: full, 512: full})}
+    found = []
+    for kind in (plain, xkv):
+        with open_context(one.model, n_ctx=N_CTX, n_seq_max=2, unified=True, **kind) as ctx:
+            ctx.feed(prompt, 8)
+            lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+            ctx.n_past[1] = len(prompt)
+            ctx.feed(tokens[200:800], 8)
+            assert ctx.seq_rm(0, len(prompt))
+            found.append(np.concatenate([ctx.feed(tokens[800:850], 8, seq) for seq in (1, 0)]))
+    assert deviation(found[1], found[0]) <= TOL_F32

@@ -16,6 +16,7 @@ from xkv_gguf.opening import Planned, scope_params
 from xkv_gguf.plan.sizes import transit_bytes
 from xkv_gguf.plan.stages import TENSOR_PAD
 from xkv_gguf.runtime import native
+from xkv_gguf.runtime.shape import file_shape
 from xkv_gguf.sidecar.read import read_sidecar
 
 from . import harness
@@ -77,7 +78,9 @@ def test_predicted_bytes_are_allocated(
     assert not plan.stages or plan.layout.n_stream == 1
     with opened(loaded, planned, n_ctx) as ctx:
         close(dict(native.report(ctx.ptr)), dict(plan.parts), 3 * N_LAYER)
-        assert dict(native.scratch(ctx.ptr))["micro-batch in transit"] == transit_bytes(model_file.shape, plan.layout)
+        assert dict(native.scratch(ctx.ptr))["micro-batch in transit"] == transit_bytes(
+            file_shape(model_file.path), plan.layout
+        )
         assert harness.lib.llama_n_ctx(ctx.ptr) == plan.layout.n_ctx
         assert harness.lib.llama_n_ctx_seq(ctx.ptr) == plan.layout.n_ctx_seq
     with harness.open_context(loaded, n_ctx=n_ctx, n_seq_max=n_seq_max, unified=unified, exact=False) as ctx:

@@ -12,7 +12,7 @@ from xkv_gguf.errors import OptionError
 from xkv_gguf.plan.cache_plan import WINDOW_SHARE, CachePlan, Wishes, plan_cache
 from xkv_gguf.plan.group_choice import Candidate, choose, within_reach
 from xkv_gguf.plan.groups import LayerGroups, default_frame, default_group_size, group_layers
-from xkv_gguf.plan.segments import KINDS, Segment, Statistics
+from xkv_gguf.plan.segments import KINDS, Kind, Segment, Statistics, assumed_spectrum
 from xkv_gguf.plan.size_target import DEFAULT_TARGET, QUALITIES, SizeTarget, one_target, parse_bytes
 from xkv_gguf.plan.sizes import (
     CacheLayout,
@@ -249,6 +249,18 @@ def test_heads_that_are_no_multiples_of_32() -> None:
             plan_cache(stats, narrow, Wishes(8192, **wish))  # type: ignore[arg-type]
 
 
+def test_the_published_rate() -> None:
+    """xKV-4 of Llama-3.1-8B at 64k tokens: coefficients and bases in f16, without exact tokens."""
+    embd = (1024,) * 32
+    groups = group_layers(range(32), 4)
+    spectra: dict[Kind, tuple[np.ndarray, ...]] = {kind: (assumed_spectrum(4096),) * 8 for kind in KINDS}
+    stats = Statistics(groups, spectra, dict.fromkeys(KINDS, (1.0,) * 8), 128)
+    wishes = Wishes(65536, rank=(384, 576), types=("f16",), type_basis="f16", type_window="f16", online=False)
+    found = plan_cache(stats, ModelShape(embd, embd, (4096,) * 32, 128, 128), wishes)
+    parts = dict(found.parts)
+    assert found.f16_bytes / (found.total_bytes - parts["sinks and window"]) == pytest.approx(8.0, abs=0.05)
+
+
 def test_full_rank_is_exact() -> None:
     wishes = Wishes(1024, rank="full", types=("f32",), type_window="f32", type_basis="f32")
     found = plan_cache(statistics(), shape(), wishes)
@@ -354,7 +366,7 @@ def test_chunks_follow_the_heads() -> None:
 
 def test_groups_are_at_most_4096_numbers_wide() -> None:
     for embd, size in ((192, 5), (1024, 4), (2048, 2), (4096, 1), (8192, 1)):
-        assert default_group_size([embd] * 32, [embd] * 32) == size
+        assert default_group_size(ModelShape((embd,) * 32, (embd,) * 32, (embd,) * 32, 64, 64)) == size
 
 
 def candidates(sizes: list[int], n_layer: int = 12) -> tuple[ModelShape, list[Candidate]]:

@@ -14,9 +14,10 @@ from xkv_gguf.plan.segments import Segment, same_rank
 from xkv_gguf.plan.sizes import ModelShape
 from xkv_gguf.runtime import log, native
 from xkv_gguf.runtime.api import llama_cpp
+from xkv_gguf.runtime.shape import file_shape
 from xkv_gguf.sidecar.read import read_sidecar
 
-from ..llama.tiny_models import write_sliding_window_model
+from ..llama.tiny_models import write_alibi_model
 
 HEADER = """
 #pragma once
@@ -181,12 +182,12 @@ def test_the_library_checks_for_itself(sidecar: Path) -> None:
 
 @pytest.mark.model
 def test_an_unsupported_model_says_why(tmp_path: Path) -> None:
-    path = tmp_path / "gemma.gguf"
-    write_sliding_window_model(path)
+    path = tmp_path / "alibi.gguf"
+    write_alibi_model(path)
     with log.collect(quiet=True):
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     try:
-        with pytest.raises(UnsupportedError, match="gemma2 has sliding-window layers"):
+        with pytest.raises(UnsupportedError, match="refact uses ALiBi"):
             native.check_model(model)
     finally:
         llama_cpp.llama_model_free(model)
@@ -217,9 +218,10 @@ def test_the_reason_is_without_the_functions_name(lines: list[str], expected: st
     assert log.reason(lines) == expected
 
 
-def test_plain_bytes_follow_from_the_header(demo_model: Path) -> None:
+def test_shape_of_a_file(demo_model: Path) -> None:
     model = open_model(demo_model)
     assert (model.architecture, model.n_ctx_train) == ("llama", 8192)
-    assert model.kv_numbers == 30 * 2 * 3 * 64
-    assert model.shape == ModelShape((192,) * 30, (192,) * 30, (576,) * 30, 64, 64)
-    assert model.plain_bytes("q4_0", 1024) == 1024 * 30 * 2 * 3 * 64 * 18 // 32
+    shape = file_shape(demo_model)
+    assert shape == ModelShape((192,) * 30, (192,) * 30, (576,) * 30, 64, 64)
+    assert shape.layers == tuple(range(30))
+    assert shape.numbers == 30 * 2 * 3 * 64

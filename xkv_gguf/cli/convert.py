@@ -147,14 +147,14 @@ def run(args: argparse.Namespace) -> int:
 
 def planned(model: Path, path: Path) -> str:
     """What the sidecar at `path` makes of the model's cache."""
-    from ..model.fingerprint import read_model_header
-    from ..model.shape import find_shape, known_shape
-    from ..sidecar.describe import plan_of
+    from ..describe import plan_of
+    from ..plan.sizes import known_shape
+    from ..runtime.shape import find_shape
     from ..sidecar.read import read_sidecar
 
     sidecar = read_sidecar(path)
     info = sidecar.info
-    shape = known_shape(find_shape(read_model_header(model)), info.embd_k, info.embd_v)
+    shape = known_shape(find_shape(model), info.embd_k, info.embd_v)
     plan = plan_of(sidecar, shape, info.target, info.n_ctx)
     return f"{info.target} at n_ctx {info.n_ctx}: {format_bytes(plan.total_bytes)}, {plan.ratio:.2f}x smaller than f16"
 

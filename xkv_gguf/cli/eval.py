@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score, write the JSON file and the plot, and print the table."""
-    specs = parse_caches(args.caches)
+    specs = parse_caches(args.caches, baselines=True)
     for spec in specs:
         XkvOptions.of(spec.options)
     check_counts(args, "n_ubatch", "score_batch", "threads")

@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     XkvError
         The file cannot be read, the size is out of reach, or the picture cannot be drawn.
     """
+    from ..describe import beside, describe, is_sidecar, plan_of
     from ..errors import OptionError
-    from ..model.shape import known_shape
     from ..plan.size_target import one_target
-    from ..sidecar.describe import beside, describe, is_sidecar, plan_of
+    from ..plan.sizes import known_shape
     from ..sidecar.read import read_sidecar
 
     path = Path(args.file)

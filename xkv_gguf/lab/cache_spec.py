@@ -16,6 +16,7 @@ from ..errors import OptionError
 from ..options import KV_MODES
 
 GRAMMAR = f"{', '.join(mode for mode in KV_MODES if mode != 'xkv')} or xkv[:RATIO][:key=value]..."
+MINICACHE = "minicache"
 NO_SEPARATORS = "values cannot contain commas or colons, paths neither"
 
 _INT = re.compile(r"[+-]?[0-9]+")
@@ -42,6 +43,11 @@ class CacheSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_minicache(self) -> bool:
+        """Whether layers of an f16 cache are merged after the prompt, see `minicache`; `eval` alone does that."""
+        return self.name == MINICACHE
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments kv_mode and xkv of `Llama`."""
         return {"kv_mode": self.kv_mode, "xkv": dict(self.options) if self.kv_mode == "xkv" else None}
@@ -52,7 +58,7 @@ class CacheSpec:
         return self.kv_mode == "xkv" and "sidecar" not in self.options and self.options.get("calibrate") is not False
 
 
-def parse_cache(text: str, option: str = "--caches") -> CacheSpec:
+def parse_cache(text: str, option: str = "--caches", baselines: bool = False) -> CacheSpec:
     """Read one cache such as ``q4_0`` or ``xkv:7:n_window=64``.
 
     Parameters
@@ -60,6 +66,8 @@ def parse_cache(text: str, option: str = "--caches") -> CacheSpec:
     text : str
     option : str
         What errors name as their place.
+    baselines : bool
+        Whether "minicache" is one.
 
     Returns
     -------
@@ -72,6 +80,8 @@ def parse_cache(text: str, option: str = "--caches") -> CacheSpec:
         The cache is unknown, or is not written by the grammar.
     """
     name = text.strip()
+    if name == MINICACHE and baselines:
+        return CacheSpec(name, "f16")
     mode, *words = name.split(":")
     if mode not in KV_MODES:
         raise OptionError(
@@ -94,7 +104,7 @@ def parse_cache(text: str, option: str = "--caches") -> CacheSpec:
     return CacheSpec(name, mode, options)
 
 
-def parse_caches(text: str, option: str = "--caches") -> list[CacheSpec]:
+def parse_caches(text: str, option: str = "--caches", baselines: bool = False) -> list[CacheSpec]:
     """Read a list of caches with commas between.
 
     Raises
@@ -106,9 +116,9 @@ def parse_caches(text: str, option: str = "--caches") -> list[CacheSpec]:
     for word in text.split(","):
         if not word.strip():
             raise OptionError(f"{option}: {text!r}, expected a list with commas between its entries")
-        spec = parse_cache(word, option)
+        spec = parse_cache(word, option, baselines)
         for other in specs:
-            if other.arguments == spec.arguments:
+            if (other.arguments, other.is_minicache) == (spec.arguments, spec.is_minicache):
                 same = "is given twice" if other.name == spec.name else f"is the same cache as {other.name!r}"
                 raise OptionError(f"{option}: {spec.name!r} {same}")
         specs.append(spec)

@@ -88,7 +88,7 @@ class Plan:
 
     def is_reference(self, spec: CacheSpec) -> bool:
         """Whether a cache is scored as the reference is."""
-        return spec.kv_mode == REFERENCE.kv_mode and self.n_step == self.n_reference
+        return spec == REFERENCE and self.n_step == self.n_reference
 
     @contextlib.contextmanager
     def open(self, spec: CacheSpec, n_least: int = 0) -> Iterator[Llama]:
@@ -185,6 +185,7 @@ def prepare(plan: Plan, specs: Sequence[CacheSpec], texts: Sequence[Text]) -> li
 def score_text(plan: Plan, specs: Sequence[CacheSpec], text: Text, partial: Partial, bar: Any) -> None:
     """Run the reference and then each cache over a text, one context at a time, and keep the rows."""
     from .metrics import summarize
+    from .minicache import MergedLayers
     from .score import Reference, expectations
 
     scored = text.tokens[plan.n_prefill :]
@@ -201,10 +202,10 @@ def score_text(plan: Plan, specs: Sequence[CacheSpec], text: Text, partial: Part
             else:
                 bar.set_description(f"{text.name}, {spec.name}")
                 with plan.open(spec) as llm:
-                    scores = reference.compare(
-                        expectations(llm, text.tokens, plan.n_prefill, plan.n_step, bar.update), scored
-                    )
-                    report = llm.kv_report()
+                    merged = MergedLayers(llm) if spec.is_minicache else None
+                    run = (llm, text.tokens, plan.n_prefill, plan.n_step, bar.update)
+                    scores = reference.compare(expectations(*run, merged) if merged else expectations(*run), scored)
+                    report = merged.report(llm.kv_report()) if merged else llm.kv_report()
             row = make_row(spec.name, text.name, report, f16_bytes, plan.n_score, summarize(scores))
             partial.put(row, **plan.keys[spec.name, text.name])
 

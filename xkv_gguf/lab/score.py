@@ -19,7 +19,12 @@ Logits = npt.NDArray[np.float32]
 
 
 def expectations(
-    llm: Llama, tokens: Sequence[int], n_prefill: int, n_step: int, advance: Callable[[int], object]
+    llm: Llama,
+    tokens: Sequence[int],
+    n_prefill: int,
+    n_step: int,
+    advance: Callable[[int], object],
+    after_prompt: Callable[[], object] = lambda: None,
 ) -> Iterator[Logits]:
     """Feed a text and give the logits for its tokens from `n_prefill` on.
 
@@ -38,6 +43,8 @@ def expectations(
         At most the context's n_batch.
     advance : callable
         Called with the number of tokens after each batch.
+    after_prompt : callable
+        Called between the prompt and the rest.
 
     Yields
     ------
@@ -54,6 +61,7 @@ def expectations(
         llm.eval(batch)
         advance(len(batch))
     yield _logits(llm, 1)
+    after_prompt()
     for start in range(n_prefill, len(tokens), n_step):
         batch = tokens[start : start + n_step]
         _eval_all(llm, batch)

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
-from ..plan.coef_types import bytes_per_coef
-from ..plan.sizes import ModelShape
 from .fingerprint import model_shards, read_model_header
 from .gguf_read import GgufFormatError, read_header
-from .shape import find_shape
 
 
 @dataclass(frozen=True)
@@ -24,23 +21,11 @@ class ModelFile:
     architecture : str
     n_ctx_train : int
         Context that the model was trained with; 0 when the file does not say.
-    shape : ModelShape or None
-        Sizes of K and V; None when the file does not say or the architecture keeps something else.
     """
 
     path: Path
     architecture: str
     n_ctx_train: int
-    shape: ModelShape | None
-
-    @property
-    def kv_numbers(self) -> int:
-        """Numbers per token that a plain cache keeps, K and V of all layers; 0 when unknown."""
-        return self.shape.numbers if self.shape is not None else 0
-
-    def plain_bytes(self, kv_mode: str, n_ctx: int) -> int:
-        """Bytes of a plain cache for `n_ctx` tokens; 0 when unknown."""
-        return int(self.kv_numbers * bytes_per_coef(kv_mode) * n_ctx)
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
@@ -66,7 +51,6 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         path=file,
         architecture=arch,
         n_ctx_train=n_ctx_train if isinstance(n_ctx_train, int) else 0,
-        shape=find_shape(header),
     )
 
 

@@ -63,7 +63,7 @@ MAX_SEQ = 256
 TEXT_SINK_SHARE = 80
 """One token in so many has room to stay exact as an attention sink; in SmolLM2, one in 65 to 130 is one."""
 
-Rank = int | Literal["full"]
+Rank = int | tuple[int, int] | Literal["full"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Wishes:
         Coefficient types that may be used, by descending bytes.
     max_segments : int
         Most segments of one kind of one group.
-    rank : int or "full"
-        The same number of directions everywhere, in the one type of `types`; takes the place of `target`, and has
-        no stages.
+    rank : int, pair of int, or "full"
+        The same number of directions everywhere, or one for K and one for V, in the one type of `types`; takes the
+        place of `target`, and has no stages.
     stages : bool
         Whether few tokens get the bytes of many.
     online : bool

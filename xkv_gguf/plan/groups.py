@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from ..errors import OptionError
 from .segments import Kind, Layers
+from .sizes import ModelShape
 
 GROUP_SIZE = 5
 MAX_DIM = 4096
@@ -28,10 +29,10 @@ def default_frame(head_k: int) -> int:
     return FRAME if head_k <= WIDE_HEAD else WIDE_FRAME
 
 
-def default_group_size(embd_k: Sequence[int], embd_v: Sequence[int]) -> int:
-    """Most layers in a group for layers of these K and V numbers per token: `GROUP_SIZE`, fewer where they are wide."""
-    widest = max(*embd_k, *embd_v)
-    return max(1, min(GROUP_SIZE, len(embd_k), MAX_DIM // widest))
+def default_group_size(shape: ModelShape) -> int:
+    """Most layers in a group: `GROUP_SIZE`, fewer where layers are wide."""
+    widest = max(*shape.embd_k, *shape.embd_v)
+    return max(1, min(GROUP_SIZE, len(shape.layers), MAX_DIM // widest))
 
 
 def group_layers(layers: Sequence[int], group_size: int) -> tuple[Layers, ...]:
@@ -45,7 +46,7 @@ def group_layers(layers: Sequence[int], group_size: int) -> tuple[Layers, ...]:
         `group_size` is not between 1 and the number of layers.
     """
     if not 1 <= group_size <= len(layers):
-        raise OptionError(f"group size {group_size}: 1 to {len(layers)} (the model's layers) expected")
+        raise OptionError(f"group size {group_size}: 1 to {len(layers)} (layers that the cache holds) expected")
     n_group = -(-len(layers) // group_size)
     small, extra = divmod(len(layers), n_group)
     ends = list(accumulate(small + (i < extra) for i in range(n_group)))

@@ -243,8 +243,12 @@ def least_cost(stats: Statistics, types: Sequence[str], max_segments: int, price
     return _problem(stats, types, max_segments, prices)[0].least_cost()
 
 
-def same_rank(stats: Statistics, rank: int | None, type_name: str, type_basis: str) -> tuple[Segment, ...]:
+def same_rank(
+    stats: Statistics, rank: int | tuple[int, int] | None, type_name: str, type_basis: str
+) -> tuple[Segment, ...]:
     """One segment for every kind of every group, of the same rank (at most all known directions) or of all (None).
+
+    A pair is of K and of V.
 
     Raises
     ------
@@ -254,14 +258,15 @@ def same_rank(stats: Statistics, rank: int | None, type_name: str, type_basis: s
     segments = []
     for g, kind in _sources(stats):
         step, dim = granule(type_name, kind, stats.frame), stats.most(g, kind)
+        wanted = rank[KINDS.index(kind)] if isinstance(rank, tuple) else rank
         if step == 0:
             raise OptionError(
                 f"type {type_name} for V: its blocks of {TYPES[type_name].block} tokens do not fit into chunks of "
                 f"{stats.frame}; use another type"
             )
-        if rank is not None and rank < dim and (rank < 1 or rank % step):
-            raise OptionError(f"rank {rank}: a multiple of {step} (for {type_name}), or 'full', expected")
-        segments.append(Segment(g, kind, dim if rank is None else min(rank, dim), type_name, type_basis))
+        if wanted is not None and wanted < dim and (wanted < 1 or wanted % step):
+            raise OptionError(f"rank {wanted}: a multiple of {step} (for {type_name}), or 'full', expected")
+        segments.append(Segment(g, kind, dim if wanted is None else min(wanted, dim), type_name, type_basis))
     return tuple(segments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,7 @@ def padded_ctx(n_ctx: int, n_stream: int = 1) -> int:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model's layers, in numbers per token.
+    """Sizes of a model's layers, in numbers per token; 0 for layers that an xkv cache does not hold.
 
     Attributes
     ----------
@@ -45,8 +46,13 @@ class ModelShape:
     head_v: int
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that the cache holds."""
+        return tuple(il for il, embd in enumerate(self.embd_k) if embd > 0)
+
+    @property
     def numbers(self) -> int:
-        """Numbers per token that a plain cache keeps."""
+        """Numbers per token that a plain cache keeps of these layers."""
         return sum(self.embd_k) + sum(self.embd_v)
 
     @property
@@ -62,6 +68,18 @@ class ModelShape:
     def n_head(self, layer: int) -> int:
         """Query heads of a layer."""
         return self.embd_out[layer] // self.head_v
+
+
+def known_shape(found: ModelShape | None, embd_k: Sequence[int], embd_v: Sequence[int]) -> ModelShape:
+    """The shape of a model's file, or where there is none or another one, what K and V numbers by layer tell.
+
+    Then layers count as one head, and the means are predicted somewhat too small where there are more query heads
+    than KV heads.
+    """
+    k, v = tuple(embd_k), tuple(embd_v)
+    if found is not None and (found.embd_k, found.embd_v) == (k, v):
+        return found
+    return ModelShape(k, v, v, math.gcd(*k), math.gcd(*v))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..base.text import closest, format_bytes
-from ..errors import OptionError, OutOfMemoryError, UnsupportedError
+from ..errors import OptionError, OutOfMemoryError, UnsupportedError, XkvWarning
 from ..model.file import ModelFile, check_adapter
 from ..plan.sizes import CTX_STEP, CacheLayout, padded_ctx
 
@@ -106,6 +107,16 @@ def check_mode(kv_mode: str, arguments: Mapping[str, Any]) -> None:
         raise UnsupportedError("vocab_only: there is no cache without weights; use kv_mode='f16'")
     if arguments.get("attention_type", -1) == 1:
         raise UnsupportedError("attention_type: non-causal, but an xkv cache is causal; use kv_mode='f16'")
+
+
+def warn_untested(architecture: str) -> None:
+    """Warn that an xkv cache was never held against a plain one for an architecture."""
+    warnings.warn(
+        f"architecture {architecture} was never tested with an xkv cache; compare some answers with those of "
+        "kv_mode='f16' before you rely on it",
+        XkvWarning,
+        stacklevel=5,
+    )
 
 
 def resolve_ctx(n_ctx: int | None, model: ModelFile) -> int:

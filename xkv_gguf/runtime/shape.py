@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedError
 from ..plan.sizes import ModelShape
 from . import log, native
 from .api import llama_cpp as lib
@@ -47,8 +47,8 @@ def peek(path: str | os.PathLike[str]) -> Iterator[int]:
 
     Raises
     ------
-    ModelError
-        llama.cpp cannot read it.
+    ModelError, UnsupportedError
+        llama.cpp cannot read it, or does not know its architecture.
     """
     params = lib.llama_model_default_params()
     params.no_alloc = True
@@ -56,7 +56,9 @@ def peek(path: str | os.PathLike[str]) -> Iterator[int]:
     with log.collect(quiet=True) as lines:
         model = lib.llama_model_load_from_file(os.fspath(path).encode(), params)
     if not model:
-        raise ModelError(f"model {path}: llama.cpp cannot read it{': ' + lines[0] if lines else ''}")
+        why = log.reason(lines)
+        kind = UnsupportedError if "unknown model architecture" in why else ModelError
+        raise kind(f"model {path}: llama.cpp cannot load it: {why or 'no reason given'}")
     try:
         yield model
     finally:
@@ -75,6 +77,14 @@ def file_shape(path: str | os.PathLike[str]) -> ModelShape:
     """
     with peek(path) as model:
         return model_shape(model)
+
+
+def find_shape(path: str | os.PathLike[str]) -> ModelShape | None:
+    """See `file_shape`; None where it raises."""
+    try:
+        return file_shape(path)
+    except (ModelError, UnsupportedError):
+        return None
 
 
 def held_layers(model: int) -> list[Layer]:

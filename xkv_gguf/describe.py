@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError, OptionError, SidecarError
-from ..model.fingerprint import read_model_header
-from ..model.gguf_read import GgufFormatError, read_header
-from ..model.shape import find_shape, known_shape, model_shape
-from ..plan.cache_plan import CachePlan, Wishes, plan_cache
-from ..plan.coef_types import TYPES
-from ..plan.segments import KINDS, energy_kept
-from ..plan.size_target import SizeTarget
-from ..plan.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, padded_ctx, plain_bytes_per_token
-from ..plan.work import DEFAULT_ATTENTION, Attention, decode_work, plain_work, prefill_work
-from .find import find_sidecar
-from .info import FORMAT_VERSION, SUFFIX
-from .read import Sidecar, read_sidecar
+from .errors import OptionError, SidecarError
+from .model.fingerprint import read_model_header
+from .model.gguf_read import GgufFormatError, read_header
+from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .plan.coef_types import TYPES
+from .plan.segments import KINDS, energy_kept
+from .plan.size_target import SizeTarget
+from .plan.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, known_shape, padded_ctx, plain_bytes_per_token
+from .plan.work import DEFAULT_ATTENTION, Attention, decode_work, plain_work, prefill_work
+from .runtime.shape import file_shape, find_shape
+from .sidecar.find import find_sidecar
+from .sidecar.info import FORMAT_VERSION, SUFFIX
+from .sidecar.read import Sidecar, read_sidecar
 
 PLAIN = ("f16", "q8_0", "q4_0")
 
@@ -100,15 +100,17 @@ def describe_sidecar(
 
 
 def describe_model(path: Path, target: SizeTarget | None, n_ctx: int | None) -> dict[str, Any]:
-    """See `describe`; K and V sizes come from the metadata, the model is not loaded.
+    """See `describe`; the model's weights are not loaded.
 
     Raises
     ------
     ModelError
-        The file is no model, or its metadata does not tell the size of K and V.
+        The file is no model.
+    UnsupportedError
+        An xkv cache cannot be used with it.
     """
     header = read_model_header(path)
-    shape = model_shape(header)
+    shape = file_shape(path)
     arch = header.scalar("general.architecture")
     found: dict[str, Any] = {
         "kind": "model",
@@ -145,10 +147,7 @@ def describe_model(path: Path, target: SizeTarget | None, n_ctx: int | None) -> 
 def beside(sidecar: Path) -> ModelShape | None:
     """Shape of the model that a sidecar lies beside; None where there is none."""
     model = sidecar.with_name(sidecar.name.removesuffix(SUFFIX) + ".gguf")
-    try:
-        return find_shape(read_model_header(model)) if model != sidecar else None
-    except ModelError:
-        return None
+    return find_shape(model) if model != sidecar and model.is_file() else None
 
 
 def plan_of(sidecar: Sidecar, shape: ModelShape, target: SizeTarget, n_ctx: int) -> CachePlan:
