@@ -23,6 +23,8 @@ struct fault {
     int         lane         = 0;  // shuffles are off by this
     int         thread       = 0;  // threadIdx.x of every 32nd thread is off by this
     int         block        = 0;  // blockIdx.x is off by this, where the grid is not of one
+    int         code         = 0;  // so are numbers that are rounded to whole ones, of every 32nd thread
+    int         dot          = 0;  // and sums of products of bytes, there too
     std::string kernel;            // which one; all if empty
 };
 
@@ -147,6 +149,11 @@ static inline void warp_barrier(int place, const char * name) {
 
 static inline int lane() {
     return get().block.now % fibers::n_lane;
+}
+
+// whether the thread is one that a fault is of
+static inline bool struck() {
+    return get().faulty && lane() == 7;
 }
 
 static inline void launch(const char * name, dim3 grid, dim3 threads, size_t shared, std::function<void()> body) {

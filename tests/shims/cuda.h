@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "blocks.h"
+#include "cuda_mma.h"
 
 #include <cmath>
 
@@ -13,8 +13,16 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
+};
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 
 struct alignas(16) float4 {
@@ -72,23 +80,36 @@ using std::max;
 using std::min;
 
 static inline float __half2float(half h) {
-    const uint32_t sign = (uint32_t) (h.bits & 0x8000) << 16;
-    const uint32_t exp  = (h.bits >> 10) & 31;
-    const uint32_t mant = h.bits & 0x3ff;
-    if (exp == 0) {
-        const float x = (float) mant * 0x1p-24f;
-        return sign ? -x : x;
-    }
-    const uint32_t bits = sign | (exp == 31 ? 0x7f800000u : (exp + 112) << 23) | mant << 13;
-    float          res;
-    memcpy(&res, &bits, sizeof(res));
-    return res;
+    return xkv_shim::from_half(h.bits);
+}
+
+static inline half __float2half(float x) {
+    return { xkv_shim::to_half(x) };
 }
 
 static inline float __uint_as_float(uint32_t x) {
     float res;
     memcpy(&res, &x, sizeof(res));
     return res;
+}
+
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+static inline int __float_as_int(float x) {
+    return (int) __float_as_uint(x);
+}
+
+static inline float __int_as_float(int x) {
+    return __uint_as_float((uint32_t) x);
+}
+
+static inline int __float2int_rn(float x) {
+    const int off = xkv_shim::struck() ? xkv_shim::get().planted.code : 0;
+    return x == x ? (int) std::nearbyint(std::min(std::max(x, -2e9f), 2e9f)) + off : 0;
 }
 
 static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
@@ -100,11 +121,19 @@ static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
     return res;
 }
 
+static inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+
 static inline int __dp4a(int x, int y, int sum) {
     for (int i = 0; i < 4; ++i) {
         sum += (int) (int8_t) (x >> 8 * i) * (int) (int8_t) (y >> 8 * i);
     }
-    return sum;
+    return sum + (xkv_shim::struck() ? xkv_shim::get().planted.dot : 0);
 }
 
 template <typename T> static inline T atomicAdd(T * p, T x) {
