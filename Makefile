@@ -13,7 +13,7 @@ STAMP := $(VENV)/.stamps
 PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip --disable-pip-version-check -qq
 LAPACK := $(shell sed -n 's/.*"\(scipy-openblas32[^";]*\).*/\1/p' pyproject.toml)
-UPSTREAM := $(shell sed -n 's/.*"\(package\|version\)": *"\([^"]*\)".*/\2/p' upstream.json | paste -s -d= | sed 's/=/==/')
+UPSTREAM := $(shell sed -n 's/.*"package": *"\([^"]*\)".*/\1/p' upstream.json)==$(shell sed -n 's/.*"version": *"\([^"]*\)".*/\1/p' upstream.json)
 
 # what the wheel is built again for: Python runs from this folder, see $(STAMP)/package
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \
@@ -68,11 +68,11 @@ lint: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
-	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(STAMP)/package $(STAMP)/extras
 	@$(VENV)/bin/ruff format --quiet .
-	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	@git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh' '*.metal' | xargs $(VENV)/bin/clang-format -i
 
 refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)

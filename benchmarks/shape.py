@@ -3,6 +3,9 @@
     .venv/bin/python benchmarks/shape.py llama-8b --layers 4 -o wide.gguf --sidecar
     .venv/bin/xkv-gguf bench wide.gguf --caches f16,q4_0,xkv:7 --depths 8192 --n-ctx 32768
 
+    .venv/bin/python benchmarks/shape.py llama-8b --vocab 128256 --hollow -o hollow.gguf
+    .venv/bin/xkv-gguf fit hollow.gguf --memory 8GiB
+
 The weights are random blocks of q4_0, or f32, of a size at which activations stay of order 1. The tokenizer knows
 bytes; the other tokens are never made from text. What the model says is noise, and so is the quality of any cache of
 it.
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from tqdm import tqdm
 
 from xkv_gguf.base.files import check_writable, replacing
@@ -125,10 +128,13 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int, deviation: fl
     return blocks.reshape(rows, -1)
 
 
-def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, weights: str = "q4_0") -> None:
+def write_model(
+    path: Path, name: str, n_layer: int, n_vocab: int, seed: int, weights: str = "q4_0", hollow: bool = False
+) -> None:
     """Write the model, one tensor in memory at a time; the file appears when it is complete.
 
-    `weights` are those of matrices: q4_0, or f32, with which activations are not rounded.
+    `weights` are those of matrices: q4_0, or f32, with which activations are not rounded. A hollow model has the header
+    alone, and a hole of the weights' size where the file system knows holes.
 
     Raises
     ------
@@ -157,6 +163,11 @@ def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, we
             writer.write_header_to_file(temp)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
+            if hollow:
+                assert writer.fout is not None
+                file = writer.fout[0]
+                file.truncate(_padded(file.tell()) + sum(map(_padded, sizes.values())))
+                todo = {}
             for key, size in todo.items():
                 if len(size) == 1:
                     tensor = np.full(size, 0.0 if key.endswith(".bias") else 1.0, np.float32)
@@ -171,6 +182,10 @@ def write_model(path: Path, name: str, n_layer: int, n_vocab: int, seed: int, we
             writer.close()
     finally:
         writer.close()
+
+
+def _padded(n_byte: int) -> int:
+    return -(-n_byte // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 
 def _add_fields(writer: GGUFWriter, shape: Shape, title: str, n_layer: int, n_vocab: int, weights: str) -> None:
@@ -296,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default="q4_0", help="of matrices (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
     parser.add_argument("--sidecar", action="store_true", help="write MODEL.xkv.gguf with random bases, too")
+    parser.add_argument("--hollow", action="store_true", help="write no weights: for xkv-gguf fit, which needs none")
     parser.add_argument(
         "--group-size", type=int, metavar="N", help=f"layers that share bases (default: {GROUP_SIZE}, or all of fewer)"
     )
@@ -318,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         group_layers(range(n_layer), group_size)
         out = Path(args.out)
         check_writable(out)
-        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.weights)
+        write_model(out, args.shape, n_layer, args.vocab, args.seed, args.weights, args.hollow)
         print(f"{out}: {format_bytes(out.stat().st_size)}")
         if args.sidecar:
             sidecar = write_random_sidecar(out, args.shape, n_layer, group_size, args.exponent, args.seed)

@@ -142,7 +142,7 @@ def is_finite(sums: Sums) -> bool:
 def _not_finite(groups: LayerGroups, group: int, sums: Mapping[Kind, Sums]) -> str:
     """What is wrong with sums that are not finite: the first layer of the group that shows it."""
     for i, layer in enumerate(groups.layers[group]):
-        for kind in KINDS:
+        for kind in groups.kinds(group):
             sizes = groups.sizes(group, kind)
             own = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
             if not (np.isfinite(sums[kind].total[own]).all() and np.isfinite(sums[kind].gram[own, own]).all()):
@@ -202,10 +202,10 @@ def collect(
                 _run_texts(engine, capture, written, plan.n_seq, progress)
             engine.close_context()
             for i, g in enumerate(run):
-                for kind in KINDS:
+                for kind in groups.kinds(g):
                     sums = capture.read(i, kind)
                     if not is_finite(sums):
-                        raise CalibrationError(_not_finite(groups, g, {k: capture.read(i, k) for k in KINDS}))
+                        raise CalibrationError(_not_finite(groups, g, {k: capture.read(i, k) for k in groups.kinds(g)}))
                     capture.drop(i, kind)
                     n_tokens = sums.n_tokens
                     use(g, kind, sums)

@@ -94,7 +94,7 @@ class Work:
     @property
     def dims(self) -> list[int]:
         """Numbers per token of K and of V of all groups."""
-        return [dim for kind in KINDS for dim in self.groups.dims[kind]]
+        return [dim for kind in KINDS for dim in self.groups.dims[kind] if dim > 0]
 
     def memory(self) -> int:
         """Bytes beside the model, at most."""

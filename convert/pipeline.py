@@ -17,7 +17,7 @@ from xkv_gguf.convert.calibrate import TextPlan, collect, plan_text
 from xkv_gguf.convert.capture import Sums
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.convert.estimate import Work, measure_rate, n_solvers, split_runs
-from xkv_gguf.convert.sensitivity import n_token
+from xkv_gguf.convert.sensitivity import n_source, n_token
 from xkv_gguf.convert.settings import Settings
 from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
@@ -121,7 +121,7 @@ def convert(
                 f"{work.n_token} calibration tokens are few for groups of {biggest} numbers, {4 * biggest} are advised"
             )
         n_run = work.n_token * len(list(split_runs(captured)))
-        n_basis = sum(2 * len(candidate.groups.layers) for candidate in candidates)
+        n_basis = sum(n_source(candidate.groups) for candidate in candidates)
         with (
             tqdm(total=n_run, desc="calibrating", unit="tok", disable=not show_progress) as run_bar,
             tqdm(total=n_basis, desc="solving", unit="basis", disable=not show_progress) as solve_bar,
@@ -193,8 +193,9 @@ def convert(
 
 def _work(captured: LayerGroups, settings: Settings, plan: TextPlan, by_layer: bool) -> Work:
     """What a conversion comes to, before it begins."""
-    n_group = sum(map(len, captured.layers)) if by_layer else len(captured.layers)
-    n_weigh = 0 if settings.weigh == "none" else n_token(n_group, settings.n_score)
+    groups = LayerGroups.of([(il,) for g in captured.layers for il in g], captured.embd["k"], captured.embd["v"])
+    n_weighed = n_source(groups if by_layer else captured)
+    n_weigh = 0 if settings.weigh == "none" else n_token(n_weighed, settings.n_score)
     return Work(captured, settings.threads, plan.n_seq, plan.longest, plan.n_token, n_weigh, by_layer)
 
 

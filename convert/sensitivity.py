@@ -34,7 +34,9 @@ from xkv_gguf.plan.segments import (
     Statistics,
     distortion,
     plan_segments,
+    sources,
 )
+from xkv_gguf.plan.sizes import ModelShape
 
 N_TOKEN = 512
 """Tokens of a text, of which the last ones are scored."""
@@ -78,12 +80,17 @@ def measurable(sequences: Sequence[Sequence[int]], stats: Statistics) -> bool:
 
 def n_run(stats: Statistics) -> int:
     """Times that `measure` exchanges something in the cache."""
-    return 2 + len(stats.layers) * len(KINDS)
+    return 2 + len(sources(stats))
 
 
-def n_token(n_group: int, n_score: int) -> int:
-    """Tokens that `measure` runs for so many groups: the texts, and their ends for each source and twice for all."""
-    return N_TEXT * (N_TOKEN + n_score * (2 + n_group * len(KINDS)))
+def n_source(groups: LayerGroups) -> int:
+    """What is kept of groups, K and V counted by themselves."""
+    return sum(len(groups.kinds(g)) for g in range(len(groups.layers)))
+
+
+def n_token(n_source: int, n_score: int) -> int:
+    """Tokens that `measure` runs for so many sources: the texts, and their ends for each source and twice for all."""
+    return N_TEXT * (N_TOKEN + n_score * (2 + n_source))
 
 
 class _Bench:
@@ -147,7 +154,7 @@ def measure(
     stats: Statistics,
     n_sink: int,
     n_score: int,
-    quantizable: bool,
+    shape: ModelShape,
     sequences: Sequence[Sequence[int]],
     progress: Callable[[int], object],
     remembered: Callable[[Sequence[Segment], Callable[[], list[float]]], list[float]],
@@ -166,8 +173,8 @@ def measure(
         First tokens that stay exact.
     n_score : int
         Tokens of each text that are scored.
-    quantizable : bool
-        Whether heads are multiples of 32, so that bases can be q8_0.
+    shape : ModelShape
+        Where heads are multiples of 32, bases can be q8_0.
     sequences : sequence of sequences of int
         Token ids of calibration text; see `measurable`.
     progress : callable
@@ -181,10 +188,10 @@ def measure(
     """
     texts = _texts(sequences, n_score)
     equal = replace(stats, weights={kind: (1.0,) * len(stats.layers) for kind in KINDS})
-    coarse = _coarse(equal, quantizable)
+    coarse = _coarse(equal, shape.quantizable)
     assert coarse is not None
-    sources: list[Source] = [(g, kind) for g in range(len(stats.layers)) for kind in KINDS]
-    codes = {source: _of(coarse, source) for source in sources}
+    kept: list[Source] = sources(stats)
+    codes = {source: _of(coarse, source) for source in kept}
 
     def coded(source: Source, x: F32) -> F32:
         return coarse_copy(x, bases[source], codes[source], _noise(source))
@@ -197,12 +204,13 @@ def measure(
     with Capture(engine, groups.layers, groups.dims, stats.frame, n_sink) as capture:
         bench = _Bench(engine, capture, texts, n_score, stats.frame, n_sink)
         for seq in range(len(texts)):
-            bench.keep_sinks([e for g in range(len(stats.layers)) for e in _energies(bench, seq, groups, g)], seq)
-        base = np.array(remembered((), lambda: bench.divergences(sources, nearly)))
+            energies = [e for g in range(len(stats.layers)) for e in _energies(bench, seq, groups, g, shape)]
+            bench.keep_sinks(energies, seq)
+        base = np.array(remembered((), lambda: bench.divergences(kept, nearly)))
         progress(1)
         slopes: dict[Source, Floats] = {}
         losses: dict[Source, float] = {}
-        for source in sources:
+        for source in kept:
             losses[source] = distortion(_only(equal, source), codes[source])
             slopes[source] = np.zeros(len(texts))
             if losses[source] > 0:  # K or V that never vary lose nothing
@@ -212,10 +220,10 @@ def measure(
 
                 slopes[source] = (np.array(remembered(codes[source], compute)) - base) / losses[source]
             progress(1)
-        total = np.array(remembered(coarse, lambda: bench.divergences(sources, coded))) - base
+        total = np.array(remembered(coarse, lambda: bench.divergences(kept, coded))) - base
         progress(1)
     engine.close_context()
-    return _weights(slopes, losses, float(total[::2].mean()))
+    return _weights(slopes, losses, float(total[::2].mean()), len(stats.layers))
 
 
 def _noise(source: Source) -> np.random.Generator:
@@ -259,18 +267,23 @@ def mean_divergence(exact: F32, other: F32) -> float:
     return max(total / len(exact), 0.0)
 
 
-def _energies(bench: _Bench, seq: int, groups: LayerGroups, group: int) -> list[Floats]:
+def _energies(bench: _Bench, seq: int, groups: LayerGroups, group: int, shape: ModelShape) -> list[Floats]:
     """Energy of V by token, of each layer of a group."""
-    squares = np.square(bench.get(seq, (group, "v")).astype(np.float64))
-    return [part.sum(axis=1) for part in np.split(squares, np.cumsum(groups.sizes(group, "v"))[:-1], axis=1)]
+    kind = groups.kinds(group)[-1]
+    squares = np.square(bench.get(seq, (group, kind)).astype(np.float64))
+    parts = np.split(squares, np.cumsum(groups.sizes(group, kind))[:-1], axis=1)
+    if kind == "k":  # V is the first numbers of each head
+        parts = [
+            part.reshape(len(part), -1, shape.head_k)[:, :, : shape.head_v].reshape(len(part), -1) for part in parts
+        ]
+    return [part.sum(axis=1) for part in parts]
 
 
-def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: float) -> Sensitivity:
+def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: float, n_group: int) -> Sensitivity:
     """Weights from divergence per distortion of each source and text.
 
     Texts count the same. The scale comes from what all sources cost together on texts as they are.
     """
-    n_group = len(slopes) // len(KINDS)
     table = np.array(list(slopes.values()))  # [source, text]
     table = table[:, table.max(axis=0) > 0]  # of other texts, nothing but noise was measured
     if table.shape[1] == 0:  # all count the same
@@ -281,7 +294,8 @@ def _weights(slopes: dict[Source, Floats], losses: dict[Source, float], total: f
     weights = {source: float(f"{weight:.2g}") for source, weight in zip(slopes, means, strict=True)}
     predicted = sum(weights[source] * losses[source] for source in weights)
     scale = float(f"{max(total, 0.0) / predicted:.2g}")
-    return Sensitivity({kind: tuple(weights[g, kind] for g in range(n_group)) for kind in KINDS}, scale)
+    by_kind = {kind: tuple(weights.get((g, kind), 1.0) for g in range(n_group)) for kind in KINDS}
+    return Sensitivity(by_kind, scale)
 
 
 def _texts(sequences: Sequence[Sequence[int]], n_score: int) -> list[list[int]]:

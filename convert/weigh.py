@@ -93,7 +93,7 @@ def weigh_layers(
     widest = max(*info.embd_k, *info.embd_v)
     with Solver[tuple[int, Kind]](n_solvers(widest, engine.n_threads), "f16", lambda: None) as solver:
         for layer, inside in enumerate(single.inside):
-            for kind in KINDS:
+            for kind in single.groups.kinds(layer):
                 part = sums[inside, kind].cut(single.part(layer, kind))
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
@@ -101,7 +101,10 @@ def weigh_layers(
     found = _measure(engine, alone, bases, shape, text, n_score, partial, show_progress)
     if found is None or not found.kld_scale > 0:
         return None
-    variances = {kind: [float(bases[il, kind].spectrum.sum()) for il in range(info.n_layer)] for kind in KINDS}
+    variances = {
+        kind: [float(bases[il, kind].spectrum.sum()) if (il, kind) in bases else 0.0 for il in range(info.n_layer)]
+        for kind in KINDS
+    }
     return LayerWeights(found, layer_scales(found.weights, variances))
 
 
@@ -119,10 +122,16 @@ def _measure(
     weights = (1.0,) * len(info.groups)
     stats = Statistics(
         layers=groups.layers,
-        spectra={kind: tuple(bases[g, kind].spectrum for g in range(len(info.groups))) for kind in KINDS},
+        spectra={
+            kind: tuple(bases[g, kind].spectrum if (g, kind) in bases else np.zeros(0) for g in range(len(info.groups)))
+            for kind in KINDS
+        },
         weights=dict.fromkeys(KINDS, weights),
         frame=info.frame,
-        held={kind: tuple(len(bases[g, kind].basis) for g in range(len(info.groups))) for kind in KINDS},
+        held={
+            kind: tuple(len(bases[g, kind].basis) if (g, kind) in bases else 0 for g in range(len(info.groups)))
+            for kind in KINDS
+        },
     )
     if not sensitivity.measurable(text.kept, stats):
         return None
@@ -138,7 +147,7 @@ def _measure(
 
     with tqdm(total=sensitivity.n_run(stats), desc="weighing", unit="cache", disable=not show_progress) as bar:
         return sensitivity.measure(
-            engine, groups, bases, stats, info.n_sink, n_score, shape.quantizable, text.kept, bar.update, remembered
+            engine, groups, bases, stats, info.n_sink, n_score, shape, text.kept, bar.update, remembered
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xkv_gguf.plan.segments import KINDS
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.sidecar.info import Calibration, Group, SidecarInfo, tensor_name
 
@@ -45,7 +44,7 @@ def small_arrays(info: SidecarInfo) -> Arrays:
     """
     arrays: Arrays = {}
     for g in range(len(info.groups)):
-        for kind in KINDS:
+        for kind in info.kinds(g):
             dim = info.dim(g, kind)
             basis = np.eye(dim, dtype=np.float16)[::-1].copy()
             basis[1::2] *= -1

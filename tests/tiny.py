@@ -44,6 +44,19 @@ def weights(seed: int) -> dict[str, Array]:
     return tensors
 
 
+def add_byte_tokenizer(writer: GGUFWriter) -> None:
+    """Tokens for bytes, and three others."""
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types([2, 3, 3] + [6] * 256)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+
+
 def write_tiny(path: Path, tensors: dict[str, Array]) -> None:
     """Write the model as a GGUF file."""
     writer = GGUFWriter(path, "llama")
@@ -59,15 +72,7 @@ def write_tiny(path: Path, tensors: dict[str, Array]) -> None:
     writer.add_rope_dimension_count(HEAD)
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_layer_norm_rms_eps(EPS)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
-    writer.add_token_scores([0.0] * N_VOCAB)
-    writer.add_token_types([2, 3, 3] + [6] * 256)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
-    writer.add_add_space_prefix(False)
+    add_byte_tokenizer(writer)
     for name, tensor in tensors.items():
         writer.add_tensor(f"{name}.weight", tensor)
     writer.write_header_to_file()

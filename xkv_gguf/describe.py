@@ -166,7 +166,8 @@ def describe_plan(sidecar: Sidecar, plan: CachePlan, target: SizeTarget) -> dict
             segments = plan.of(g, kind)
             entry[f"dim_{kind}"] = sidecar.info.dim(g, kind)
             entry[f"segments_{kind}"] = [[s.rank, s.type] for s in segments]
-            entry[f"kept_{kind}"] = energy_kept(sidecar.spectrum(g, kind), sum(s.rank for s in segments))
+            spectrum = stats.spectra[kind][g]
+            entry[f"kept_{kind}"] = energy_kept(spectrum, sum(s.rank for s in segments)) if len(spectrum) else None
             entry[f"weight_{kind}"] = group.weight_k if kind == "k" else group.weight_v
             entry[f"scale_{kind}"] = [sidecar.info.scales(kind)[il] for il in group.layers]
         groups.append(entry)

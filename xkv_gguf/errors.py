@@ -43,6 +43,10 @@ class DecodeError(XkvError, RuntimeError):
     """The model could not evaluate a batch, for example because the context is full."""
 
 
+class StateError(XkvError, RuntimeError):
+    """A saved state is damaged, or is of another model, sidecar or plan."""
+
+
 class OutOfMemoryError(XkvError, MemoryError):
     """The cache or the context does not fit into memory."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from . import opening, placing
-from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, UnsupportedError, XkvError
+from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, StateError, UnsupportedError, XkvError
+from .fitting import Fitting
 from .model.file import ModelFile, open_model
 from .model.tested import TESTED
 from .options import XkvOptions, check_kv_mode
@@ -173,6 +175,10 @@ class Llama(llama_cpp.Llama):
         arguments.check_ctx_for_xkv(least)  # before a sidecar is made
 
         def planned(sidecar: Sidecar | None) -> opening.Planned:
+            options = self.xkv_options
+            if options.memory is not None:
+                with Fitting(model, settings, rpc_fused) as fitting:
+                    options = fitting.within_memory(options, sidecar, n_ctx)
             n_ubatch, n_batch = settings.get("n_ubatch"), settings["n_batch"]
             found = opening.scope_params(
                 sidecar, options, n_ctx, n_ubatch, model, n_batch, on_devices=placing.on_devices(settings, rpc_fused)
@@ -232,6 +238,7 @@ class Llama(llama_cpp.Llama):
         found = tuple(
             KvDevice(part.name, part.cache, part.compute, part.n_layer, part.n_fused)
             for part in devices.context_devices(self._ctx.ctx)
+            if part.cache + part.compute
         )
         if self.kv_mode != "xkv":
             return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found)
@@ -307,25 +314,32 @@ class Llama(llama_cpp.Llama):
             if not 0 <= token < self._n_vocab:
                 raise OptionError(f"{what}: token {token}, expected 0 to {self._n_vocab - 1}")
 
-    def set_cache(self, cache: Any) -> None:
-        """Keep states of earlier prompts in a cache; not on an xkv cache, whose state cannot be saved yet."""
-        if cache is not None:
-            self._refuse_state("set_cache")
-        super().set_cache(cache)
-
-    def save_state(self) -> Any:
-        """Copy the state of the context; not of an xkv cache yet."""
-        self._refuse_state("save_state")
-        return super().save_state()
-
     def load_state(self, state: Any) -> None:
-        """Put a copied state back; not into an xkv cache yet."""
-        self._refuse_state("load_state")
-        super().load_state(state)
+        """Put a saved state back, into an object with the same model, cache options and n_ctx.
 
-    def _refuse_state(self, what: str) -> None:
-        if self.kv_mode == "xkv":
-            raise UnsupportedError(f"{what}: an xkv cache's state cannot be saved or loaded yet; use kv_mode='f16'")
+        Raises
+        ------
+        StateError
+            The state is damaged or of another cache; this one is as it was before, unless the text says otherwise.
+        """
+        size = int(state.llama_state_size)
+        if size > len(state.llama_state):
+            raise StateError(f"a saved state: {len(state.llama_state)} bytes, expected {size}")
+        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+        native.clear_last_error()
+        with log.collect(quiet=not self.verbose) as errors:
+            done = llama_cpp.llama_state_set_data(self._ctx.ctx, data, size)
+        if done != size:
+            why = native.last_error() or log.reason(errors) or f"llama.cpp took {done} of {size} bytes"
+            raise StateError(f"a saved state: {why}")
+        # as the parent does, which would have changed them before a failure
+        n = state.n_tokens
+        self.scores[:n, :] = state.scores[:n, :]
+        self.scores[n:, :][self.scores[n:, :] > 0] = 0.0
+        self.input_ids = state.input_ids.copy()
+        self.n_tokens = n
+        self._requires_eval = True
+        self._seed = state.seed
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -12,11 +12,11 @@ from .model.file import ModelFile
 from .options import PRESETS, XkvOptions
 from .plan.cache_plan import CachePlan, Rank, Wishes, plan_cache
 from .plan.groups import default_frame, default_group_size, group_layers
-from .plan.placement import Placement, at_group_borders, place_layers
+from .plan.placement import HOST, Placement, at_group_borders, place_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
 from .plan.sizes import ModelShape, known_shape, predict_devices
-from .plan.work import Attention
+from .plan.work import DEFAULT_ATTENTION, Attention
 from .runtime.native import FUSED_CPU, FUSED_OTHER, FUSED_RPC, ScopeParams
 from .runtime.shape import file_shape, find_shape
 from .sidecar.find import find_sidecar
@@ -44,11 +44,14 @@ class OnDevices:
         Of each device in llama.cpp's order; none where layers stay on the host.
     rpc_fused : bool
         Whether all RPC servers are known to have the op XKV_ATTN.
+    leads : tuple of int
+        Directions that count for every token on each device, see `plan.work.device_lead`.
     """
 
     n_gpu_layers: int = 0
     shares: tuple[float, ...] = ()
     rpc_fused: bool = False
+    leads: tuple[int, ...] = ()
 
 
 ON_HOST = OnDevices()
@@ -99,6 +102,7 @@ def scope_params(
     n_seq_max: int = 1,
     kv_unified: bool = False,
     on_devices: OnDevices = ON_HOST,
+    shape: ModelShape | None = None,
 ) -> Planned:
     """Plan a cache.
 
@@ -120,6 +124,8 @@ def scope_params(
         Whether they share its tokens; else each has an equal part, as a stream of its own.
     on_devices : OnDevices
         Layers are divided so, but for borders that would cut a group.
+    shape : ModelShape, optional
+        Of the model where it is known; else it is read from the file.
 
     Returns
     -------
@@ -132,17 +138,20 @@ def scope_params(
     ModelError, UnsupportedError
         There is no sidecar, and the model cannot be read or is not one for an xkv cache.
     """
+    if options.memory is not None:
+        raise OptionError("xkv option memory: expected as a budget here, see `fitting.within_memory`")
     if sidecar is not None:
         stats = sidecar.statistics()
         _check_preset(options, sidecar)
-        shape = known_shape(find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
+        shape = known_shape(shape or find_shape(model.path), sidecar.info.embd_k, sidecar.info.embd_v)
     else:
-        shape = file_shape(model.path)
+        shape = shape or file_shape(model.path)
         stats = assumed_statistics(shape, options)
     target = options.target or (sidecar.info.target if sidecar is not None else DEFAULT_TARGET)
     assert isinstance(options.types, tuple)
     asked = place_layers(len(shape.embd_k), on_devices.n_gpu_layers, on_devices.shares)
     placement = at_group_borders(asked, stats.layers)
+    attention = _attention(options, on_devices, placement)
     plan = plan_cache(
         stats,
         shape,
@@ -163,7 +172,7 @@ def scope_params(
             rank=cast("Rank | None", options.rank),
             stages=options.stages,
             online=options.online,
-            attention=Attention(options.lead, options.tolerance),
+            attention=attention,
             work_price=options.work_price,
             max_rank=options.max_rank,
             places=placement.layers,
@@ -184,13 +193,23 @@ def scope_params(
         n_prior=options.n_prior,
         fused=_fused(options, on_devices),
         tolerance=options.tolerance,
-        n_lead=options.lead,
+        n_lead=attention.lead,
+        leads=attention.leads,
         layers=stats.layers if alone else (),
         frame=stats.frame if alone else 0,
         stages=plan.stages,
     )
     there = predict_devices(shape, stats.layers, plan.segments, plan.layout, placement.layers)
     return Planned(plan, params, placement, there)
+
+
+def _attention(options: XkvOptions, on_devices: OnDevices, placement: Placement) -> Attention:
+    """The lead that is asked for, or that of each layer's device."""
+    if options.lead is not None:
+        return Attention(options.lead, options.tolerance)
+    usual = DEFAULT_ATTENTION.lead
+    leads = tuple(on_devices.leads[place] if place != HOST else usual for place in placement.layers)
+    return Attention(usual, options.tolerance, () if set(leads) <= {usual} else leads)
 
 
 def _check_preset(options: XkvOptions, sidecar: Sidecar) -> None:

@@ -15,7 +15,7 @@ from .plan.cache_plan import Rank
 from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
 from .plan.groups import FRAMES
 from .plan.segments import MAX_SEGMENTS
-from .plan.size_target import TARGETS, SizeTarget, one_target
+from .plan.size_target import TARGETS, SizeTarget, one_target, parse_bytes
 from .plan.waterfill import STEP
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
@@ -52,8 +52,8 @@ PRESETS = {
 class XkvOptions:
     """How an xkv cache is laid out. Sizes are in tokens, types are ggml type names.
 
-    One number decides the size: `ratio`, `coef_ratio`, `budget` or `quality`. None of them takes what the sidecar was
-    made for. What else is None then follows from it, see `plan.cache_plan`.
+    One number decides the size: `ratio`, `coef_ratio`, `budget`, `quality` or `memory`. None of them takes what the
+    sidecar was made for. What else is None then follows from it, see `plan.cache_plan`.
 
     Attributes
     ----------
@@ -67,6 +67,9 @@ class XkvOptions:
         All bytes of this cache: a whole number, or a size such as "26MiB".
     quality : str, optional
         high, medium or low: a `coef_ratio` by name, see `plan.size_target.QUALITIES`.
+    memory : int or str, optional
+        All bytes of model, cache and compute buffers, as `budget` is given: the cache takes what is left, at most a
+        quarter of f16's bytes. See docs/fit.md.
     n_sink : int
         First tokens of a sequence that stay exact.
     n_text_sink : int, optional
@@ -105,8 +108,9 @@ class XkvOptions:
     tolerance : float
         With few queries, share of a query's softmax up to which a block of 16 stored tokens counts by its first `lead`
         directions alone; 0 takes all directions of all tokens.
-    lead : int
-        Directions of K and of V that count for every token, a multiple of 32.
+    lead : int, optional
+        Directions of K and of V that count for every token, a multiple of 32. By default 64 for layers on a Metal
+        device, 128 for others.
     work_price : float, optional
         How much the work of a direction counts beside its bytes where the plan chooses directions, see
         `plan.work.work_charges`: 0 for nothing, 1 for the bytes that a CPU reads in the same time. The higher, the
@@ -130,6 +134,7 @@ class XkvOptions:
     coef_ratio: float | None = None
     budget: int | str | None = None
     quality: str | None = None
+    memory: int | str | None = None
     n_sink: int = 4
     n_text_sink: int | None = None
     n_window: int | None = None
@@ -145,7 +150,7 @@ class XkvOptions:
     n_prior: int = 2000
     fused: bool | Literal["auto"] = "auto"
     tolerance: float = 0.001
-    lead: int = 128
+    lead: int | None = None
     work_price: float | None = None
     max_rank: int | None = None
     calibrate: bool = True
@@ -166,12 +171,21 @@ class XkvOptions:
         target = self.target
         if target is not None and target.kind in ("ratio", "coef_ratio"):
             object.__setattr__(self, target.kind, target.number)
+        if self.memory is not None:
+            try:
+                object.__setattr__(self, "memory", parse_bytes(self.memory, "memory"))
+            except OptionError as error:
+                raise OptionError(f"xkv option {error}") from None
+            if target is not None or self.rank is not None:
+                other = target.kind if target is not None else "rank"
+                raise OptionError(f"xkv options memory and {other}: one of them expected, both decide the size")
         _check_int("xkv option n_sink", self.n_sink, 0)
         if self.n_text_sink is not None:
             _check_int("xkv option n_text_sink", self.n_text_sink, 0)
         _check_int("xkv option n_absorb", self.n_absorb, 0)
         _check_int("xkv option n_prior", self.n_prior, 0)
-        _check_step("xkv option lead", self.lead)
+        if self.lead is not None:
+            _check_step("xkv option lead", self.lead)
         if self.max_rank is not None:
             _check_step("xkv option max_rank", self.max_rank)
         if self.work_price is not None and not (_is_number(self.work_price) and 0 <= self.work_price < math.inf):

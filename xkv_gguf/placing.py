@@ -9,7 +9,8 @@ from typing import Any
 from .base.text import format_bytes
 from .errors import OutOfMemoryError, XkvWarning
 from .opening import OnDevices, Planned
-from .plan.placement import HOST, place_layers
+from .plan.placement import HOST, Placement, place_layers
+from .plan.work import device_lead
 from .runtime.devices import Device, devices
 
 SPLIT_NONE = 0  # LLAMA_SPLIT_MODE_NONE
@@ -40,7 +41,8 @@ def on_devices(settings: dict[str, Any], rpc_fused: bool) -> OnDevices:
     shares: Sequence[float] = [device.free for device in there]
     if split is not None and any(split):
         shares = (*split, *(0.0 for _ in there))[: len(there)]
-    return OnDevices(n_gpu_layers, tuple(map(float, shares)), rpc_fused)
+    leads = tuple(device_lead(device.name) for device in there)
+    return OnDevices(n_gpu_layers, tuple(map(float, shares)), rpc_fused, leads)
 
 
 def apply(planned: Planned, settings: dict[str, Any]) -> None:
@@ -71,8 +73,13 @@ def apply(planned: Planned, settings: dict[str, Any]) -> None:
             XkvWarning,
             stacklevel=4,
         )
+    divide(placement, settings)
+
+
+def divide(placement: Placement, settings: dict[str, Any]) -> None:
+    """Set the arguments that divide layers so."""
     settings["n_gpu_layers"] = placement.n_gpu_layers
-    if len(there) > 1:
+    if len(placement.counts) > 1:
         settings["tensor_split"] = list(map(float, placement.counts))
 
 

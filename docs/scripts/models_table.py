@@ -11,20 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.archs.table import ARCHS, HELD, HYBRID, PLAIN, WINDOWED  # noqa: E402
+from tests.archs.table import ARCHS, HELD, HYBRID, LATENTS, PLAIN, WINDOWED  # noqa: E402
 from tests.archs.test_verbs import FAMILIES  # noqa: E402
 
 OUT = ROOT / "docs" / "models.md"
 
 SHAPES = (
-    ("Llama-3.1-8B", "llama", 32, 32, 1024, ""),
-    ("Qwen3-8B", "qwen3", 36, 36, 1024, ""),
-    ("Qwen3.5-27B", "qwen35", 64, 16, 1024, "recurrent state"),
-    ("Gemma-3-27B", "gemma3", 62, 10, 2048, "52 layers with a window of 1024"),
-    ("Gemma-2-9B", "gemma2", 42, 21, 2048, "21 layers with a window of 4096"),
-    ("gpt-oss-20b", "gpt-oss", 24, 12, 512, "12 layers with a window of 128"),
+    ("Llama-3.1-8B", "llama", 32, 32, 2048, ""),
+    ("Qwen3-8B", "qwen3", 36, 36, 2048, ""),
+    ("Qwen3.5-27B", "qwen35", 64, 16, 2048, "recurrent state"),
+    ("Gemma-3-27B", "gemma3", 62, 10, 4096, "52 layers with a window of 1024"),
+    ("Gemma-2-9B", "gemma2", 42, 21, 4096, "21 layers with a window of 4096"),
+    ("gpt-oss-20b", "gpt-oss", 24, 12, 1024, "12 layers with a window of 128"),
+    ("DeepSeek-V3", "deepseek2", 61, 61, 576, ""),
+    ("Kimi-Linear-48B", "kimi-linear", 27, 7, 576, "recurrent state"),
 )
-"""Published shapes: architecture, layers, layers that keep all tokens, numbers of K of one, what stays beside."""
+"""Published shapes: architecture, layers, layers that keep all tokens, numbers of K and V of one, what stays beside."""
 
 HEAD = """# Models
 
@@ -39,6 +41,10 @@ K and V (Gemma 3n, Gemma 4) share what is stored of it. M-RoPE is one rotation, 
 same; a batch of embeddings with positions of their own, as of an image, is refused. Layers for multi-token prediction
 are left out of the cache. An architecture that is not in the list below loads with a warning that names it.
 
+Of latents (MLA: DeepSeek V2 and V3, Kimi, Mistral 4), llama.cpp keeps K alone, whose first numbers are V. A group's
+coefficients serve both, so that nothing is stored of V. Attention over them is made of stock ops on every device, which
+take all directions of all tokens: more work than the op XKV_ATTN does elsewhere. They have run on the CPU only.
+
 ## Bytes per token, computed
 
 From published shapes, for the layers that grow with the context; f16, and xkv at a ratio of 7.
@@ -50,10 +56,10 @@ def lines() -> list[str]:
     """The tables."""
     found = ["| model | architecture | layers held | stays as it is | f16 | xkv, 7x |", "|---|---|---|---|---|---|"]
     for name, arch, n_layer, n_held, n_embd, beside in SHAPES:
-        plain = 2 * 2 * n_embd * n_held
+        plain = 2 * n_embd * n_held
         held = f"{n_held} of {n_layer}" if n_held < n_layer else f"all {n_layer}"
         found.append(
-            f"| {name} | {arch} | {held} | {beside or '-'} | {plain / 1024:.0f} KiB | {plain / 7 / 1024:.1f} KiB |"
+            f"| {name} | {arch} | {held} | {beside or '-'} | {plain / 1024:.3g} KiB | {plain / 7 / 1024:.1f} KiB |"
         )
     found += [
         "",
@@ -71,6 +77,7 @@ def lines() -> list[str]:
     ):
         names = [f"**{name}**" if name in FAMILIES else name for name in HELD if ARCHS[name] == kind]
         found += [f"**{text}** ({len(names)}): {', '.join(names)}.", ""]
+    found += [f"Of these, with latents ({len(LATENTS)}): {', '.join(LATENTS)}.", ""]
     found += ["**Refused**, with the reason:", "", "| reason | architectures |", "|---|---|"]
     for why in sorted({why for name, why in ARCHS.items() if name not in HELD}):
         found.append(f"| {why} | {', '.join(name for name, reason in ARCHS.items() if reason == why)} |")

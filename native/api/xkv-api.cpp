@@ -28,6 +28,10 @@ static const llama_kv_cache_xkv & xkv_cast_seq(const llama_context * ctx, int32_
     return *xkv;
 }
 
+void xkv_clear_error(void) {
+    xkv_set_last_error("");
+}
+
 int xkv_model_check(const llama_model * model) {
     return xkv_guard([&] {
         xkv_require(model, "model");
@@ -51,7 +55,7 @@ int xkv_model_layers(const llama_model * model, xkv_layer_info * layers, uint32_
 
             layers[i] = { il,
                           hparams.n_embd_k_gqa(il),
-                          hparams.n_embd_v_gqa(il),
+                          xkv_n_embd_v(hparams, il),
                           hparams.n_embd_head_k(il),
                           hparams.n_embd_head_v(il),
                           hparams.n_head(il),

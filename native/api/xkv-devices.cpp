@@ -62,6 +62,7 @@ int xkv_context_devices(const llama_context * ctx, xkv_device_part * parts, uint
         std::map<std::string, xkv_device_part> found;
         for (const auto & [buft, size] : ctx->memory_breakdown()) {
             auto & part = found[ggml_backend_buft_name(buft)];
+            part.weights += size.model;
             part.cache += size.context;
             part.compute += size.compute;
         }
@@ -75,7 +76,7 @@ int xkv_context_devices(const llama_context * ctx, xkv_device_part * parts, uint
         const uint32_t room = *n_parts;
         *n_parts            = 0;
         for (auto & [name, part] : found) {
-            if (part.cache + part.compute == 0) {
+            if (part.weights + part.cache + part.compute == 0) {
                 continue;
             }
             if (parts && *n_parts < room) {

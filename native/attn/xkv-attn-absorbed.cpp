@@ -81,6 +81,55 @@ static ggml_tensor * xkv_scores(const llm_graph_context & gctx, llm_graph_input_
     return ggml_reshape_4d(ctx, ggml_add(ctx, s, q_mean), inp->n_slot, n_tps, n_head, n_stream);
 }
 
+// coefficients of K with one row per direction, f32 [n_slot, rank, 1, n_stream]
+static ggml_tensor * xkv_transposed(ggml_context * ctx, llm_graph_input_xkv * inp, ggml_tensor * coef) {
+    auto & res = inp->trans[coef];
+    res        = res ? res : ggml_cont(ctx, ggml_transpose(ctx, xkv_coef(ctx, inp, xkv_store::kind::K, coef)));
+    return res;
+}
+
+// The same as xkv_output where V is the first numbers of each head of K. They are not turned, so that frames do not matter; what
+// the window holds of them is not centred, so that the mean counts as often as stored tokens do.
+static ggml_tensor * xkv_output_of_k(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
+    ggml_context * ctx   = gctx.ctx0;
+    const auto &   store = *inp->view->store;
+    const auto &   l     = store.layer_of(il);
+
+    const int64_t n_slot        = p->ne[0];
+    const int64_t n_tps         = p->ne[1];
+    const int64_t n_head        = p->ne[2];
+    const int64_t n_stream      = span.count;
+    const int64_t n_head_kv     = gctx.hparams.n_head_kv(il);
+    const int64_t n_row         = n_tps * n_head / n_head_kv;
+    const int64_t n_embd_head_k = gctx.hparams.n_embd_head_k(il);
+    const int64_t n_embd_head_v = gctx.hparams.n_embd_head_v(il);
+
+    // rows of the first numbers of each head
+    const auto heads = [&](ggml_tensor * x) {
+        return ggml_view_3d(ctx, x, x->ne[0], n_embd_head_v, n_head_kv, x->nb[1], n_embd_head_k * x->nb[1], 0);
+    };
+
+    ggml_tensor * total = ggml_reshape_4d(ctx, ggml_sum_rows(ctx, p), 1, n_row, n_head_kv, n_stream);
+    ggml_tensor * o     = ggml_mul_mat(ctx, heads(ggml_reshape_2d(ctx, l.mean_k, 1, l.mean_k->ne[0])), total);
+    if (store.plain()) { // of one stream
+        ggml_tensor * x = xkv_transposed(ctx, inp, store.plain_segment(xkv_store::kind::K, il).coef);
+        p               = ggml_view_3d(ctx, p, n_slot, n_row, n_head_kv, p->nb[1], n_row * p->nb[1], 0);
+        o               = ggml_add(ctx, o, ggml_mul_mat(ctx, heads(x), p));
+    } else {
+        const auto & segments = store.groups()[l.ig].segments[xkv_store::kind::K];
+
+        p = ggml_view_4d(ctx, p, n_slot, n_tps * n_head, 1, n_stream, p->nb[1], p->nb[3], p->nb[3], 0);
+        for (size_t is = 0; is < segments.size(); ++is) {
+            ggml_tensor * coef  = xkv_view_span(ctx, xkv_transposed(ctx, inp, segments[is].coef), span);
+            ggml_tensor * basis = xkv_transposed_f32(ctx, xkv_basis(inp->view, xkv_store::kind::K, il, is, span));
+            ggml_tensor * t     = ggml_mul_mat(ctx, coef, p); // [rank, n_tps*n_head, 1, n_stream]
+            t                   = ggml_reshape_4d(ctx, t, segments[is].rank, n_row, n_head_kv, n_stream);
+            o                   = ggml_add(ctx, o, ggml_mul_mat(ctx, heads(basis), t));
+        }
+    }
+    return ggml_reshape_4d(ctx, o, n_embd_head_v, n_tps, n_head, n_stream);
+}
+
 // output [n_embd_head, n_tps, n_head, span] of the stored tokens of a span; p [n_slot, n_tps, n_head, span]
 static ggml_tensor * xkv_output(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * p, int il, xkv_span span) {
     ggml_context * ctx   = gctx.ctx0;
@@ -161,7 +210,8 @@ ggml_tensor * xkv_attn_absorbed(const llm_graph_context & gctx, llm_graph_input_
     if (n_slot > 0) {
         ggml_tensor * p_s = ggml_view_4d(ctx, kq, n_slot, n_tps, n_head, n_stream, kq->nb[1], kq->nb[2], kq->nb[3], 0);
         out               = ggml_add(ctx, out, xkv_concat_spans(ctx, inp->view, 3, [&](xkv_span span) {
-                           return xkv_output(gctx, inp, xkv_view_span(ctx, p_s, span), il, span);
+                           const bool v_in_k = inp->view->store->layer_of(il).v_in_k;
+                           return (v_in_k ? xkv_output_of_k : xkv_output)(gctx, inp, xkv_view_span(ctx, p_s, span), il, span);
                        }));
     }
 

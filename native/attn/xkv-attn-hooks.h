@@ -13,6 +13,6 @@ ggml_tensor * xkv_prepare_k(ggml_context * ctx, const xkv_view * view, ggml_tens
 ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tensor * v_cur, int il);
 
 // attention of one layer over store and window, in place of llm_graph_context::build_attn_mha
-// mask, k, v: of the window
+// mask, k, v: of the window; v_mla: by head, what turns the first numbers of K into V, or nullptr
 ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, const xkv_view * view, ggml_tensor * mask, ggml_tensor * q, ggml_tensor * k,
-                             ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);
+                             ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il);

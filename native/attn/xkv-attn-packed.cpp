@@ -50,7 +50,7 @@ static xkv_attn_params xkv_make_params(const llm_graph_context & gctx, const llm
     res.rot_first       = rope.first;
     res.flags           = (store.plain() ? XKV_ATTN_PLAIN : 0) | (rope.neox ? XKV_ATTN_ROPE_NEOX : 0);
     for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
-        res.lead[kd] = view.setup->config.n_lead;
+        res.lead[kd] = view.setup->config.lead(il);
         if (store.plain()) {
             const auto & seg                            = store.plain_segment(kd, il);
             res.rank[kd][xkv_attn_type_index(seg.type)] = seg.rank / seg.n_head;

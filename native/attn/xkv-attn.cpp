@@ -176,8 +176,7 @@ static ggml_tensor * xkv_as_f32(ggml_context * ctx, ggml_tensor * t) {
 // materialized
 //
 
-// coefficients of a segment, f32 [rank, n_slot, 1, n_stream]
-static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_tensor * coef) {
+ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_tensor * coef) {
     auto & res = inp->coef[coef];
     if (!res) {
         const int64_t n_stream = inp->view->n_stream;
@@ -188,6 +187,10 @@ static ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv
         res = kd == xkv_store::kind::K ? res : ggml_cont(ctx, ggml_transpose(ctx, res));
     }
     return res;
+}
+
+ggml_tensor * xkv_v_of_k(ggml_context * ctx, ggml_tensor * k, int64_t n_embd_head_v) {
+    return ggml_view_4d(ctx, k, n_embd_head_v, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
 }
 
 // K or V [n_embd_head, n_head_kv, n_slot, n_stream] of a layer's stored tokens, as type
@@ -226,15 +229,22 @@ static ggml_tensor * xkv_materialize(const llm_graph_context & gctx, llm_graph_i
 // q [n_embd_head, n_head, n_tokens], k and v [n_embd_head, n_head_kv, n_kv, n_stream]
 static ggml_tensor * xkv_attn_materialized(const llm_graph_context & gctx, llm_graph_input_xkv * inp, ggml_tensor * q, ggml_tensor * k,
                                            ggml_tensor * v, ggml_tensor * sinks, float kq_scale, int il) {
-    ggml_context * ctx = gctx.ctx0;
+    ggml_context * ctx    = gctx.ctx0;
+    const bool     v_in_k = inp->view->store->layer_of(il).v_in_k;
 
     const ggml_type type = k->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
 
     // flash attention over a quantized window is slow on a CPU; quantized types are cast to f32 only
     k = k->type == type ? k : ggml_cast(ctx, xkv_as_f32(ctx, k), type);
-    v = v->type == type ? v : ggml_cast(ctx, xkv_as_f32(ctx, v), type);
     if (inp->n_slot > 0) {
         k = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::K, type, il), k, 2);
+    }
+    if (v_in_k) {
+        v = xkv_v_of_k(ctx, k, v->ne[0]);
+        return gctx.build_attn_mha(q, k, v, nullptr, inp->mask_all, sinks, nullptr, 0, kq_scale, il);
+    }
+    v = v->type == type ? v : ggml_cast(ctx, xkv_as_f32(ctx, v), type);
+    if (inp->n_slot > 0) {
         v = ggml_concat(ctx, xkv_materialize(gctx, inp, xkv_store::kind::V, type, il), v, 2);
     }
     return gctx.build_attn_mha(q, k, v, nullptr, inp->mask_all, sinks, nullptr, 0, kq_scale, il);
@@ -265,8 +275,15 @@ ggml_tensor * xkv_prepare_v(ggml_context * ctx, const xkv_view * view, ggml_tens
     return ggml_sub(ctx, v_cur, ggml_reshape_2d(ctx, mean, v_cur->ne[0], v_cur->ne[1]));
 }
 
+// out [n_embd_head_v, n_head, n_tokens] through v_mla [n_embd_head_v, n, n_head]
+static ggml_tensor * xkv_apply_v(ggml_context * ctx, ggml_tensor * out, ggml_tensor * v_mla, int64_t n_head, int64_t n_tokens) {
+    out = ggml_reshape_3d(ctx, out, v_mla->ne[0], n_head, n_tokens);
+    out = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, out, 0, 2, 1, 3)); // [n, n_tokens, n_head]
+    return ggml_cont(ctx, ggml_permute(ctx, out, 0, 2, 1, 3));
+}
+
 ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, const xkv_view * view, ggml_tensor * mask, ggml_tensor * q, ggml_tensor * k,
-                             ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+                             ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il) {
     // reached when the context reserves its graphs, inside llama_init_from_model
     if (kq_b) {
         xkv_throw(XKV_STATUS_UNSUPPORTED,
@@ -281,9 +298,15 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, const xkv_view * vi
 
     auto * inp = xkv_get_input(gctx, view);
 
+    // llama.cpp reserves graphs of some architectures for one sequence, whatever the number of streams; they are not computed
+    if (mask->ne[3] != view->n_stream) {
+        mask = ggml_reshape_4d(gctx.ctx0, mask, mask->ne[0], mask->ne[1] * mask->ne[3] / view->n_stream, 1, view->n_stream);
+    }
+
+    const auto & l      = view->store->layer_of(il);
     const auto & scale  = view->setup->sidecar.scale;
     const float  times  = kq_scale / scale[xkv_sidecar::K][il];
-    const bool   packed = view->store->groups()[view->store->layer_of(il).ig].packed;
+    const bool   packed = view->store->groups()[l.ig].packed;
 
     ggml_tensor * out;
     if (packed) {
@@ -296,14 +319,19 @@ ggml_tensor * xkv_build_attn(const llm_graph_context & gctx, const xkv_view * vi
     }
 
     // softmax weights sum to one, so that what centring took from V comes back once; the sum is contiguous
-    ggml_tensor * mean = view->store->layer_of(il).mean_o;
-    if (packed || inp->absorb) {
-        mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
+    if (!l.v_in_k) {
+        ggml_tensor * mean = l.mean_o;
+        if (packed || inp->absorb) {
+            mean = ggml_reshape_2d(gctx.ctx0, mean, out->ne[0], out->ne[1]);
+        }
+        out = ggml_add(gctx.ctx0, out, mean);
+    } else if (!ggml_is_contiguous(out)) {
+        out = ggml_cont(gctx.ctx0, out);
     }
-    out      = ggml_add(gctx.ctx0, out, mean);
     inp->out = out;
-    out      = xkv_times(gctx.ctx0, out, 1.0f / scale[xkv_sidecar::V][il]);
-    out      = ggml_reshape_2d(gctx.ctx0, out, gctx.hparams.n_embd_head_v(il) * q->ne[1], q->ne[2]);
+    out      = xkv_times(gctx.ctx0, out, 1.0f / scale[l.v_in_k ? xkv_sidecar::K : xkv_sidecar::V][il]);
+    out      = v_mla ? xkv_apply_v(gctx.ctx0, out, v_mla, q->ne[1], q->ne[2]) : out;
+    out      = ggml_reshape_2d(gctx.ctx0, out, ggml_nelements(out) / q->ne[2], q->ne[2]);
     ggml_build_forward_expand(gctx.gf, out);
     return out;
 }
@@ -316,7 +344,10 @@ uint32_t xkv_attn_max_nodes(const xkv_store & store, const xkv_config & config) 
             if (stage.plain()) {
                 continue; // one per layer
             }
-            n_segment = std::max<uint32_t>(n_segment, stage.segments[0][ig].size() + stage.segments[1][ig].size());
+            // without segments of V, those of K serve it as well
+            const uint32_t n_k = stage.segments[0][ig].size();
+            const uint32_t n_v = stage.segments[1][ig].size();
+            n_segment          = std::max(n_segment, n_k + std::max(n_k, n_v));
         }
         const uint32_t n_span = config.online ? store.n_stream : 1;
         res += store.groups()[ig].layers.size() * (32 + n_span * (40 + 12 * n_segment));

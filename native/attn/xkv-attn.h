@@ -24,7 +24,8 @@ public:
     // nodes that are built once per graph
     ggml_tensor * mask_all = nullptr; // mask of store and window
 
-    std::map<const ggml_tensor *, ggml_tensor *> coef; // per segment: f32 [rank, n_slot, 1, n_stream]
+    std::map<const ggml_tensor *, ggml_tensor *> coef;  // per segment: f32 [rank, n_slot, 1, n_stream]
+    std::map<const ggml_tensor *, ggml_tensor *> trans; // the same transposed, where K's coefficients serve V as well
 
     ggml_tensor * out = nullptr; // attention of the last layer: where it is, what the graph computes is
 
@@ -41,6 +42,12 @@ public:
     const uint32_t n_change; // of the store's bases
     const bool     absorb;
 };
+
+// coefficients of a segment, f32 [rank, n_slot, 1, n_stream]
+ggml_tensor * xkv_coef(ggml_context * ctx, llm_graph_input_xkv * inp, xkv_store::kind kd, ggml_tensor * coef);
+
+// the first numbers of each head of k [n_embd_head, n_head_kv, n, n_stream]
+ggml_tensor * xkv_v_of_k(ggml_context * ctx, ggml_tensor * k, int64_t n_embd_head_v);
 
 // consecutive streams of the micro-batch that use the same bases
 struct xkv_span {

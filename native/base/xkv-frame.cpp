@@ -8,17 +8,29 @@
 #include <cmath>
 #include <tuple>
 
+static bool xkv_has_rope(const llama_hparams & hparams, uint32_t il) {
+    return hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(il);
+}
+
+uint32_t xkv_rope_first(const llama_model & model, uint32_t il) {
+    const auto & hparams = model.hparams;
+    if (!xkv_has_rope(hparams, il)) {
+        return hparams.n_embd_head_k(il);
+    }
+    // heads made from a latent vector end with what is turned
+    return hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) : 0;
+}
+
 xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, uint32_t il) {
     const auto & hparams = model.hparams;
 
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
+    if (!xkv_has_rope(hparams, il)) {
         return {};
     }
-    xkv_rope res   = {};
-    res.n_rot      = hparams.n_rot(il);
-    res.first      = hparams.n_lora_kv > 0 ? hparams.n_embd_head_k(il) - hparams.n_rot(il) :
-                                             0; // heads made from a latent vector end with what is turned
-    res.neox       = hparams.rope_type != LLAMA_ROPE_TYPE_NORM;
+    xkv_rope res = {};
+    res.n_rot    = hparams.n_rot(il);
+    res.first    = xkv_rope_first(model, il);
+    res.neox     = hparams.rope_type != LLAMA_ROPE_TYPE_NORM;
     // all positions of a text token are the same, and then sections turn as one
     res.type       = hparams.rope_type == LLAMA_ROPE_TYPE_NORM ? LLAMA_ROPE_TYPE_NORM : LLAMA_ROPE_TYPE_NEOX;
     res.n_ctx_orig = cparams.n_ctx_orig_yarn;

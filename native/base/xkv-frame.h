@@ -32,6 +32,9 @@ struct xkv_rope {
     bool operator<(const xkv_rope & other) const;
 };
 
+// the first number of a head that RoPE turns; all are before it where there is none
+uint32_t xkv_rope_first(const llama_model & model, uint32_t il);
+
 xkv_rope xkv_rope_of(const llama_model & model, const llama_cparams & cparams, uint32_t il);
 
 // cosine and sine for pos [n] as the pairs (1, 0) turned [n_rot, 1, n]

@@ -25,8 +25,7 @@ static uint32_t xkv_n_seq_stream(const llama_cparams & cparams) {
 }
 
 llama_kv_cache_xkv::llama_kv_cache_xkv(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config,
-                                       const xkv_layers & layers) :
+                                       std::shared_ptr<const xkv_sidecar> sidecar, const xkv_config & config, const xkv_layers & layers) :
     config(config), n_seq_max(cparams.n_seq_max), sidecar(sidecar), setup{ model, cparams, *sidecar, this->config } {
     const uint32_t n_chunk = sidecar->frame;
     const uint32_t n_exact = config.n_sink + config.n_window + n_chunk;
@@ -111,7 +110,8 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_ubatches(std::vector<llama_uba
         }
         // positions of the parts of an image differ, and chunks have one
         if (ubatch.embd && ubatch.n_pos > 1) {
-            refuse("the batch has embeddings with %d positions each, as of an image; expected tokens, whose positions are one", ubatch.n_pos);
+            refuse("the batch has embeddings with %d positions each, as of an image; expected tokens, whose positions are one",
+                   ubatch.n_pos);
             return failed_context();
         }
     }
@@ -304,24 +304,6 @@ xkv_failure llama_kv_cache_xkv::take_refusal() {
         refusal.status = XKV_STATUS_OK;
     }
     return res;
-}
-
-void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-
-    xkv_throw(XKV_STATUS_UNSUPPORTED,
-              "saving the state of an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
-}
-
-void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-
-    xkv_throw(XKV_STATUS_UNSUPPORTED,
-              "loading a state into an xkv cache is not supported yet; use kv_mode f16, q8_0 or q4_0 for saved states");
 }
 
 //

@@ -18,6 +18,7 @@
 struct llama_cparams;
 struct llama_model;
 
+class xkv_bytes_out;
 class xkv_flow;
 struct xkv_online_info;
 
@@ -54,8 +55,8 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const noexcept override;
 
-    [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    [[noreturn]] void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     //
     // xkv specific API
@@ -149,6 +150,15 @@ private:
 
     // after tokens were removed, see xkv_flow
     void start_over();
+
+    // saved states (xkv-state.cpp)
+    std::vector<uint32_t> window_signature() const;
+    void                  write_stream(llama_seq_id seq_id, uint32_t stream, xkv_bytes_out & out) const;
+    void                  read_state(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+    void                  check_shared(llama_seq_id seq_id, uint32_t stage, const uint8_t * bases, size_t n_byte) const;
+    bool                  is_alone(llama_seq_id seq_id) const; // in its stream
+    void                  take_stream(uint32_t stream, uint32_t stage, bool alone, const uint8_t * data, size_t n_byte);
+    void                  mark_sink(uint32_t stream, llama_seq_id seq_id, llama_pos pos);
 
     // throws xkv_error, before anything is changed, when what remains of cut chunks has no room in the window
     void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;

@@ -40,15 +40,17 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>>
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", reason.c_str());
     }
 
-    cache = xkv_plain_cache(ctx->get_memory());
-    if (!cache || (cache->type_k() != GGML_TYPE_F16 && cache->type_k() != GGML_TYPE_F32) || cache->type_v() != cache->type_k()) {
+    cache            = xkv_plain_cache(ctx->get_memory());
+    const auto known = xkv_layers_of(model).held;
+    // without V of its own there is no type to ask for
+    const auto type_v = [&] { return xkv_v_in_k(hparams, known[0]) ? cache->type_k() : cache->type_v(); };
+    if (!cache || (cache->type_k() != GGML_TYPE_F16 && cache->type_k() != GGML_TYPE_F32) || type_v() != cache->type_k()) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "calibration needs a context with a plain f16 or f32 cache");
     }
     if (frame == 0) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "frame is 0 tokens, expected at least 1");
     }
 
-    const auto known = xkv_layers_of(model).held;
     for (size_t g = 0; g < layers.size(); ++g) {
         if (layers[g].empty()) {
             xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %zu has no layers, expected at least one", g);
@@ -60,7 +62,7 @@ xkv_capture::xkv_capture(llama_context * ctx, std::vector<std::vector<uint32_t>>
                           known.size());
             }
             dim[0] += hparams.n_embd_k_gqa(il);
-            dim[1] += hparams.n_embd_v_gqa(il);
+            dim[1] += xkv_n_embd_v(hparams, il);
         }
         for (int kd = 0; kd < 2; ++kd) {
             groups[kd].push_back(
@@ -155,6 +157,9 @@ void xkv_capture::add_block(uint32_t stream, const std::vector<int64_t> & cells,
 
         std::vector<result> results;
         for (int kd = 0; kd < 2; ++kd) {
+            if (groups[kd][g].dim == 0) {
+                continue;
+            }
             ggml_tensor * x = nullptr; // [dim, n_token]
             for (uint32_t il : layers[g]) {
                 ggml_tensor * cur = kd == 0 ? layer_k(il, stream, inp_cells, inp_origin) : layer_v(il, stream, inp_cells);
@@ -194,6 +199,9 @@ void xkv_capture::check(uint32_t group, int kind) const {
     if (group >= layers.size() || kind < 0 || kind > 1) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "group %u and kind %d, expected a group below %zu and kind 0 or 1", group, kind,
                   layers.size());
+    }
+    if (groups[kind][group].dim == 0) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "V of group %u is a part of K and not kept by itself; take K", group);
     }
 }
 

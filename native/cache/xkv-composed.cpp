@@ -87,7 +87,7 @@ llama_memory_context_ptr xkv_composed::init_update(llama_context * lctx, bool op
     llama_memory_context_ptr res;
     const bool               ok = attn->guard("an update", false, [&] {
         res = compose(attn->init_update(lctx, optimize), windowed ? windowed->init_update(lctx, optimize) : nullptr,
-                                    recurrent ? recurrent->init_update(lctx, optimize) : nullptr, {});
+                      recurrent ? recurrent->init_update(lctx, optimize) : nullptr, {});
     });
     return ok ? std::move(res) : attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
 }
@@ -159,11 +159,27 @@ std::vector<std::pair<std::string, size_t>> xkv_composed::parts() const {
 }
 
 void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    attn->state_write(io, seq_id, flags);
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        attn->state_write(io, seq_id, flags);
+    }
+    if (windowed) {
+        windowed->state_write(io, seq_id, flags);
+    }
+    if (recurrent) {
+        recurrent->state_write(io, seq_id, flags);
+    }
 }
 
 void xkv_composed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    attn->state_read(io, seq_id, flags);
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        attn->state_read(io, seq_id, flags);
+    }
+    if (windowed) {
+        windowed->state_read(io, seq_id, flags);
+    }
+    if (recurrent) {
+        recurrent->state_read(io, seq_id, flags);
+    }
 }
 
 llama_kv_cache_xkv * xkv_find(llama_memory_i * mem) {

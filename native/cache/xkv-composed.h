@@ -31,8 +31,8 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const noexcept override;
 
-    [[noreturn]] void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
-    [[noreturn]] void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
     // bytes of what is beside the xkv cache, by part
     std::vector<std::pair<std::string, size_t>> parts() const;
@@ -46,7 +46,8 @@ private:
 
     // all parts, as far as they are there
     template <typename F> void each(F && f) const {
-        for (llama_memory_i * mem : { (llama_memory_i *) attn.get(), (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
+        for (llama_memory_i * mem :
+             { (llama_memory_i *) attn.get(), (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
             if (mem) {
                 f(*mem);
             }

@@ -42,7 +42,12 @@ static void xkv_check_plain(const llama_hparams & hparams, const std::vector<uin
 static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & sidecar, const xkv_config::stage & stage) {
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < sidecar.groups.size(); ++g) {
-            uint32_t rank = 0;
+            const char name = kd == xkv_sidecar::K ? 'K' : 'V';
+            uint32_t   rank = 0;
+            if (stage.segments[kd][g].empty() != (sidecar.groups[g].dim[kd] == 0)) {
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%zu segments for %c of group %zu, expected %s", stage.segments[kd][g].size(), name,
+                          g, sidecar.groups[g].dim[kd] == 0 ? "none, as none is kept" : "at least one");
+            }
             for (const auto & seg : stage.segments[kd][g]) {
                 if (kd == xkv_sidecar::K) { // rows of V's bases are directions
                     xkv_check_heads(hparams, sidecar.groups[g], seg.type_basis);
@@ -50,8 +55,8 @@ static void xkv_check_ranks(const llama_hparams & hparams, const xkv_sidecar & s
                 rank += seg.rank;
             }
             if (rank > sidecar.groups[g].dim[kd]) {
-                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u",
-                          kd == xkv_sidecar::K ? 'K' : 'V', g, rank, sidecar.groups[g].dim[kd]);
+                xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "the segments of %c of group %zu have rank %u in all, expected at most %u", name, g,
+                          rank, sidecar.groups[g].dim[kd]);
             }
         }
     }
@@ -68,7 +73,7 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
         std::vector<uint32_t> n_embd[2] = { std::vector<uint32_t>(hparams.n_layer(), 0), std::vector<uint32_t>(hparams.n_layer(), 0) };
         for (uint32_t il : layers) {
             n_embd[0][il] = hparams.n_embd_k_gqa(il);
-            n_embd[1][il] = hparams.n_embd_v_gqa(il);
+            n_embd[1][il] = xkv_n_embd_v(hparams, il);
         }
         sidecar.set_embd(n_embd[0], n_embd[1]);
     }
@@ -86,11 +91,12 @@ static void xkv_check_model(const llama_model & model, xkv_sidecar & sidecar, co
                   held.size(), layers.size());
     }
     for (uint32_t il : layers) {
-        if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != hparams.n_embd_v_gqa(il)) {
+        if (sidecar.n_embd[0][il] != hparams.n_embd_k_gqa(il) || sidecar.n_embd[1][il] != xkv_n_embd_v(hparams, il)) {
             xkv_throw(
                 XKV_STATUS_MODEL_MISMATCH,
                 "sidecar %s has %u and %u numbers for K and V of layer %u, the model has %u and %u; run xkv-gguf convert for this model",
-                sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il));
+                sidecar.path.c_str(), sidecar.n_embd[0][il], sidecar.n_embd[1][il], il, hparams.n_embd_k_gqa(il),
+                xkv_n_embd_v(hparams, il));
         }
     }
     for (const auto & stage : config.stages) {
@@ -121,14 +127,11 @@ static std::unique_ptr<llama_kv_cache> xkv_make_windowed(const llama_model & mod
     const uint32_t n_cell  = params.swa_full ? cparams.n_ctx_seq : GGML_PAD(std::min(cparams.n_ctx_seq, n_swa), 256);
     const bool     hybrid  = llm_arch_is_hybrid(model.arch);
 
-    const auto filter = [&](int32_t il) {
-        return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.is_swa(il);
-    };
+    const auto filter = [&](int32_t il) { return (filter_attn ? filter_attn(il) : !hybrid || !hparams.is_recr(il)) && hparams.is_swa(il); };
     const ggml_type type = params.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
 
-    return std::make_unique<llama_kv_cache>(model, hparams, type, type, /*v_trans =*/false, cparams.offload_kqv,
-                                            cparams.kv_unified, n_cell, cparams.n_seq_max, 1, hparams.n_swa, hparams.swa_type, nullptr,
-                                            filter, reuse, nullptr);
+    return std::make_unique<llama_kv_cache>(model, hparams, type, type, /*v_trans =*/false, cparams.offload_kqv, cparams.kv_unified, n_cell,
+                                            cparams.n_seq_max, 1, hparams.n_swa, hparams.swa_type, nullptr, filter, reuse, nullptr);
 }
 
 static std::unique_ptr<llama_memory_recurrent> xkv_make_recurrent(const llama_model & model, const llama_cparams & cparams,

@@ -90,7 +90,8 @@ static xkv_config::stage xkv_check_segments(const xkv_segment * list_in, uint32_
     for (auto kd : { xkv_sidecar::K, xkv_sidecar::V }) {
         for (size_t g = 0; g < n_group; ++g) {
             const auto & list = res.segments[kd][g];
-            if (list.empty()) {
+            // without calibration, whether V is kept is known when there is a model
+            if (list.empty() && (kd == xkv_sidecar::K || sidecar.groups[g].dim[kd] > 0)) {
                 xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "no segments for %c of group %zu, expected at least one",
                           kd == xkv_sidecar::K ? 'K' : 'V', g);
             }
@@ -136,6 +137,12 @@ static void xkv_check_stages(const xkv_params & params, const xkv_sidecar & side
     config.stages.back().n_slot = config.n_slot;
 }
 
+static void xkv_check_lead(const xkv_params & params, const char * name, int64_t n) {
+    if (params.tolerance > 0.0f && (n <= 0 || n > UINT16_MAX || n % 32 != 0)) {
+        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "%s: %lld directions, expected a multiple of 32 above 0", name, (long long) n);
+    }
+}
+
 void xkv_scope_open(const xkv_params & params) {
     auto scope = std::make_unique<xkv_scope>();
 
@@ -154,14 +161,16 @@ void xkv_scope_open(const xkv_params & params) {
     config.n_slot      = params.n_slot;
     config.tolerance   = params.tolerance;
     config.n_lead      = params.n_lead;
+    config.leads.assign(params.leads, params.leads + params.n_leads);
     if (params.fused < 0 || params.fused > (XKV_FUSED_CPU | XKV_FUSED_RPC | XKV_FUSED_OTHER)) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "fused is %d, expected 0 to 7", params.fused);
     }
     if (!(params.tolerance >= 0.0f && params.tolerance <= 1.0f)) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "tolerance is %g, expected 0 to 1", params.tolerance);
     }
-    if (params.tolerance > 0.0f && (params.n_lead <= 0 || params.n_lead > UINT16_MAX || params.n_lead % 32 != 0)) {
-        xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_lead is %d directions, expected a multiple of 32 above 0", params.n_lead);
+    xkv_check_lead(params, "n_lead", params.n_lead);
+    for (uint32_t lead : config.leads) {
+        xkv_check_lead(params, "leads", lead);
     }
     if (params.n_slot == 0 || params.n_slot % XKV_SLOT_PAD != 0) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "n_slot is %u tokens, expected a multiple of %u above 0", params.n_slot, XKV_SLOT_PAD);

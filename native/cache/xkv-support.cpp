@@ -1,5 +1,7 @@
 #include "cache/xkv-support.h"
 
+#include "base/xkv-frame.h"
+
 #include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-model.h"
@@ -83,9 +85,6 @@ std::string xkv_unsupported_reason(const llama_model & model) {
     if (!hparams.causal_attn || llm_arch_is_diffusion(model.arch)) {
         return because("attends in both directions");
     }
-    if (hparams.is_mla()) {
-        return because("caches latents (MLA)");
-    }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return because("uses ALiBi");
     }
@@ -97,12 +96,19 @@ std::string xkv_unsupported_reason(const llama_model & model) {
         return because("caps its attention scores in a way of its own");
     }
     const auto layers = xkv_layers_of(model).held;
+    if (layers.empty() && hparams.indexer_head_size > 0) {
+        return because("has an indexer that picks the tokens of each query");
+    }
     if (layers.empty()) {
         return because("has no layers that keep plain K and V of all tokens");
     }
     for (uint32_t il : layers) {
-        if (hparams.n_embd_head_k(il) != hparams.n_embd_head_k(layers[0]) || hparams.n_embd_head_v(il) != hparams.n_embd_head_v(layers[0])) {
+        if (hparams.n_embd_head_k(il) != hparams.n_embd_head_k(layers[0]) ||
+            hparams.n_embd_head_v(il) != hparams.n_embd_head_v(layers[0])) {
             return because("has heads whose size differs from layer to layer");
+        }
+        if (xkv_v_in_k(hparams, il) && xkv_rope_first(model, il) < hparams.n_embd_head_v(il)) {
+            return because("takes V from numbers of K that RoPE turns");
         }
     }
     return "";

@@ -40,3 +40,9 @@ endforeach()
 if (TARGET ggml-cuda)
     target_sources(ggml-cuda PRIVATE "${xkv_cuda_dir}/xkv-attn.cu" "${xkv_cuda_dir}/xkv-attn-cuda.cu")
 endif()
+
+# and of the Metal backend; its kernels are in metal.cmake
+if (TARGET ggml-metal)
+    target_include_directories(ggml-metal PRIVATE "${xkv_metal_dir}")
+    target_sources(ggml-metal PRIVATE "${xkv_metal_dir}/xkv-attn-metal.cpp" "${xkv_metal_dir}/xkv-mtl-plan.cpp")
+endif()

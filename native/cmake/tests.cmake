@@ -25,12 +25,25 @@ set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
 xkv_add_test(xkv-test-attn "${xkv_op}/test/test.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
 target_link_libraries(xkv-test-attn PRIVATE ggml)
 
+# and of a device that is named
+xkv_add_test(xkv-test-attn-device "${xkv_op}/test/test-device.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+target_link_libraries(xkv-test-attn-device PRIVATE ggml)
+
 # its kernels for CUDA, which a shim runs on the CPU
 if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
     xkv_add_test(xkv-test-attn-cuda "${xkv_op}/test/test-cuda.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
     target_include_directories(xkv-test-attn-cuda PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims")
     target_compile_options(xkv-test-attn-cuda PRIVATE -O2 -U_FORTIFY_SOURCE)
     target_link_libraries(xkv-test-attn-cuda PRIVATE ggml)
+    # and those for Metal
+    xkv_add_test(xkv-test-attn-metal "${xkv_op}/test/test-metal.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")
+    target_include_directories(xkv-test-attn-metal PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims" "${PROJECT_SOURCE_DIR}/tests/shims/metal")
+    target_compile_options(xkv-test-attn-metal PRIVATE -O2 -U_FORTIFY_SOURCE)
+    find_package(Threads REQUIRED)
+    target_link_libraries(xkv-test-attn-metal PRIVATE ggml Threads::Threads)
+    xkv_add_test(xkv-test-shim-metal "${PROJECT_SOURCE_DIR}/tests/shims/test-metal.cpp")
+    target_include_directories(xkv-test-shim-metal PRIVATE "${PROJECT_SOURCE_DIR}/tests/shims" "${PROJECT_SOURCE_DIR}/tests/shims/metal")
+    target_compile_options(xkv-test-shim-metal PRIVATE -O2 -U_FORTIFY_SOURCE)
 endif()
 
 file(GLOB xkv_op_cpu "${xkv_op}/cpu/*.cpp")

@@ -100,7 +100,7 @@ void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage
 
 xkv_recodes xkv_flow::keep_calibrated(uint32_t stream, const xkv_store::layout & next, uint32_t ig, int n_thread) {
     xkv_recodes turns;
-    for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+    for (auto kd : store.kinds(ig)) {
         turns[kd] = xkv_keep_basis(store, kd, ig, stream, setup.sidecar.basis(ig, kd, next.groups[ig].rank[kd]), next, n_thread);
     }
     return turns;
@@ -175,6 +175,31 @@ void xkv_flow::reset(uint32_t stream) {
         online->reset(stream);
     }
     xkv_trim();
+}
+
+void xkv_flow::save(uint32_t stream, xkv_bytes_out & out) const {
+    const bool own = store.has_own_bases(stream);
+    out.put(own);
+    if (own) {
+        store.get_bases(stream, out.more(store.basis_bytes()));
+    }
+    out.put(online != nullptr);
+    if (online) {
+        online->save(stream, out);
+    }
+}
+
+void xkv_flow::load(uint32_t stream, xkv_bytes_in & in) {
+    if (in.get<bool>()) {
+        store.set_bases(stream, in.take(store.basis_bytes()));
+    }
+    if (in.get<bool>() != (online != nullptr)) {
+        xkv_throw(XKV_STATUS_FORMAT, "a saved state is of a cache with online %s, expected %s", online ? "off" : "on",
+                  online ? "on" : "off");
+    }
+    if (online) {
+        online->load(stream, in);
+    }
 }
 
 void xkv_flow::copy(uint32_t src, uint32_t dst) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "base/xkv-bytes.h"
 #include "base/xkv-error.h"
 #include "flow/xkv-flush.h"
 #include "flow/xkv-select.h"
@@ -42,6 +43,10 @@ public:
 
     // the stream has no tokens any more
     void reset(uint32_t stream);
+
+    // bases of a stream and what is known of its tokens, for saved states; throws xkv_error
+    void save(uint32_t stream, xkv_bytes_out & out) const;
+    void load(uint32_t stream, xkv_bytes_in & in);
 
     // stream dst gets the coefficients and bases of stream src
     void copy(uint32_t src, uint32_t dst);

@@ -46,15 +46,23 @@ ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint
 }
 
 std::vector<float> xkv_flush::value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells) {
-    graph.begin(lctx, 64 + 8 * store.layers().size());
+    graph.begin(lctx, 64 + 10 * store.layers().size());
 
     ggml_context * ctx       = graph.ctx();
     ggml_tensor *  inp_cells = graph.input(GGML_TYPE_I32, std::vector<int64_t>(cells.begin(), cells.end()));
 
     std::vector<ggml_tensor *> energy; // per layer [1, n]
     for (const auto & l : store.layers()) {
-        ggml_tensor * v = ggml_get_rows(ctx, window.v(l.il, stream), inp_cells);
-        v               = ggml_add(ctx, v, l.mean_v);
+        ggml_tensor * v = nullptr;
+        if (l.v_in_k) {
+            const auto & hparams = setup.model.hparams;
+            v                    = ggml_get_rows(ctx, window.k(l.il, stream), inp_cells);
+            v                    = ggml_view_4d(ctx, v, hparams.n_embd_head_v(l.il), hparams.n_head_kv(l.il), v->ne[1], 1,
+                                                hparams.n_embd_head_k(l.il) * v->nb[0], v->nb[1], v->nb[2], 0);
+            v                    = ggml_cont_2d(ctx, v, v->ne[0] * v->ne[1], v->ne[2]);
+        } else {
+            v = ggml_add(ctx, ggml_get_rows(ctx, window.v(l.il, stream), inp_cells), l.mean_v);
+        }
         energy.push_back(ggml_sum_rows(ctx, ggml_sqr(ctx, v)));
         graph.output(energy.back());
     }
@@ -93,7 +101,7 @@ void xkv_flush::compress_block(llama_context * lctx, uint32_t stream, const job 
     }
 
     for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
-        for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+        for (auto kd : store.kinds(ig)) {
             const auto data =
                 store.plain() ? read_group(lctx, kd, ig, stream, cells, origin) : project_group(lctx, kd, ig, stream, cells, origin);
             xkv_parallel(n_job, lctx->get_cparams().n_threads_batch, [&](size_t j) {
@@ -153,7 +161,7 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
         ggml_tensor *  inp_origin = graph.input(GGML_TYPE_I32, std::vector<int64_t>(n, pos));
         ggml_tensor *  inp_cells  = graph.input(GGML_TYPE_I64, std::vector<int64_t>(cells.begin(), cells.end()));
 
-        for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+        for (auto kd : store.kinds(ig)) {
             ggml_tensor * coef = graph.input(gr.rank[kd], store.n_chunk, store.get_coef(kd, ig, stream, ic));
             coef               = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 

@@ -45,7 +45,9 @@ xkv_online_bases::xkv_online_bases(const xkv_setup & setup, xkv_store & store, c
     setup(setup), store(store), tables(tables), flush(flush), states(store.n_stream) {
     for (auto kd : { kind::K, kind::V }) {
         for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
-            problems.push_back({ kd, ig });
+            if (store.groups()[ig].dim[kd] > 0) {
+                problems.push_back({ kd, ig });
+            }
         }
     }
     for (uint32_t s = 0; s < states.size(); ++s) {
@@ -83,8 +85,9 @@ void xkv_online_bases::reset(uint32_t stream) {
     for (const auto & pr : problems) {
         const auto & gr = store.groups()[pr.ig];
         wanted.push_back(expect(store.groups(), pr));
-        st.n_update[pr.kd].push_back(0);
-        st.n_dir[pr.kd].push_back(setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0);
+        st.n_update[pr.kd].resize(store.groups().size(), 0);
+        st.n_dir[pr.kd].resize(store.groups().size(), 0);
+        st.n_dir[pr.kd][pr.ig] = setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0;
     }
     st.info.expected = xkv_mean(wanted);
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "base/xkv-bytes.h"
 #include "flow/xkv-flush.h"
 #include "store/xkv-carry.h"
 #include "store/xkv-config.h"
@@ -48,6 +49,10 @@ public:
 
     // stream dst holds a copy of stream src
     void copy(uint32_t src, uint32_t dst) { states[dst] = states[src]; }
+
+    // what is known of a stream's tokens, for saved states; throws xkv_error
+    void save(uint32_t stream, xkv_bytes_out & out) const;
+    void load(uint32_t stream, xkv_bytes_in & in);
 
     // most bytes of its graphs and problems
     size_t peak() const { return graph.peak() + problem_peak; }

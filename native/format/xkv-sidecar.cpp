@@ -84,8 +84,11 @@ void xkv_sidecar::fill_groups(const std::string & what) {
                 xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, expected ascending ones below %zu, each in one group",
                           what.c_str(), g, il, n_layer);
             }
-            if (n_embd[K][il] == 0 || n_embd[V][il] == 0) {
-                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, which has no K and V", what.c_str(), g, il);
+            if (n_embd[K][il] == 0) {
+                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layer %u, which has no K", what.c_str(), g, il);
+            }
+            if ((n_embd[V][il] == 0) != (n_embd[V][gr.layers[0]] == 0)) {
+                xkv_throw(XKV_STATUS_FORMAT, "%s: group %zu has layers with V and without, expected one of both", what.c_str(), g);
             }
             seen[il] = true;
             dim[K] += n_embd[K][il];
@@ -197,6 +200,12 @@ xkv_sidecar::xkv_sidecar(const std::string & path) : path(path) {
     for (size_t g = 0; g < groups.size(); ++g) {
         for (int kd = K; kd <= V; ++kd) {
             const uint64_t dim = groups[g].dim[kd];
+            if (dim == 0) {
+                bases[kd].emplace_back();
+                means[kd].emplace_back();
+                spectra[kd].emplace_back();
+                continue;
+            }
             bases[kd].push_back(find(g, kd, "basis", 0));
             means[kd].push_back(find(g, kd, "mean", dim));
             spectra[kd].push_back(find(g, kd, "spectrum", dim));
@@ -219,6 +228,9 @@ xkv_sidecar::stamp xkv_sidecar::look() const {
 }
 
 xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const {
+    if (n == 0) {
+        return {};
+    }
     xkv_floats               res(n);
     std::vector<ggml_fp16_t> half(t.type == GGML_TYPE_F16 ? n : 0);
 
@@ -245,7 +257,7 @@ xkv_floats xkv_sidecar::read(const tensor & t, uint64_t n, uint64_t first) const
 xkv_floats xkv_sidecar::basis(uint32_t g, kind kd, uint32_t n_row, uint32_t first) const {
     const uint64_t dim = groups[g].dim[kd];
     xkv_floats     res;
-    const uint64_t held = calibrated() ? bases[kd][g].n / dim : 0;
+    const uint64_t held = calibrated() && dim > 0 ? bases[kd][g].n / dim : 0;
     if (first < held) {
         res = read(bases[kd][g], std::min<uint64_t>(n_row, held - first) * dim, first * dim);
     }

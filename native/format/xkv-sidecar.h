@@ -19,7 +19,7 @@ public:
 
     struct group {
         std::vector<uint32_t> layers; // of the model, ascending
-        uint32_t              dim[2]; // numbers per token of all layers together
+        uint32_t              dim[2]; // numbers per token of all layers together; no V where it is the first numbers of K
     };
 
     // throws xkv_error

@@ -64,7 +64,7 @@ struct xkv_params {
     const uint32_t *           count;   // [n_group] layers of each group
     uint32_t                   n_group;
     uint32_t                   frame;    // without a sidecar: chunk length
-    const struct xkv_segment * segments; // by group, K before V, then by descending variance
+    const struct xkv_segment * segments; // by group, K before V, then by descending variance; none of V where it is a part of K
     uint32_t                   n_segment;
     const struct xkv_stage *   stages; // before the store fills, by ascending n_slot; used by contexts with one stream
     uint32_t                   n_stage;
@@ -77,10 +77,12 @@ struct xkv_params {
     int32_t fused;                     // the op XKV_ATTN on these kinds of device, where they have it: 1 CPU + 2 RPC server + 4 others
     float   tolerance;                 // 0 to 1: with few queries, share of a query's softmax up to which a block of 16 stored tokens
                                        // counts by its first n_lead directions alone; 0: all directions. Stock ops take them all
-    int32_t  n_lead;                   // a multiple of 32
-    uint32_t n_keep;                   // of a stream: cells of the window that tokens stay in, of all its sequences
-    uint32_t n_cell;                   // of a stream: those, and the ones through which a micro-batch passes
-    uint32_t n_slot;                   // of a stream: tokens that the store has room for, a multiple of 256
+    int32_t          n_lead;           // a multiple of 32
+    const uint32_t * leads;            // [n_leads] in place of it, of each of the model's first layers, whose devices may differ
+    uint32_t         n_leads;
+    uint32_t         n_keep; // of a stream: cells of the window that tokens stay in, of all its sequences
+    uint32_t         n_cell; // of a stream: those, and the ones through which a micro-batch passes
+    uint32_t         n_slot; // of a stream: tokens that the store has room for, a multiple of 256
 };
 
 // How the bases of a stream followed its tokens.
@@ -112,6 +114,7 @@ struct xkv_device {
 // What a context has on one device.
 struct xkv_device_part {
     char     name[64]; // of the device's memory, such as CPU or RPC0[HOST:PORT]
+    uint64_t weights;  // bytes of the model's tensors
     uint64_t cache;    // bytes of the KV cache, with the cells through which a micro-batch passes
     uint64_t compute;  // bytes of compute buffers
     uint32_t n_layer;  // of an xkv cache: layers whose K and V are there
@@ -122,7 +125,7 @@ struct xkv_device_part {
 struct xkv_layer_info {
     uint32_t il;       // of the model
     uint32_t n_embd_k; // K numbers per token: n_head_kv * n_embd_head_k
-    uint32_t n_embd_v; // V numbers per token
+    uint32_t n_embd_v; // V numbers per token; 0 where V is the first n_embd_head_v numbers of each head of K
     uint32_t n_embd_head_k;
     uint32_t n_embd_head_v;
     uint32_t n_head; // of queries
@@ -136,6 +139,7 @@ const char * xkv_build_id(void);
 
 // the last failure on this thread, "" when there was none
 const char * xkv_last_error(void);
+void         xkv_clear_error(void);
 
 // 0 when the model can be used with xkv, else XKV_STATUS_UNSUPPORTED with the reason
 int xkv_model_check(const struct llama_model * model);
@@ -157,7 +161,8 @@ int xkv_report(const struct llama_context * ctx, struct xkv_report_part * parts,
 // the same for scratch: what does not grow with n_ctx, or is given back; for any kind of KV cache
 int xkv_scratch(const struct llama_context * ctx, struct xkv_report_part * parts, uint32_t * n_parts);
 
-// the devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache
+// The devices of a context, and the parts into which its last graph was cut between them; for any kind of KV cache. Of a model
+// without memory (llama_model_params.no_alloc), bytes here and in reports are those that would be allocated.
 int xkv_context_devices(const struct llama_context * ctx, struct xkv_device_part * parts, uint32_t * n_parts);
 int xkv_context_splits(struct llama_context * ctx, uint32_t * n_split);
 

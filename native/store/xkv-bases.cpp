@@ -237,11 +237,11 @@ void xkv_store::reset_bases(uint32_t stream) {
 }
 
 void xkv_store::fill_bases(const layout & l) const {
-    if (stages[l.stage].plain()) {
+    if (no_alloc || stages[l.stage].plain()) {
         return;
     }
     for (uint32_t ig = 0; ig < l.groups.size(); ++ig) {
-        for (auto kd : { kind::K, kind::V }) {
+        for (auto kd : kinds(ig)) {
             write_basis(l.groups, l.bases, kd, ig, sidecar.basis(ig, kd, l.groups[ig].rank[kd]), 1);
         }
     }
@@ -256,7 +256,11 @@ void xkv_store::fill_means() {
         const auto mean_k = sidecar.mean(ig, kind::K);
         const auto mean_v = sidecar.mean(ig, kind::V);
         for (uint32_t il : gr.layers) {
-            const layer &  l          = layer_of(il);
+            const layer & l = layer_of(il);
+            ggml_backend_tensor_set(l.mean_k, mean_k.data() + l.off[kind::K], 0, ggml_nbytes(l.mean_k));
+            if (l.v_in_k) {
+                continue; // comes back with the sum of coefficients
+            }
             const float *  v          = mean_v.data() + l.off[kind::V];
             const uint32_t n_head_dim = hparams.n_embd_head_v(il);
 
@@ -272,15 +276,13 @@ void xkv_store::fill_means() {
                 const float * head = v + (size_t) (h / hparams.n_gqa(il)) * n_head_dim;
                 mean_o.insert(mean_o.end(), head, head + n_head_dim);
             }
-            ggml_backend_tensor_set(l.mean_k, mean_k.data() + l.off[kind::K], 0, ggml_nbytes(l.mean_k));
             ggml_backend_tensor_set(l.mean_v, v, 0, ggml_nbytes(l.mean_v));
             ggml_backend_tensor_set(l.mean_o, mean_o.data(), 0, ggml_nbytes(l.mean_o));
         }
     }
 }
 
-// products with quantized rows need the rows as they are stored, so the other direction goes through f32
-static ggml_tensor * xkv_transposed_f32(ggml_context * ctx, ggml_tensor * basis) {
+ggml_tensor * xkv_transposed_f32(ggml_context * ctx, ggml_tensor * basis) {
     basis = basis->type == GGML_TYPE_F32 ? basis : ggml_cast(ctx, basis, GGML_TYPE_F32);
     return ggml_cont(ctx, ggml_transpose(ctx, basis));
 }

@@ -89,7 +89,7 @@ size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, co
             for (size_t j = 0; gr.pack && j < n_part; ++j) {
                 made[at + j].resize(gr.packed->ne[0]);
             }
-            for (auto kd : { xkv_store::kind::K, xkv_store::kind::V }) {
+            for (auto kd : store.kinds(ig)) {
                 const auto coef = xkv_turned(store, kd, ig, stream, chunks.data() + first + at, n_part, turns[kd], gr.rank[kd]);
                 for (size_t j = 0; j < n_part; ++j) {
                     const float * x = coef.data() + j * store.n_chunk * gr.rank[kd];

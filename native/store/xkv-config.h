@@ -49,6 +49,10 @@ struct xkv_config {
     float    tolerance; // share of the softmax up to which a block of stored tokens counts by its lead alone
     uint32_t n_lead;    // directions of K and V
 
+    std::vector<uint32_t> leads; // of the first layers, in place of it
+
+    uint32_t lead(uint32_t il) const { return il < leads.size() ? leads[il] : n_lead; }
+
     // of a stream, for all its sequences
     uint32_t n_keep; // cells of the window that tokens stay in
     uint32_t n_cell; // those, and the ones through which a micro-batch passes

@@ -43,7 +43,7 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage, uint32_t n_used) const 
                 gr.rank[kd] += rank;
             };
             if (plain) {
-                for (uint32_t il : gr.layers) {
+                for (uint32_t il : gr.dim[kd] > 0 ? gr.layers : std::vector<uint32_t>()) {
                     add(stages[stage].type, GGML_TYPE_COUNT, stages[stage].noise, sidecar.n_embd[kd][il], model.hparams.n_head_kv(il));
                 }
                 continue;
@@ -144,12 +144,14 @@ void xkv_store::make_arena() {
 
     layout full = make_layout(stages.size() - 1, stages.back().n_slot);
     for (const auto & [type, size] : sizes(full)) {
-        arena[type].reset(ggml_backend_buft_alloc_buffer(type, size));
-        if (!arena[type]) {
+        auto & mem = arena[type];
+        mem.buf.reset(ggml_backend_buft_alloc_buffer(type, no_alloc ? 0 : size));
+        if (!mem.buf) {
             xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio", size,
                       ggml_backend_buft_name(type));
         }
-        ggml_backend_buffer_clear(arena[type].get(), 0);
+        mem.size = no_alloc ? size : ggml_backend_buffer_get_size(mem.buf.get());
+        ggml_backend_buffer_clear(mem.buf.get(), 0);
     }
     for (size_t ig = 0; ig < full.groups.size(); ++ig) {
         const auto & gr   = full.groups[ig];
@@ -181,8 +183,7 @@ void xkv_store::make_arena() {
     // where layers are on several devices, each has to hold its share of every stage
     for (size_t i = stages.size() - 1; i-- > 0;) {
         const auto list = sizes(make_layout(i, stages[i].n_slot));
-        if (std::any_of(list.begin(), list.end(),
-                        [&](const auto & e) { return e.second > ggml_backend_buffer_get_size(arena[e.first].get()); })) {
+        if (std::any_of(list.begin(), list.end(), [&](const auto & e) { return e.second > arena[e.first].size; })) {
             LLAMA_LOG_WARN("%s: the stage for %u tokens takes more than the full store on some device and is left out\n", __func__,
                            stages[i].n_slot);
             stages.erase(stages.begin() + i);
@@ -199,8 +200,13 @@ void xkv_store::place(layout & l) const {
     std::map<ggml_backend_buffer_type_t, ggml_tallocr> allocs;
     for (size_t ig = 0; ig < l.groups.size(); ++ig) {
         const auto type = buft(l.groups[ig].layers[0]);
+        auto *     buf  = arena.at(type).buf.get();
+        if (no_alloc) {
+            xkv_pretend(l.ctxs[ig].get(), buf);
+            continue;
+        }
         if (allocs.count(type) == 0) {
-            allocs[type] = ggml_tallocr_new(arena.at(type).get());
+            allocs[type] = ggml_tallocr_new(buf);
         }
         for (ggml_tensor * t = ggml_get_first_tensor(l.ctxs[ig].get()); t; t = ggml_get_next_tensor(l.ctxs[ig].get(), t)) {
             GGML_ASSERT(ggml_tallocr_alloc(&allocs[type], t) == GGML_STATUS_SUCCESS);
@@ -209,8 +215,8 @@ void xkv_store::place(layout & l) const {
 }
 
 void xkv_store::restart(uint32_t stage) {
-    for (const auto & [type, buf] : arena) {
-        ggml_backend_buffer_clear(buf.get(), 0);
+    for (const auto & [type, mem] : arena) {
+        ggml_backend_buffer_clear(mem.buf.get(), 0);
     }
     layout fresh = make_layout(stage, stages[stage].n_slot);
     place(fresh);
@@ -245,7 +251,7 @@ void xkv_store::begin_group(layout & next, uint32_t ig) const {
     auto & gr = next.groups[ig];
     if (gr.pack) {
         // where chunks do not shrink, or do not fit, they wait in host memory
-        auto * buf              = arena.at(buft(gr.layers[0])).get();
+        auto * buf              = arena.at(buft(gr.layers[0])).buf.get();
         const auto [begin, end] = region(now, ig);
         const auto places       = xkv_places(next.ctxs[ig].get(), buf, begin);
         if (places.back() <= end && gr.packed->ne[0] <= now.groups[ig].packed->ne[0]) {
@@ -280,7 +286,7 @@ uint32_t xkv_store::n_free(const layout & next, uint32_t ig, uint32_t unread) co
 
 std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const {
     const auto type = buft(l.groups[ig].layers[0]);
-    auto *     buf  = arena.at(type).get();
+    auto *     buf  = arena.at(type).buf.get();
     const auto at   = [&](uint32_t i) {
         return (size_t) ((char *) ggml_get_first_tensor(l.ctxs[i].get())->data - (char *) ggml_backend_buffer_get_base(buf));
     };
@@ -294,7 +300,7 @@ std::pair<size_t, size_t> xkv_store::region(const layout & l, uint32_t ig) const
 
 void xkv_store::end_group(layout & next, uint32_t ig) const {
     const auto & gr  = next.groups[ig];
-    auto *       buf = arena.at(buft(gr.layers[0])).get();
+    auto *       buf = arena.at(buft(gr.layers[0])).buf.get();
     if (!gr.pack || gr.packed->buffer != buf) {
         return;
     }

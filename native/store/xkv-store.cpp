@@ -59,8 +59,16 @@ bool xkv_store::can_pack(const std::vector<uint32_t> & layers) const {
     return std::all_of(layers.begin(), layers.end(), [&](uint32_t il) {
         const bool cpu  = ggml_backend_dev_type(device(il)) == GGML_BACKEND_DEVICE_TYPE_CPU;
         const auto kind = xkv_is_rpc(device(il)) ? XKV_FUSED_RPC : cpu ? XKV_FUSED_CPU : XKV_FUSED_OTHER;
-        return (fused & kind) != 0 && xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
+        // the op reads coefficients of V
+        return (fused & kind) != 0 && !xkv_v_in_k(hp, il) &&
+               xkv_has_attn(device(il), hp.n_embd_head_k(il), hp.n_embd_head_v(il), hp.n_head(il), hp.n_head_kv(il));
     });
+}
+
+void xkv_pretend(ggml_context * ctx, ggml_backend_buffer_t buf) {
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        t->buffer = buf;
+    }
 }
 
 xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::function<void(const ctx_of_t & ctx_of)> & make) const {
@@ -76,13 +84,22 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
         return ctx;
     });
     for (const auto & [type, ctx] : ctx_map) {
-        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, type);
-        if (!buf) {
-            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio",
-                      ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type), ggml_backend_buft_name(type));
+        const size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, type);
+
+        block mem = { ggml_backend_buffer_ptr(no_alloc ? ggml_backend_buft_alloc_buffer(type, 0) :
+                                                         ggml_backend_alloc_ctx_tensors_from_buft(ctx, type)),
+                      size };
+        if (!mem.buf) {
+            xkv_throw(XKV_STATUS_NO_MEMORY, "cannot allocate the xkv store (%zu bytes on %s); use a smaller n_ctx or a higher ratio", size,
+                      ggml_backend_buft_name(type));
         }
-        ggml_backend_buffer_clear(buf, 0);
-        res.bufs.emplace_back(buf);
+        if (no_alloc) {
+            xkv_pretend(ctx, mem.buf.get());
+        } else {
+            mem.size = ggml_backend_buffer_get_size(mem.buf.get());
+        }
+        ggml_backend_buffer_clear(mem.buf.get(), 0);
+        res.blocks.push_back(std::move(mem));
     }
     return res;
 }
@@ -90,7 +107,7 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
 xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, const xkv_config & config, const xkv_layers & layers,
                      uint32_t n_stream, bool offload) :
     n_chunk(sidecar.frame), n_slot(config.n_slot), n_stream(n_stream), model(model), sidecar(sidecar), offload(offload),
-    fused(config.fused), stages(config.stages), own(n_stream) {
+    no_alloc(model.hparams.no_alloc), fused(config.fused), stages(config.stages), own(n_stream) {
     const auto & hparams = model.hparams;
 
     stages.back().n_slot = n_slot;
@@ -106,9 +123,9 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         uint32_t off[2] = { 0, 0 };
         for (uint32_t il : sidecar.groups[ig].layers) {
             slot_of[il] = layer_list.size();
-            layer_list.push_back({ il, (uint32_t) ig, place++, { off[0], off[1] }, nullptr, nullptr, nullptr });
-            off[0] += hparams.n_embd_k_gqa(il);
-            off[1] += hparams.n_embd_v_gqa(il);
+            layer_list.push_back({ il, (uint32_t) ig, place++, { off[0], off[1] }, xkv_v_in_k(hparams, il), nullptr, nullptr, nullptr });
+            off[0] += sidecar.n_embd[0][il];
+            off[1] += sidecar.n_embd[1][il];
         }
     }
 
@@ -123,15 +140,24 @@ xkv_store::xkv_store(const llama_model & model, const xkv_sidecar & sidecar, con
         for (auto & l : layer_list) {
             auto * ctx = ctx_of(groups()[l.ig].layers[0]);
             l.mean_k   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_k_gqa(l.il));
-            l.mean_v   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
-            l.mean_o   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il) * hparams.n_head(l.il));
+            if (l.v_in_k) {
+                continue;
+            }
+            l.mean_v = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_v_gqa(l.il));
+            l.mean_o = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, hparams.n_embd_head_v(l.il) * hparams.n_head(l.il));
         }
     });
-    fill_means();
+    if (!no_alloc) {
+        fill_means();
+    }
 
     for (const auto & [name, bytes] : parts()) {
         LLAMA_LOG_INFO("%s: %-20s %8.2f MiB\n", __func__, name.c_str(), bytes / 1024.0 / 1024.0);
     }
+}
+
+std::vector<xkv_store::kind> xkv_store::kinds(uint32_t ig) const {
+    return sidecar.groups[ig].dim[kind::V] > 0 ? std::vector<kind>{ kind::K, kind::V } : std::vector<kind>{ kind::K };
 }
 
 //
@@ -266,8 +292,8 @@ std::vector<std::pair<std::string, size_t>> xkv_store::parts() const {
     std::copy(std::begin(arena_bytes), std::end(arena_bytes), bytes);
 
     const auto count = [&](const pool & p) {
-        for (const auto & buf : p.bufs) {
-            bytes[p.what] += ggml_backend_buffer_get_size(buf.get());
+        for (const auto & mem : p.blocks) {
+            bytes[p.what] += mem.size;
         }
     };
     count(means);
@@ -287,12 +313,12 @@ std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> xkv_store::buffers() 
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> res;
 
     const auto list = [&](const pool & p) {
-        for (const auto & buf : p.bufs) {
-            res.emplace_back(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
+        for (const auto & mem : p.blocks) {
+            res.emplace_back(ggml_backend_buffer_get_type(mem.buf.get()), mem.size);
         }
     };
-    for (const auto & [type, buf] : arena) {
-        res.emplace_back(type, ggml_backend_buffer_get_size(buf.get()));
+    for (const auto & [type, mem] : arena) {
+        res.emplace_back(type, mem.size);
     }
     list(means);
     for (const auto & set : own) {

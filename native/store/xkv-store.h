@@ -52,7 +52,7 @@ public:
     struct group {
         std::vector<uint32_t> layers; // of the model
 
-        uint32_t dim[2];  // numbers per token of all layers
+        uint32_t dim[2];  // numbers per token of all layers; of V none where it is the first numbers of K
         uint32_t rank[2]; // of all segments
 
         std::vector<segment> segments[2];
@@ -67,9 +67,12 @@ public:
         uint32_t place;  // in the group
         uint32_t off[2]; // the layer's first number among its group's
 
+        bool v_in_k; // V is the first numbers of each head of K: K's coefficients serve both
+
         ggml_tensor * mean_k; // [n_embd_k] f32
-        ggml_tensor * mean_v; // [n_embd_v] f32
+        ggml_tensor * mean_v; // [n_embd_v] f32, with V of its own
         ggml_tensor * mean_o; // [n_embd_head_v*n_head] f32: what the mean of V adds to the attention output, before it is unscaled
+                              // with V of its own
     };
 
     // bases that streams share, or a stream's own: per kind, layer of the store and segment
@@ -96,6 +99,9 @@ public:
               uint32_t n_stream, bool offload);
 
     const std::vector<group> & groups() const { return now.groups; }
+
+    // kinds that are stored of a group: K, and V unless K's coefficients serve both
+    std::vector<kind> kinds(uint32_t ig) const;
 
     const std::vector<layer> & layers() const { return layer_list; }
 
@@ -170,6 +176,24 @@ public:
 
     void copy_stream(uint32_t src, uint32_t dst);
 
+    //
+    // for saved states (xkv-image.cpp): bytes as they stand in the present stage
+    //
+
+    // what those bytes mean in a stage: two stages with the same one can exchange them
+    std::vector<uint32_t> signature(uint32_t stage) const;
+
+    // of the coefficients of a chunk, all groups
+    size_t chunk_bytes() const;
+    void   get_chunk(uint32_t stream, uint32_t ic, uint8_t * data) const;
+    void   set_chunk(uint32_t stream, uint32_t ic, const uint8_t * data) const;
+
+    // whether a stream's bases are not the calibrated ones; of all bases
+    bool   has_own_bases(uint32_t stream) const;
+    size_t basis_bytes() const;
+    void   get_bases(uint32_t stream, uint8_t * data) const;
+    void   set_bases(uint32_t stream, const uint8_t * data);
+
     // where a layer's tensors are
     ggml_backend_buffer_type_t buft(uint32_t il) const;
 
@@ -186,11 +210,17 @@ public:
 private:
     enum part { PART_COEF_K, PART_COEF_V, PART_BASES, PART_MEANS, PART_COUNT };
 
-    // tensors of one part and their buffers
+    // memory of one type: of a model without memory (llama_model_params.no_alloc) an empty buffer, and the bytes that it would have
+    struct block {
+        ggml_backend_buffer_ptr buf;
+        size_t                  size;
+    };
+
+    // tensors of one part and their memory
     struct pool {
-        part                                 what;
-        std::vector<ggml_context_ptr>        ctxs;
-        std::vector<ggml_backend_buffer_ptr> bufs;
+        part                          what;
+        std::vector<ggml_context_ptr> ctxs;
+        std::vector<block>            blocks;
     };
 
     struct own_bases_t {
@@ -201,15 +231,16 @@ private:
     const llama_model & model;
     const xkv_sidecar & sidecar;
     const bool          offload;
-    const uint32_t      fused; // xkv_fused
+    const bool          no_alloc; // sizes only: tensors have no memory
+    const uint32_t      fused;    // xkv_fused
 
     std::vector<xkv_config::stage> stages;
 
     std::vector<layer>           layer_list; // those that the cache holds, group by group
     std::map<uint32_t, uint32_t> slot_of;    // index in the model to place in the list
 
-    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> arena;                        // coefficients and bases
-    size_t                                                        arena_bytes[PART_COUNT] = {}; // as the last stage divides them
+    std::map<ggml_backend_buffer_type_t, block> arena;                        // coefficients and bases
+    size_t                                      arena_bytes[PART_COUNT] = {}; // as the last stage divides them
 
     layout now;
     pool   means;
@@ -247,6 +278,10 @@ private:
     // where a group lies in its arena [begin, end)
     std::pair<size_t, size_t> region(const layout & l, uint32_t ig) const;
 
+    template <typename F> void each_piece(uint32_t stream, uint32_t ic, F && f) const;
+
+    std::vector<ggml_tensor *> basis_tensors(uint32_t stream) const;
+
     const basis_set & bases_of(uint32_t stream) const { return own[stream] ? own[stream]->bases : now.bases; }
 
     void write_basis(const std::vector<group> & groups, const basis_set & bases, kind kd, uint32_t ig, const xkv_floats & rows,
@@ -262,11 +297,17 @@ private:
     void     fill_means();
 };
 
+// gives a context's tensors an empty buffer, so that the scheduler does not take them for its own
+void xkv_pretend(ggml_context * ctx, ggml_backend_buffer_t buf);
+
 // of a server on another machine
 bool xkv_is_rpc(ggml_backend_dev_t dev);
 
 // whether a device has XKV_ATTN for heads of these sizes
 bool xkv_has_attn(ggml_backend_dev_t dev, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
+
+// products with quantized rows need the rows as they are stored, so the other direction goes through f32
+ggml_tensor * xkv_transposed_f32(ggml_context * ctx, ggml_tensor * basis);
 
 // with a basis as it is stored: x [n_embd, n] of coefficients [rank, n]
 ggml_tensor * xkv_from_coef(ggml_context * ctx, xkv_store::kind kd, ggml_tensor * basis, ggml_tensor * coef);

@@ -17,8 +17,8 @@ xkv_window::xkv_window(const llama_model & model, const llama_memory_params & pa
     };
 
     kv = std::make_unique<llama_kv_cache>(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/false, cparams.offload_kqv,
-                                          cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr, filter,
-                                          from, nullptr, "xkv_window_");
+                                          cparams.kv_unified, n_cell, cparams.n_seq_max, 1, 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, from,
+                                          nullptr, "xkv_window_");
 
     // upstream turns K and V of quantized caches by a Hadamard matrix; compression needs them as they are
     kv->attn_rot_k = false;

@@ -10,7 +10,7 @@ HYBRID = "recurrent state"
 # why it refuses the model
 ENCODER = "has an encoder"
 BOTH_WAYS = "attends in both directions"
-LATENTS = "caches latents (MLA)"
+INDEXER = "has an indexer that picks the tokens of each query"
 ALIBI = "uses ALiBi"
 NOTHING = "has no layers that keep plain K and V of all tokens"
 
@@ -22,7 +22,7 @@ ARCHS = {
     "baichuan": PLAIN,
     "bailingmoe-moe": PLAIN,
     "bailingmoe2-moe": PLAIN,
-    "bailingmoe3-moe": LATENTS,
+    "bailingmoe3-moe": HYBRID,
     "bitnet": PLAIN,
     "bloom": ALIBI,
     "chameleon": PLAIN,
@@ -35,11 +35,11 @@ ARCHS = {
     "dbrx-moe": PLAIN,
     "deci": PLAIN,
     "deepseek-moe": PLAIN,
-    "deepseek2-moe": LATENTS,
-    "deepseek32-moe": LATENTS,
-    "deepseek4-moe": NOTHING,
+    "deepseek2-moe": PLAIN,
+    "deepseek32-moe": INDEXER,
+    "deepseek4-moe": INDEXER,
     "dots1-moe": PLAIN,
-    "dots3note-moe": LATENTS,
+    "dots3note-moe": INDEXER,
     "dream": BOTH_WAYS,
     "ernie4_5-moe": PLAIN,
     "ernie4_5-moe-moe": PLAIN,
@@ -55,10 +55,10 @@ ARCHS = {
     "gemma3": WINDOWED,
     "gemma3n": WINDOWED,
     "gemma4": WINDOWED,
-    "glm-dsa-moe": LATENTS,
+    "glm-dsa-moe": INDEXER,
     "glm4": PLAIN,
     "glm4moe-moe": PLAIN,
-    "glm5-next-moe": LATENTS,
+    "glm5-next-moe": INDEXER,
     "gpt-oss-moe": WINDOWED,
     "gpt2": PLAIN,
     "gptneox": PLAIN,
@@ -75,13 +75,13 @@ ARCHS = {
     "hunyuan-moe-moe": PLAIN,
     "hunyuan_vl": PLAIN,
     "hy_v3-moe": PLAIN,
-    "hy_v4-moe": LATENTS,
+    "hy_v4-moe": INDEXER,
     "internlm2": PLAIN,
     "jais": ALIBI,
     "jais2": PLAIN,
     "jamba": HYBRID,
-    "kimi-k3-moe": LATENTS,
-    "kimi-linear-moe": LATENTS,
+    "kimi-k3-moe": HYBRID,
+    "kimi-linear-moe": HYBRID,
     "laguna-moe": WINDOWED,
     "lfm2": HYBRID,
     "lfm2moe-moe": HYBRID,
@@ -103,10 +103,10 @@ ARCHS = {
     "minicpm3": PLAIN,
     "minimax-01-moe": HYBRID,
     "minimax-m2-moe": PLAIN,
-    "minimax-m3-moe": NOTHING,
+    "minimax-m3-moe": INDEXER,
     "mistral3": PLAIN,
     "mistral3-moe": PLAIN,
-    "mistral4-moe": LATENTS,
+    "mistral4-moe": PLAIN,
     "modern-bert": NOTHING,
     "mpt": ALIBI,
     "muse-glimmer": WINDOWED,
@@ -142,7 +142,7 @@ ARCHS = {
     "qwen3tts": PLAIN,
     "qwen3vl": PLAIN,
     "qwen3vlmoe-moe": PLAIN,
-    "qwen4exp-moe": NOTHING,
+    "qwen4exp-moe": INDEXER,
     "refact": ALIBI,
     "refact-moe": ALIBI,
     "rnd1-moe": BOTH_WAYS,
@@ -166,6 +166,9 @@ ARCHS = {
 HELD = tuple(name for name, kind in ARCHS.items() if kind in (PLAIN, WINDOWED, HYBRID))
 REFUSED = {name: why for name, why in ARCHS.items() if name not in HELD}
 
+LATENTS = ("bailingmoe3-moe", "deepseek2-moe", "kimi-k3-moe", "kimi-linear-moe", "mistral4-moe")
+"""Of those held, the ones whose V is the first numbers of K (MLA)."""
+
 SAMPLES = (
     "llama",
     "qwen3",
@@ -177,17 +180,21 @@ SAMPLES = (
     "qwen35",
     "qwen3next-moe",
     "lfm2",
+    "deepseek2-moe",
+    "kimi-linear-moe",
 )
 """Those that more is tried with than that they equal the plain cache."""
 
 FAMILIES = (
     "cohere2",
+    "deepseek2-moe",
     "exaone4",
     "gemma2",
     "gemma3",
     "gemma4",
     "gpt-oss-moe",
     "granitehybrid",
+    "kimi-linear-moe",
     "lfm2",
     "llama",
     "muse-glimmer",

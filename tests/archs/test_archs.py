@@ -20,9 +20,10 @@ from xkv_gguf.runtime.shape import Layer, file_shape, held_layers
 
 from ..native.harness import Context, close_model, lib, open_context, open_model
 from ..native.sidecars import Bases, write_random
+from ..native.state import load, save
 from ..native.test_full_rank import TOL_F32, TOL_FLASH, deviation
 from .conftest import run_program
-from .table import ARCHS, HELD, HYBRID, REFUSED, SAMPLES, WINDOWED
+from .table import ARCHS, HELD, HYBRID, LATENTS, REFUSED, SAMPLES, WINDOWED
 
 Make = Callable[[str], Path]
 
@@ -93,6 +94,7 @@ def test_equals_the_plain_cache(name: str, arch: Make) -> None:
                 found = run_paths(ctx)
                 parts = dict(native.report(ctx.ptr))
                 assert native.seq_tokens(ctx.ptr, 0)[1] >= 64
+            assert (parts["V coefficients"] == 0) == (name in LATENTS)
             assert ("windowed layers" in parts) == (ARCHS[name] == WINDOWED)
             assert ("recurrent state" in parts) == (ARCHS[name] == HYBRID)
             for path in expected:
@@ -163,3 +165,18 @@ def test_the_docs_tell_the_same(repo_root: Path) -> None:
         check=True,
     )
     assert (repo_root / "docs" / "models.md").read_text() == written.stdout, "python docs/scripts/models_table.py"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_state_goes_on(name: str, arch: Make) -> None:
+    """Saved and loaded into a new context, windowed layers and recurrent state with it."""
+    with loaded(arch(name)) as one:
+        with open_context(one.model, xkv=one.bases.params()) as ctx:
+            ctx.feed(TOKENS[:200], 50)
+            state = save(ctx)
+            expected = ctx.feed(TOKENS[200:], 5)
+        with open_context(one.model, xkv=one.bases.params()) as ctx:
+            ctx.feed(TOKENS[50:90], 20)
+            assert load(ctx, state), native.last_error()
+            ctx.n_past[0] = 200
+            assert deviation(ctx.feed(TOKENS[200:], 5), expected) <= 10 * TOL_F32

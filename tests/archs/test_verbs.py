@@ -16,7 +16,7 @@ from xkv_gguf.errors import XkvWarning
 
 from .table import ARCHS, FAMILIES, HYBRID, PLAIN
 
-WEIGHED = ("gemma3", "qwen35")
+WEIGHED = ("deepseek2-moe", "gemma3", "qwen35")
 """Whose groups are weighed, which exchanges K and V in a cache and goes back."""
 
 TEXT = " ".join(f"{i * i} stones lie by the river, {i} of them are wet." for i in range(400))

@@ -12,6 +12,9 @@ import pytest
 from benchmarks import shape
 from xkv_gguf import Llama
 from xkv_gguf.cli import main as xkv_main
+from xkv_gguf.fitting import Fitting
+from xkv_gguf.model.file import open_model
+from xkv_gguf.runtime.devices import context_devices
 from xkv_gguf.runtime.shape import file_shape
 from xkv_gguf.sidecar.read import read_sidecar
 
@@ -40,6 +43,24 @@ def test_a_model_loads_and_decodes(name: str, tmp_path: Path) -> None:
         llm.close()
         assert len(logits) == 512
         assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
+
+
+def test_a_hollow_model_is_sized_like_the_whole_one(tmp_path: Path) -> None:
+    whole, hollow = tmp_path / "whole.gguf", tmp_path / "hollow.gguf"
+    for path, more in ((whole, []), (hollow, ["--hollow"])):
+        assert shape.main(["llama-8b", "--layers", "2", "--vocab", "512", "-o", str(path), *more]) == 0
+    assert whole.stat().st_size == hollow.stat().st_size
+    assert not any(hollow.read_bytes()[-1000:]) and any(whole.read_bytes()[-1000:])
+    with Fitting(open_model(hollow), {}) as fitting:
+        found = fitting.plain("f16", 1024).taken
+    # mapped, the file counts beside the weights that are packed anew for the CPU
+    llm = Llama(whole, kv_mode="f16", n_ctx=1024, use_mmap=False, n_threads=2, verbose=False)
+    report = llm.kv_report()
+    weights = sum(part.weights for part in context_devices(llm._ctx.ctx))
+    llm.close()
+    assert found.weights == pytest.approx(weights, rel=0.01)
+    assert found.cache == report.total_bytes
+    assert found.compute == pytest.approx(report.scratch_bytes, rel=0.01)
 
 
 def test_the_sidecar_has_orthonormal_bases_and_the_spectrum(tmp_path: Path) -> None:

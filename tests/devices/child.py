@@ -104,5 +104,25 @@ def answer(
     return found
 
 
+def sized(model: str, servers: Sequence[str], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bytes on each device: as they are said of a context, and as they are in it."""
+    from xkv_gguf import Llama, XkvOptions
+    from xkv_gguf.fitting import Fitting
+    from xkv_gguf.model.file import open_model
+
+    fused = rpc.connect(servers)
+    with Fitting(open_model(model), {"n_gpu_layers": -1}, fused) as fitting:
+        said = fitting.xkv(XkvOptions.of(options), None, 2048).sizes.devices
+    llm = Llama(model, xkv=options, n_ctx=2048, verbose=False, rpc_servers=servers)
+    there = devices.context_devices(llm._ctx.ctx)
+    found = []
+    for parts in (said, there):
+        # a mapped file is memory of another name on the host
+        own = [part for part in parts if part.name.startswith("RPC")]
+        found.append({part.name: (part.weights, part.cache, part.compute, part.n_fused) for part in own})
+    llm.close()
+    return found
+
+
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -76,6 +76,19 @@ def test_borders_move_with_a_note_and_some_layers_stay_here(
     assert note == "layers that share coefficients stay together: devices begin at layers 10, 25 instead of 12, 24"
 
 
+@pytest.mark.model
+def test_sizes_by_device_are_those_that_are_allocated(
+    servers: tuple[str, ...], in_child: Run, demo_model: Path
+) -> None:
+    options = {"calibrate": False, "ratio": 4}
+    said, there = in_child("sized", servers=servers, model=str(demo_model), options=options)
+    assert said.keys() == there.keys() and len(said) == 2
+    for name, (weights, cache, compute, n_fused) in there.items():
+        assert said[name][:2] == [weights, cache] and said[name][3] == n_fused > 0
+        # of two devices' graphs, llama.cpp says up to 5 % more than it allocates
+        assert compute <= said[name][2] and sum(said[name][:3]) <= 1.03 * (weights + cache + compute)
+
+
 def test_layers_that_share_coefficients_are_on_one_device(servers: tuple[str, ...], in_child: Run) -> None:
     text = in_child("cut_group", servers=servers)
     assert "group 0 has layer 0 on RPC0" in text and "tensor_split" in text

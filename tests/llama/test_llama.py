@@ -13,6 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from xkv_gguf import Llama
@@ -307,15 +308,36 @@ def test_a_model_can_be_pickled(mode: str, open_llama: Open) -> None:
         copy.close()
 
 
-def test_states_of_plain_caches_can_be_saved(open_llama: Open) -> None:
-    llm = open_llama("f16")
+@pytest.mark.parametrize("mode", MODES)
+def test_states(mode: str, open_llama: Open) -> None:
+    """Saved, pickled, and loaded into another object, which goes on with the same tokens."""
+    llm, other = open_llama(mode), open_llama(mode)
     first = greedy(llm)
-    state = llm.save_state()
-    llm.reset()
-    llm("Something else", max_tokens=1)
-    llm.load_state(state)
-    assert llm.n_tokens == state.n_tokens
-    assert greedy(llm) == first
+    state = pickle.loads(pickle.dumps(llm.save_state()))
+    other("Something else", max_tokens=1)
+    other.load_state(state)
+    assert other.n_tokens == state.n_tokens == llm.n_tokens
+    counts = [llm.kv_report().n_exact, llm.kv_report().n_stored]
+    assert [other.kv_report().n_exact, other.kv_report().n_stored] == counts
+    more = [llm.tokenize(b" And when does it come back?", add_bos=False) for _ in range(2)]
+    for one, tokens in zip((llm, other), more, strict=True):
+        for _ in range(8):
+            one.eval(tokens)
+            tokens = [one.sample(temp=0.0)]
+    assert list(other.eval_tokens) == list(llm.eval_tokens)
+    assert greedy(other) == first
+
+
+def test_prompts_are_kept_in_a_cache(open_llama: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Llama-cpp-python's caches of states, in memory and on disk: a prompt is read once."""
+    for cache in (LlamaRAMCache(), LlamaDiskCache(str(tmp_path))):
+        llm = open_llama("xkv")
+        llm.set_cache(cache)
+        assert "seven" in greedy(llm).lower()
+        llm("Something else", max_tokens=1)
+        counts = count_evaluated(llm, monkeypatch)
+        assert "seven" in greedy(llm).lower()
+        assert sum(counts) < 40
 
 
 def test_embeddings_work_on_a_plain_cache(open_llama: Open) -> None:

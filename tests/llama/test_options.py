@@ -47,6 +47,8 @@ def test_the_size_target_is_what_was_given() -> None:
     [
         ({"ratio": 5, "budget": 100}, "xkv option ratio: budget is given as well"),
         ({"coef_ratio": 5, "quality": "low"}, "xkv option coef_ratio: quality is given as well"),
+        ({"memory": "8GiB", "ratio": 7}, "xkv options memory and ratio: one of them expected"),
+        ({"memory": "8GiB", "rank": 32, "types": "q8_0"}, "xkv options memory and rank: one of them expected"),
         ({"rank": 32, "types": "q8_0", "ratio": 4}, "xkv options rank and ratio: one of them expected"),
         ({"rank": "full"}, "xkv option rank: 'full', expected together with one type in types"),
         ({"rank": "64+half", "types": "f16"}, "xkv option rank: 'half', expected a whole number from 1"),
@@ -109,6 +111,8 @@ def test_options_for_tests_of_exactness() -> None:
         ("coef_ratio", "6", "expected a number of 1 or more"),
         ("budget", "26MB", "expected bytes or a size such as 26MiB"),
         ("budget", 0, "expected bytes"),
+        ("memory", "8GB", "expected bytes or a size such as 26MiB"),
+        ("memory", 0, "expected bytes"),
         ("quality", "best", "expected one of high, medium, low"),
         ("types", "q3_k", "one of f32, f16, q8_0, q5_0, q4_0, q2_0, q1_0 expected"),
         ("types", (), "at least one of"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_cpp.llama_cache import LlamaRAMCache
 
 from xkv_gguf import Llama, opening
 from xkv_gguf.errors import (
@@ -21,6 +19,7 @@ from xkv_gguf.errors import (
     SidecarError,
     SidecarMismatchError,
     SidecarVersionError,
+    StateError,
     UnsupportedError,
     XkvError,
 )
@@ -296,14 +295,21 @@ def test_groups_larger_than_the_model(demo_model: Path) -> None:
 
 
 @pytest.mark.model
-def test_states_of_an_xkv_cache(open_llama: Open) -> None:
-    llm = open_llama("xkv")
-    llm("Hello", max_tokens=2)
-    refused(UnsupportedError, "save_state: an xkv cache's state cannot be saved", llm.save_state)
-    state: Any = dataclasses.make_dataclass("State", [])()
-    refused(UnsupportedError, "load_state: ", lambda: llm.load_state(state))
-    refused(UnsupportedError, "set_cache: ", lambda: llm.set_cache(LlamaRAMCache()))
-    llm.set_cache(None)
+def test_states_that_cannot_be_taken(open_llama: Open) -> None:
+    llm, plain = open_llama("xkv"), open_llama("f16")
+    for one in (llm, plain):
+        one("Hello", max_tokens=2)
+    tokens, state, other = llm.n_tokens, llm.save_state(), plain.save_state()
+    refused(StateError, "a saved state: the state is not one of an xkv cache", lambda: llm.load_state(other))
+    refused(StateError, "a saved state: ", lambda: plain.load_state(state))
+    damaged = bytearray(state.llama_state)
+    damaged[-100] ^= 1
+    state.llama_state = bytes(damaged)
+    refused(StateError, "a saved state: the state is damaged", lambda: llm.load_state(state))
+    state.llama_state = bytes(damaged[:-7])
+    refused(StateError, "a saved state: ", lambda: llm.load_state(state))
+    assert llm.n_tokens == tokens
+    llm("Hello again", max_tokens=2)
 
 
 @pytest.mark.model

@@ -52,6 +52,8 @@ class Bases:
         for g in range(len(self.groups)):
             for kind in KINDS:
                 dim = len(self.basis[kind][g])
+                if dim == 0:
+                    continue
                 rows = types or ((min(rank or dim, dim), type_coef),)
                 segments += [Segment(g, kind, n, t, "f32") for n, t in rows]
         return ScopeParams(
@@ -87,7 +89,7 @@ def write_random(
 
     Scales of layers are between 1 / `widest` and `widest`. The file holds the first `held` directions, or all.
     Variances fall from 2 to 1, or as this power of the direction's number. `layers` are those that the cache holds, or
-    all. Means are of the sizes `mean_size`, by kind: 0 for V of models with sinks.
+    all. V without numbers is a part of K. Means are of the sizes `mean_size`, by kind: 0 for V of models with sinks.
     """
     rng = np.random.default_rng(seed)
     left = tuple(range(n_layer) if layers is None else layers)
@@ -103,9 +105,10 @@ def write_random(
             spectrum = np.arange(1, dim + 1) ** -fall if fall else np.linspace(2.0, 1.0, dim)
             basis[kind].append(np.linalg.qr(rng.normal(size=(dim, dim)))[0].astype(np.float32))
             mean[kind].append(rng.normal(0, mean_size[kind], dim).astype(np.float32))
-            arrays[tensor_name(g, kind, "basis")] = basis[kind][g][:held]
-            arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
-            arrays[tensor_name(g, kind, "spectrum")] = spectrum.astype(np.float32)
+            if dim > 0:
+                arrays[tensor_name(g, kind, "basis")] = basis[kind][g][:held]
+                arrays[tensor_name(g, kind, "mean")] = mean[kind][g]
+                arrays[tensor_name(g, kind, "spectrum")] = spectrum.astype(np.float32)
     scale = {kind: tuple((widest ** rng.uniform(-1, 1, n_layer)).astype(np.float32).tolist()) for kind in KINDS}
     info = SidecarInfo(
         fingerprint="0" * 64,

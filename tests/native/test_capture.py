@@ -14,7 +14,7 @@ from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import open_context
-from .tiny_models import MODELS, N_LAYER, N_ROT
+from .tiny_models import MODELS, N_LATENT, N_LAYER, N_ROT
 
 N_SINK = 4
 
@@ -39,6 +39,7 @@ def grams(name: str, frame: int, tiny: Callable[[str], Tiny], tokens: list[int])
         ("llama-gqa", slice(0, 32)),
         ("stablelm", slice(0, 16)),
         ("minicpm3", slice(64 - N_ROT, 64)),
+        ("deepseek2", slice(N_LATENT, N_LATENT + N_ROT)),
         ("gpt2", slice(0, 0)),
     ],
 )

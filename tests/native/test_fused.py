@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,21 @@ def test_types(types: tuple[tuple[int, str], ...], tiny: Callable[[str], Tiny], 
     found, expected = (few_queries(one, bases.params(types=types, fused=fused), tokens) for fused in (True, False))
     assert error(found, expected) < 0.5 * error(expected, plain) + 1e-3
     assert error(found, plain) < 1.2 * error(expected, plain) + 1e-3
+
+
+def test_each_layer_has_its_lead(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """With a tolerance of 1 nothing but the lead counts."""
+    one = tiny("llama")
+    params = replace(one.bases(2, 32).params(), tolerance=1.0)
+
+    def run(lead: int, *leads: int) -> np.ndarray:
+        return few_queries(one, replace(params, n_lead=lead, leads=leads), tokens)
+
+    short, long = run(32), run(64)
+    assert not np.array_equal(short, long)
+    np.testing.assert_array_equal(run(32, *(64,) * N_LAYER), long)
+    mixed = run(32, 64)
+    assert not np.array_equal(mixed, short) and not np.array_equal(mixed, long)
 
 
 @pytest.mark.parametrize("window", [GGML_F32, GGML_F16, GGML_Q8_0])

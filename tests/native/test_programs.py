@@ -19,9 +19,15 @@ def run(repo_root: Path, name: str, *arguments: str) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
-@pytest.mark.parametrize("name", ["xkv-test-select", "xkv-test-attn", "xkv-test-attn-cuda"])
+@pytest.mark.parametrize(
+    "name", ["xkv-test-select", "xkv-test-attn", "xkv-test-attn-cuda", "xkv-test-attn-metal", "xkv-test-shim-metal"]
+)
 def test_program(name: str, repo_root: Path) -> None:
     run(repo_root, name)
+
+
+def test_the_program_for_devices(repo_root: Path) -> None:
+    run(repo_root, "xkv-test-attn-device", "CPU")
 
 
 def test_some_layers(repo_root: Path, tiny: Callable[[str], Tiny]) -> None:

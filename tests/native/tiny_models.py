@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
 
+from tests.tiny import N_VOCAB as BYTE_VOCAB
+from tests.tiny import add_byte_tokenizer
+
 N_EMBD = 96
 N_HEAD = 3
 N_HEAD_KV = 1
@@ -21,10 +24,12 @@ N_ROT = 32
 """Of "minicpm3" and "plm": the numbers at the end of a key's head that RoPE turns."""
 N_LORA = 48
 """Of "minicpm3" and "plm": the latent vectors that heads are made from."""
+N_LATENT = 64
+"""Of "deepseek2": the latent vectors that a cache holds, each with N_ROT numbers that RoPE turns."""
 SINK_TOKEN = 7
 """Of "llama-sinks": its value is zero in the first layer, as attention sinks have it."""
 
-LARGE = ("attn_q.", "attn_q_b.", "attn_k.")
+LARGE = ("attn_q.", "attn_q_b.", "attn_k.", "attn_k_b.")
 """Parts of names: queries and keys large enough that attention is far from uniform."""
 
 Shapes = dict[str, tuple[int, ...]]
@@ -70,6 +75,8 @@ class Model:
     n_head, n_head_kv : int
     head_k, head_v : int
         Numbers of a head.
+    v_in_k : bool
+        Whether V is the first numbers of K.
     has_output : bool
         Whether the logits have weights of their own.
     """
@@ -81,6 +88,7 @@ class Model:
     head_k: int = N_EMBD_HEAD
     head_v: int = N_EMBD_HEAD
     has_output: bool = True
+    v_in_k: bool = False
 
     @property
     def embd_k(self) -> int:
@@ -89,8 +97,8 @@ class Model:
 
     @property
     def embd_v(self) -> int:
-        """Numbers of V per token and layer."""
-        return self.n_head_kv * self.head_v
+        """Numbers of V per token and layer that are kept."""
+        return 0 if self.v_in_k else self.n_head_kv * self.head_v
 
     @property
     def attention(self) -> Shapes:
@@ -98,7 +106,7 @@ class Model:
         return {
             "attn_q.weight": (self.n_head * self.head_k, N_EMBD),
             "attn_k.weight": (self.embd_k, N_EMBD),
-            "attn_v.weight": (self.embd_v, N_EMBD),
+            "attn_v.weight": (self.n_head_kv * self.head_v, N_EMBD),
             "attn_output.weight": (N_EMBD, self.n_head * self.head_v),
         }
 
@@ -111,10 +119,14 @@ def _llama3_factors(model: Model, _: GGUFWriter) -> tuple[Shapes, Shapes]:
     return NORMS | model.attention | GATED_FFN, {"rope_freqs.weight": (N_EMBD_HEAD // 2,)}
 
 
-def _yarn(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+def _add_yarn(writer: GGUFWriter) -> None:
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(4.0)
     writer.add_rope_scaling_orig_ctx_len(N_CTX // 4)
+
+
+def _yarn(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+    _add_yarn(writer)
     return NORMS | model.attention | GATED_FFN, {}
 
 
@@ -166,6 +178,34 @@ def _plm(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
     return NORMS | queries | _latent(model, writer) | UNGATED_FFN, {}
 
 
+def _deepseek2(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+    writer.add_rope_dimension_count(N_ROT)
+    writer.add_q_lora_rank(N_LORA)
+    writer.add_kv_lora_rank(N_LATENT)
+    writer.add_key_length_mla(N_EMBD_HEAD + N_ROT)
+    writer.add_value_length_mla(N_EMBD_HEAD)
+    writer.add_leading_dense_block_count(N_LAYER)
+    writer.add_expert_feed_forward_length(N_FF)
+    writer.add_expert_shared_count(1)
+    attention: Shapes = {
+        "attn_q_a.weight": (N_LORA, N_EMBD),
+        "attn_q_a_norm.weight": (N_LORA,),
+        "attn_q_b.weight": (model.n_head * (N_EMBD_HEAD + N_ROT), N_LORA),
+        "attn_kv_a_mqa.weight": (N_LATENT + N_ROT, N_EMBD),
+        "attn_kv_a_norm.weight": (N_LATENT,),
+        "attn_k_b.weight": (model.n_head, N_LATENT, N_EMBD_HEAD),
+        "attn_v_b.weight": (model.n_head, N_EMBD_HEAD, N_LATENT),
+        "attn_output.weight": (N_EMBD, model.n_head * N_EMBD_HEAD),
+    }
+    return NORMS | attention | GATED_FFN, {}
+
+
+def _deepseek2_yarn(model: Model, writer: GGUFWriter) -> tuple[Shapes, Shapes]:
+    _add_yarn(writer)
+    writer.add_rope_scaling_yarn_log_mul(0.1)
+    return _deepseek2(model, writer)
+
+
 MODELS = {
     "llama": Model("llama", _llama),
     "llama-gqa": Model("llama", _llama, n_head=10, n_head_kv=2),
@@ -179,6 +219,8 @@ MODELS = {
     "stablelm": Model("stablelm", _stablelm),
     "gpt2": Model("gpt2", _gpt2, n_head_kv=N_HEAD),
     "minicpm3": Model("minicpm3", _minicpm3, n_head_kv=N_HEAD, head_k=32 + N_ROT),
+    "deepseek2": Model("deepseek2", _deepseek2, head_k=N_LATENT + N_ROT, head_v=N_LATENT, v_in_k=True),
+    "deepseek2-yarn": Model("deepseek2", _deepseek2_yarn, head_k=N_LATENT + N_ROT, head_v=N_LATENT, v_in_k=True),
 }
 # a group of all layers is wider than online bases turn as a whole
 WIDE = {"llama-wide": Model("llama", _llama, n_head=3, n_head_kv=3, head_k=128, head_v=128)}
@@ -186,8 +228,9 @@ WIDE = {"llama-wide": Model("llama", _llama, n_head=3, n_head_kv=3, head_k=128, 
 REFUSED = {"plm": Model("plm", _plm, n_head_kv=N_HEAD, head_k=32 + N_ROT, has_output=False)}
 
 
-def write_model(name: str, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """Write the model called `name`; returns its tensors by name, arrays of f32."""
+def write_model(name: str, path: Path, seed: int = 0, text: bool = False) -> dict[str, np.ndarray]:
+    """Write the model called `name`, with a byte tokenizer if it is for text; returns its tensors by name, f32."""
+    n_vocab = BYTE_VOCAB if text else N_VOCAB
     kind = (MODELS | WIDE | REFUSED)[name]
     writer = GGUFWriter(path, kind.arch)
     writer.add_context_length(N_CTX)
@@ -199,13 +242,16 @@ def write_model(name: str, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
     writer.add_key_length(kind.head_k)
     writer.add_value_length(kind.head_v)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(N_VOCAB)
-    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(n_vocab)
+    if text:
+        add_byte_tokenizer(writer)
+    else:
+        writer.add_tokenizer_model("none")
     layer, model = kind.build(kind, writer)
     shapes: Shapes = {
-        "token_embd.weight": (N_VOCAB, N_EMBD),
+        "token_embd.weight": (n_vocab, N_EMBD),
         "output_norm.weight": (N_EMBD,),
-        **({"output.weight": (N_VOCAB, N_EMBD)} if kind.has_output else {}),
+        **({"output.weight": (n_vocab, N_EMBD)} if kind.has_output else {}),
         **model,
         **{f"blk.{il}.{key}": shape for il in range(N_LAYER) for key, shape in layer.items()},
     }

@@ -91,6 +91,17 @@ def test_the_published_figures_of_smollm2() -> None:
     assert dense == pytest.approx(9.2, abs=0.4)
 
 
+def test_groups_have_the_lead_of_their_device() -> None:
+    one = Attention(leads=(64, 64, 128))
+    assert (one.of((0, 1)).lead, one.of((2,)).lead, Attention(96).of((2,)).lead) == (64, 128, 96)
+    both = [decode_work(SHAPE, LAYERS, SEGMENTS, 64, Attention(lead)) for lead in (64, 128)]
+    mixed = decode_work(SHAPE, LAYERS, SEGMENTS, 64, one)
+    # the second group has fewer directions than either lead
+    assert mixed == both[0] != both[1]
+    charges = work_charges(SHAPE, LAYERS, 64, one, 512)
+    assert (charges[0, "k"].lead, charges[1, "k"].lead) == (64, 128)
+
+
 # ---- charges
 
 

@@ -107,6 +107,7 @@ class Recorder:
                     for s in (p.segments[i] for i in range(p.n_segment))
                 ],
                 "places": (p.n_keep, p.n_cell, p.n_slot),
+                "leads": (p.n_lead, [p.leads[i] for i in range(p.n_leads)]),
                 **{name: getattr(p, name) for name in ("frame", "n_sink", "n_text_sink", "n_window", "n_absorb")},
                 **{name: getattr(p, name) for name in ("online", "n_prior", "fused")},
             }
@@ -122,7 +123,9 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Recorder(ffi)
     monkeypatch.setattr(native, "native", lambda: native.Native(ffi, library))
     off = {"online": False, "fused": False}
-    with native.scope(scope_params(sidecar="Zoë.gguf", n_text_sink=5, n_window=48, n_prior=7, **off)):
+    with native.scope(
+        scope_params(sidecar="Zoë.gguf", n_text_sink=5, n_window=48, n_prior=7, n_lead=96, leads=(64, 128), **off)
+    ):
         assert library.n_end == 0
     with native.scope(scope_params(sidecar=None, layers=((0, 3), (2,)), frame=128)):
         pass
@@ -141,6 +144,7 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
             }.items()
         ],
         "places": (128, 640, 512),
+        "leads": (96, [64, 128]),
         "frame": 0,
         "n_sink": 4,
         "n_text_sink": 5,
@@ -152,6 +156,7 @@ def test_parameters_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert (alone["sidecar"], alone["layers"], alone["count"]) == (None, [0, 3, 2], [2, 1])
     assert (alone["frame"], alone["online"]) == (128, 1)
+    assert alone["leads"] == (128, [])
 
 
 def test_the_library_checks_for_itself(sidecar: Path) -> None:
@@ -167,6 +172,9 @@ def test_the_library_checks_for_itself(sidecar: Path) -> None:
         {"n_prior": -1},
         {"n_slot": 0},
         {"n_slot": 100},
+        {"tolerance": 0.001, "n_lead": 0},
+        {"tolerance": 0.001, "n_lead": 100},
+        {"tolerance": 0.001, "leads": (64, 100)},
         {"segments": ()},
         {"segments": segments[1:]},
         {"segments": (Segment(0, "k", 0, "q8_0"), *segments[1:])},

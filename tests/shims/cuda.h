@@ -1,15 +1,10 @@
-// As much of CUDA as our kernels need, on the CPU: blocks one after the other, threads as fibers (fibers.h). Shared memory begins as
-// NaN and its pieces end in guard zones. Faults can be planted, to see that tests find them.
+// As much of CUDA as our kernels need, on the CPU (blocks.h).
 
 #pragma once
 
-#include "fibers.h"
+#include "cuda_mma.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <map>
-#include <set>
 
 #define __global__
 #define __device__
@@ -18,13 +13,16 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+struct alignas(8) float2 {
+    float x, y;
 };
 
-struct float2 {
-    float x, y;
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 
 struct alignas(16) float4 {
@@ -44,172 +42,6 @@ typedef void * cudaStream_t;
 struct half {
     uint16_t bits;
 };
-
-namespace xkv_shim {
-
-struct fault {
-    int         skip_barrier = 0;  // a place that all threads leave out
-    int         lone_thread  = -1; // only this one
-    int         lane         = 0;  // shuffles are off by this
-    int         thread       = 0;  // threadIdx.x of every 32nd thread is off by this
-    int         block        = 0;  // blockIdx.x is off by this, where the grid is not of one
-    std::string kernel;            // which one; all if empty
-};
-
-struct region {
-    const uint8_t * begin;
-    const uint8_t * end;
-};
-
-struct state {
-    fibers::block              block;
-    fibers::order              order = fibers::order::forward;
-    fault                      planted;
-    bool                       faulty = false; // the kernel that runs
-    std::string                error;          // the first one
-    std::map<int, std::string> barriers;       // those that were met, by place
-    std::vector<uint8_t>       shared;
-    std::vector<region>        regions; // where guard zones are: shared memory, then what a test adds
-    std::set<const uint8_t *>  guards;  // of 64 bytes
-
-    dim3 grid, threads, index;
-};
-
-inline state now;
-
-inline state & get() {
-    return now;
-}
-
-static constexpr int place(const char * file, int line) {
-    unsigned res = (unsigned) line;
-    for (; *file; ++file) {
-        res = res * 31 + (unsigned char) *file;
-    }
-    return (int) (res >> 1);
-}
-
-static const int guard_bytes = 64;
-
-static inline void guard(const void * p) {
-    state & s = get();
-    for (const region & r : s.regions) {
-        if ((const uint8_t *) p >= r.begin && (const uint8_t *) p + guard_bytes <= r.end) {
-            s.guards.insert((const uint8_t *) p);
-        }
-    }
-}
-
-static inline void check_guards() {
-    state & s = get();
-    for (const uint8_t * p : s.guards) {
-        for (int i = 0; i < guard_bytes; ++i) {
-            if (p[i] != 0xff && s.error.empty()) {
-                s.error = "a write past the end of a piece of memory";
-            }
-        }
-    }
-}
-
-static inline dim3 thread_index() {
-    const state & s = get();
-    const int     i = s.block.now;
-    return dim3(i + (s.faulty && i % 32 == 7 ? s.planted.thread : 0));
-}
-
-static inline dim3 block_index() {
-    const state & s   = get();
-    dim3          res = s.index;
-    if (s.faulty && s.grid.x > 1) {
-        res.x = std::min(res.x + s.planted.block, s.grid.x - 1);
-    }
-    return res;
-}
-
-static inline bool left_out(int place, const char * name) {
-    state & s = get();
-    if (s.barriers.count(place) == 0) {
-        s.barriers[place] = name;
-    }
-    return s.faulty && s.planted.skip_barrier == place && (s.planted.lone_thread < 0 || s.planted.lone_thread == s.block.now);
-}
-
-static inline void barrier(int place, const char * name) {
-    if (!left_out(place, name)) {
-        get().block.wait(fibers::waiting::block, place);
-    }
-}
-
-static inline int barrier_or(bool x, int place, const char * name) {
-    const int * any = get().block.vote(x);
-    barrier(place, name);
-    return *any;
-}
-
-template <typename T> static inline T shuffle(T x, int lane, int place) {
-    static_assert(sizeof(T) <= 8, "a value for a shuffle is too large");
-    const state & s    = get();
-    uint64_t      bits = 0;
-    memcpy(&bits, &x, sizeof(x));
-    const uint64_t * list = get().block.share(bits, place);
-    T                res;
-    memcpy(&res, &list[(lane + (s.faulty ? s.planted.lane : 0)) & 31], sizeof(res));
-    return res;
-}
-
-static inline unsigned ballot(bool x, int place) {
-    const uint64_t * list = get().block.share(x, place);
-    unsigned         res  = 0;
-    for (int i = 0; i < fibers::n_lane; ++i) {
-        res |= (unsigned) (list[i] != 0) << i;
-    }
-    return res;
-}
-
-static inline int lane() {
-    return get().block.now % fibers::n_lane;
-}
-
-static inline void launch(const char * name, dim3 grid, dim3 threads, size_t shared, std::function<void()> body) {
-    state & s = get();
-    if (!s.error.empty()) {
-        return;
-    }
-    const int n = (int) (threads.x * threads.y * threads.z);
-    if (n > 1024 || n % 32 != 0 || shared > (48 << 10) + 32 * guard_bytes || (uint64_t) grid.x * grid.y * grid.z == 0) {
-        s.error = std::string(name) + ": a launch that a card refuses";
-        return;
-    }
-    s.faulty     = s.planted.kernel.empty() || s.planted.kernel == name;
-    s.grid       = grid;
-    s.threads    = threads;
-    s.block.body = std::move(body);
-
-    const auto outer = s.guards;
-    s.shared.resize(shared + 256);
-    uint8_t * begin = (uint8_t *) (((uintptr_t) s.shared.data() + 127) / 128 * 128);
-    s.regions.insert(s.regions.begin(), region{ begin, begin + shared });
-    for (unsigned z = 0; z < grid.z && s.error.empty(); ++z) {
-        for (unsigned y = 0; y < grid.y && s.error.empty(); ++y) {
-            for (unsigned x = 0; x < grid.x && s.error.empty(); ++x) {
-                s.index  = dim3(x, y, z);
-                s.guards = outer;
-                memset(s.shared.data(), 0xff, s.shared.size());
-                s.block.run(n, s.order, x * 7919 + y * 31 + z + 1);
-                s.error = s.block.error.empty() ? "" : std::string(name) + ": " + s.block.error;
-                check_guards();
-            }
-        }
-    }
-    s.guards = outer;
-    s.regions.erase(s.regions.begin());
-}
-
-static inline void * shared_memory() {
-    return (void *) get().regions[0].begin;
-}
-
-} // namespace xkv_shim
 
 #define XKV_LAUNCH(kernel, grid, block, smem, stream, ...)                                                                                 \
     xkv_shim::launch(#kernel, grid, block, smem, [&] { kernel(__VA_ARGS__); });                                                            \
@@ -248,23 +80,36 @@ using std::max;
 using std::min;
 
 static inline float __half2float(half h) {
-    const uint32_t sign = (uint32_t) (h.bits & 0x8000) << 16;
-    const uint32_t exp  = (h.bits >> 10) & 31;
-    const uint32_t mant = h.bits & 0x3ff;
-    if (exp == 0) {
-        const float x = (float) mant * 0x1p-24f;
-        return sign ? -x : x;
-    }
-    const uint32_t bits = sign | (exp == 31 ? 0x7f800000u : (exp + 112) << 23) | mant << 13;
-    float          res;
-    memcpy(&res, &bits, sizeof(res));
-    return res;
+    return xkv_shim::from_half(h.bits);
+}
+
+static inline half __float2half(float x) {
+    return { xkv_shim::to_half(x) };
 }
 
 static inline float __uint_as_float(uint32_t x) {
     float res;
     memcpy(&res, &x, sizeof(res));
     return res;
+}
+
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t res;
+    memcpy(&res, &x, sizeof(res));
+    return res;
+}
+
+static inline int __float_as_int(float x) {
+    return (int) __float_as_uint(x);
+}
+
+static inline float __int_as_float(int x) {
+    return __uint_as_float((uint32_t) x);
+}
+
+static inline int __float2int_rn(float x) {
+    const int off = xkv_shim::struck() ? xkv_shim::get().planted.code : 0;
+    return x == x ? (int) std::nearbyint(std::min(std::max(x, -2e9f), 2e9f)) + off : 0;
 }
 
 static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
@@ -276,11 +121,19 @@ static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
     return res;
 }
 
+static inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+
 static inline int __dp4a(int x, int y, int sum) {
     for (int i = 0; i < 4; ++i) {
         sum += (int) (int8_t) (x >> 8 * i) * (int) (int8_t) (y >> 8 * i);
     }
-    return sum;
+    return sum + (xkv_shim::struck() ? xkv_shim::get().planted.dot : 0);
 }
 
 template <typename T> static inline T atomicAdd(T * p, T x) {

@@ -36,12 +36,13 @@ typedef std::vector<uint8_t> stack;
 
 // what the lanes of a warp give each other, for two operations in turn
 struct warp_slots {
-    uint64_t value[2][n_lane];
+    uint64_t value[2][2 * n_lane];
 };
 
 struct block {
-    std::vector<fiber>      all;
-    std::vector<stack>      stacks; // those of the largest block so far
+    std::vector<fiber>      all; // those of the largest block so far
+    std::vector<stack>      stacks;
+    int                     n_now = 0; // of this block
     std::vector<warp_slots> warps;
     std::function<void()>   body;
     jmp_buf                 main;
@@ -49,7 +50,7 @@ struct block {
     int                     votes[3]; // of the block, in turn
     std::string             error;
 
-    int n() const { return (int) all.size(); }
+    int n() const { return n_now; }
 
     __attribute__((noinline)) void back() {
         if (_setjmp(all[now].at) == 0) {
@@ -63,12 +64,13 @@ struct block {
         back();
     }
 
-    // a lane's value and those of the others
-    uint64_t * share(uint64_t value, int place) {
+    // a lane's value and those of the others; behind them a second one of each
+    uint64_t * share(uint64_t value, int place, uint64_t second = 0) {
         fiber &    f    = all[now];
         uint64_t * list = warps[now / n_lane].value[f.n_op++ & 1];
 
-        list[now % n_lane] = value;
+        list[now % n_lane]          = value;
+        list[now % n_lane + n_lane] = second;
         wait(waiting::warp, place);
         return list;
     }
@@ -134,34 +136,41 @@ private:
         setcontext(&f.context);
     }
 
+    // goes on with the next block, since to make a fiber takes longer than most of them
     static void entry() {
-        block * b = current();
-        b->body();
-        b->all[b->now].wait = waiting::done;
-        b->back();
+        while (true) {
+            block * b = current();
+            b->body();
+            b->all[b->now].wait = waiting::done;
+            b->back();
+        }
     }
 
     void begin(int n_thread) {
         current() = this;
         error.clear();
-        all.resize(n_thread);
+        n_now = n_thread;
+        while ((int) all.size() < n_thread) {
+            all.emplace_back();
+            all.back().started = false;
+            stacks.emplace_back(64 << 10);
+        }
         warps.resize((n_thread + n_lane - 1) / n_lane);
         std::fill(votes, votes + 3, 0);
         for (int i = 0; i < n_thread; ++i) {
             fiber & f = all[i];
-            if (i == (int) stacks.size()) {
-                stacks.emplace_back(64 << 10);
+            if (!f.started || f.wait != waiting::done) {
+                getcontext(&f.context);
+                f.context.uc_stack.ss_sp   = stacks[i].data();
+                f.context.uc_stack.ss_size = stacks[i].size();
+                f.context.uc_link          = nullptr;
+                makecontext(&f.context, entry, 0);
+                f.started = false;
             }
-            getcontext(&f.context);
-            f.context.uc_stack.ss_sp   = stacks[i].data();
-            f.context.uc_stack.ss_size = stacks[i].size();
-            f.context.uc_link          = nullptr;
-            makecontext(&f.context, entry, 0);
-            f.started = false;
-            f.wait    = waiting::no;
-            f.place   = 0;
-            f.n_op    = 0;
-            f.n_or    = 0;
+            f.wait  = waiting::no;
+            f.place = 0;
+            f.n_op  = 0;
+            f.n_or  = 0;
         }
     }
 
@@ -169,14 +178,16 @@ private:
     bool release() {
         int done  = 0;
         int place = 0;
-        for (const fiber & f : all) {
+        for (int i = 0; i < n(); ++i) {
+            const fiber & f = all[i];
             done += f.wait == waiting::done;
             place = f.wait == waiting::block ? f.place : place;
         }
         if (done == n()) {
             return false;
         }
-        for (const fiber & f : all) {
+        for (int i = 0; i < n(); ++i) {
+            const fiber & f = all[i];
             if (f.wait == waiting::warp) {
                 error = "some lanes of a warp wait for others";
             } else if (f.wait == waiting::block && f.place != place) {
@@ -186,8 +197,9 @@ private:
         if (done > 0 && error.empty()) {
             error = "a barrier that not all threads reach";
         }
-        for (fiber & f : all) {
-            f.wait = waiting::no;
+        // one that has not come stays where it is, and is made anew for the next block
+        for (int i = 0; i < n() && error.empty(); ++i) {
+            all[i].wait = waiting::no;
         }
         return error.empty();
     }

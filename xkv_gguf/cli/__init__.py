@@ -22,6 +22,7 @@ PROGRAM = "xkv-gguf"
 VERBS = {
     "convert": "calibrate a model and write its sidecar",
     "inspect": "show what is in a sidecar or model",
+    "fit": "tell which caches and contexts fit into a memory",
     "run": "answer one prompt",
     "chat": "chat in the terminal",
     "bench": "measure speed and memory of caches side by side",

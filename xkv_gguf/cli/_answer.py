@@ -17,9 +17,9 @@ from ._args import (
     OPTIONS,
     add_adaptation,
     add_devices,
+    add_memory_size,
     add_model,
     add_sidecar,
-    add_size,
     add_threads,
     check_counts,
     device_settings,
@@ -84,7 +84,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, temp: float) -> None:
         metavar="N",
         help=f"context in tokens, 0 for the model's own (default: {DEFAULT_N_CTX}, at most the model's own)",
     )
-    add_size(parser, "none of them takes what the sidecar was made for")
+    add_memory_size(parser, "none of them takes what the sidecar was made for")
     model = parser.add_argument_group("generation")
     add_threads(model)
     add_devices(model)

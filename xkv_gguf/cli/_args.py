@@ -19,6 +19,7 @@ OPTIONS = {
     "coef_ratio": "--coef-ratio",
     "budget": "--budget",
     "quality": "--quality",
+    "memory": "--memory",
     "calibrate": "--no-calibration",
     "online": "--no-online",
 }
@@ -89,16 +90,30 @@ def add_adaptation(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument("--no-online", action="store_true", help=f"keep bases as calibrated, whatever the {what} is")
 
 
-def add_size(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --ratio, --coef-ratio, --budget and --quality, of which one can be given; `default` says what none means."""
+def add_size(parser: argparse.ArgumentParser, default: str) -> argparse._ActionsContainer:
+    """Add --ratio, --coef-ratio, --budget and --quality, of which one can be given; `default` says what none means.
+
+    Returns their group.
+    """
     group = parser.add_argument_group("cache size", f"One of these; {default}.").add_mutually_exclusive_group()
     group.add_argument("--ratio", type=float, metavar="R", help="f16's bytes over all bytes of the cache at n_ctx")
     group.add_argument(
         "--coef-ratio", type=float, metavar="R", help="f16's bytes per token over those of the coefficients alone"
     )
-    group.add_argument("--budget", type=_size, metavar="BYTES", help="all bytes of the cache, such as 26MiB or 1.5GiB")
+    group.add_argument("--budget", type=size, metavar="BYTES", help="all bytes of the cache, such as 26MiB or 1.5GiB")
     names = ", ".join(f"{name} (coef-ratio {ratio:g})" for name, ratio in QUALITIES.items())
     group.add_argument("--quality", metavar="NAME", help=names)
+    return group
+
+
+def add_memory_size(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add what `add_size` does, and --memory, for which a context has to be opened."""
+    add_size(parser, default).add_argument(
+        "--memory",
+        type=size,
+        metavar="BYTES",
+        help="all bytes of model, cache and compute buffers: the cache takes the rest",
+    )
 
 
 def size_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +124,8 @@ def size_values(args: argparse.Namespace) -> dict[str, Any]:
 def xkv_values(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments say of an xkv cache, by the names of `XkvOptions`."""
     values = {**({} if args.sidecar is None else {"sidecar": args.sidecar}), **size_values(args)}
+    if args.memory is not None:
+        values["memory"] = args.memory
     if args.no_calibration:
         values["calibrate"] = False
     if args.no_online:
@@ -162,5 +179,6 @@ def with_sidecar(spec: CacheSpec, sidecar: str | None) -> CacheSpec:
     return replace(spec, options={**spec.options, "sidecar": sidecar})
 
 
-def _size(text: str) -> int | str:
+def size(text: str) -> int | str:
+    """A size as it is written: a whole number becomes one."""
     return int(text) if text.isdecimal() else text

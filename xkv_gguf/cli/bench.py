@@ -27,9 +27,9 @@ from ._args import (
     add_adaptation,
     add_caches,
     add_devices,
+    add_memory_size,
     add_model,
     add_sidecar,
-    add_size,
     add_threads,
     check_counts,
     device_settings,
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-ctx", type=int, default=8192, metavar="N", help="context in tokens (default: %(default)s)")
     add_sidecar(parser, "xkv caches that name none")
     add_adaptation(parser, "text")
-    add_size(parser, "for xkv without a size of its own; none takes what the sidecar was made for")
+    add_memory_size(parser, "for xkv without a size of its own; none takes what the sidecar was made for")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,8 +134,9 @@ def with_common(spec: CacheSpec, common: Mapping[str, Any]) -> CacheSpec:
     if spec.kv_mode != "xkv":
         return spec
     left_out = {"sidecar"}
-    if any(name in spec.options for name in (*TARGETS, "rank")):
-        left_out |= set(TARGETS)
+    sizes = {*TARGETS, "memory"}
+    if any(name in spec.options for name in (*sizes, "rank")):
+        left_out |= sizes
     if "sidecar" in spec.options:
         left_out.add("calibrate")
     options = {**{name: value for name, value in common.items() if name not in left_out}, **spec.options}

@@ -91,6 +91,10 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     yield from format_table(rows, "<>" + ">" * len(contexts))
 
 
+OF_K = ["those of K", "", ""]
+"""What stands for V that is a part of K."""
+
+
 def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     """A plan as text."""
     yield (
@@ -114,7 +118,12 @@ def plan_lines(plan: dict[str, Any]) -> Iterable[str]:
     for group in plan["groups"]:
         row = [name_layers(group["layers"])]
         for kind in ("k", "v"):
-            row += [segment_text(group[f"segments_{kind}"]), str(group[f"dim_{kind}"]), f"{group[f'kept_{kind}']:.2%}"]
+            kept = group[f"kept_{kind}"]
+            row += (
+                [segment_text(group[f"segments_{kind}"]), str(group[f"dim_{kind}"]), f"{kept:.2%}"]
+                if kept is not None
+                else OF_K
+            )
         rows.append(row)
     yield from format_table(rows, "<>>>>>>")
 

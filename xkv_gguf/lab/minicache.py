@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..plan.segments import KINDS
 from ..report import KvPart, KvReport
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class MergedLayers:
         context: Any = _Context(self._llm)
         n = self._llm.n_tokens
         with Capture(context, [[il] for il in layers], dims, FRAME, 0) as capture:
-            for kind in ("k", "v"):
+            for kind in KINDS if any(dims["v"]) else KINDS[:1]:  # V that is a part of K goes with it
                 for g in _pairs(len(layers)):
                     pair = capture.get(0, g, kind, 0, n), capture.get(0, g + 1, kind, 0, n)
                     *merged, far = merge(*pair)

@@ -63,7 +63,7 @@ class Candidate:
             layers=self.groups.layers,
             spectra={
                 kind: tuple(
-                    np.ones(dim) if spectra is None else spectra[g, kind]
+                    np.ones(dim) if spectra is None or dim == 0 else spectra[g, kind]
                     for g, dim in enumerate(self.groups.dims[kind])
                 )
                 for kind in KINDS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..errors import OptionError
-from .segments import Kind, Layers
+from .segments import KINDS, Kind, Layers
 from .sizes import ModelShape
 
 GROUP_SIZE = 5
@@ -76,6 +76,10 @@ class LayerGroups:
             return [sum(embd[il] for il in group) for group in layers]
 
         return cls(tuple(layers), {"k": dims(embd_k), "v": dims(embd_v)}, {"k": tuple(embd_k), "v": tuple(embd_v)})
+
+    def kinds(self, group: int) -> tuple[Kind, ...]:
+        """What is kept of a group: K, and V unless it is a part of K."""
+        return tuple(kind for kind in KINDS if self.dims[kind][group] > 0)
 
     def sizes(self, group: int, kind: Kind) -> list[int]:
         """Numbers per token of each layer of a group."""

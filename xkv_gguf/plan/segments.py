@@ -57,7 +57,7 @@ class Statistics:
     layers : tuple of tuple of int
         Of each group.
     spectra : dict of str to tuple of ndarray
-        By kind and group: variance along each of the group's D directions, descending.
+        By kind and group: variance along each of the group's D directions, descending. Empty for V that is a part of K.
     weights : dict of str to tuple of float
         By kind and group: what one unit of relative distortion costs.
     frame : int
@@ -229,7 +229,7 @@ def _segments(
 ) -> tuple[Segment, ...]:
     """Segments of steps by source and type, shape (N, T)."""
     segments = []
-    for row, (g, kind) in zip(counts, _sources(stats), strict=True):
+    for row, (g, kind) in zip(counts, sources(stats), strict=True):
         left = stats.most(g, kind)
         for name, n in zip(names, row, strict=True):
             if n > 0:
@@ -256,7 +256,7 @@ def same_rank(
         The rank is no multiple of what the type needs, or the type cannot be used for V.
     """
     segments = []
-    for g, kind in _sources(stats):
+    for g, kind in sources(stats):
         step, dim = granule(type_name, kind, stats.frame), stats.most(g, kind)
         wanted = rank[KINDS.index(kind)] if isinstance(rank, tuple) else rank
         if step == 0:
@@ -275,7 +275,7 @@ def distortion(stats: Statistics, segments: Sequence[Segment]) -> float:
 
     Dropped directions lose theirs, stored ones the noise of their type and of their basis's.
     """
-    done = dict.fromkeys(_sources(stats), 0)
+    done = dict.fromkeys(sources(stats), 0)
     lost = sum(float(stats.variances(*source).sum()) for source in done)
     for segment in segments:
         source = (segment.group, segment.kind)
@@ -285,41 +285,42 @@ def distortion(stats: Statistics, segments: Sequence[Segment]) -> float:
     return max(0.0, lost)
 
 
-def _sources(stats: Statistics) -> list[tuple[int, Kind]]:
-    return [(g, kind) for g in range(len(stats.layers)) for kind in KINDS]
+def sources(stats: Statistics) -> list[tuple[int, Kind]]:
+    """Groups and kinds that are stored, K before V: V that is a part of K is not."""
+    return [(g, kind) for g in range(len(stats.layers)) for kind in KINDS if stats.dim(g, kind) > 0]
 
 
 def _problem(
     stats: Statistics, types: Sequence[str], max_segments: int, prices: Prices
 ) -> tuple[Problem, tuple[str, ...]]:
     """The plan in steps of 32 directions, and the types that its columns stand for."""
-    sources = _sources(stats)
+    found = sources(stats)
     steps = {(kind, t): granule(t, kind, stats.frame) for kind in KINDS for t in types}
-    for kind in KINDS:
+    for kind in {kind for _, kind in found}:
         if not any(steps[kind, t] for t in types):
             raise OptionError(
                 f"coefficient types {'+'.join(types)}: none has blocks that fit into chunks of {stats.frame} tokens, "
                 f"as {kind.upper()} needs; allow a type with smaller blocks"
             )
-    dims = np.array([stats.dim(*source) for source in sources])
+    dims = np.array([stats.dim(*source) for source in found])
     # a segment may end inside a block where the directions end, so the last block counts as whole
     longest = max(step for step in steps.values()) // STEP
-    most = np.array([stats.most(*source) for source in sources])
+    most = np.array([stats.most(*source) for source in found])
     n_step = int(-(-most.max() // STEP)) + longest - 1
-    gains = np.zeros((len(sources), n_step))
-    for i, source in enumerate(sources):
+    gains = np.zeros((len(found), n_step))
+    for i, source in enumerate(found):
         padded = np.zeros(n_step * STEP)
         padded[: most[i]] = stats.variances(*source)[: most[i]]
         gains[i] = padded.reshape(n_step, STEP).sum(axis=1)
-    costs = np.empty((len(sources), len(types), n_step))
+    costs = np.empty((len(found), len(types), n_step))
     for j, t in enumerate(types):
         basis_bytes = TYPES[prices.bases[t]].bytes * prices.basis_sets
         costs[:, j] = STEP * (TYPES[t].bytes * prices.slots + basis_bytes * dims[:, None])
     keep = np.array([1 - TYPES[t].noise - TYPES[prices.bases[t]].noise for t in types])
-    granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in sources])
+    granules = np.array([[steps[kind, t] // STEP for t in types] for _, kind in found])
     ends = -(-most // STEP)
-    charges = np.zeros((len(sources), n_step))
-    for i, source in enumerate(sources):
+    charges = np.zeros((len(found), n_step))
+    for i, source in enumerate(found):
         if source in prices.charges:
             charges[i] = prices.slots * prices.charges[source].steps(n_step)
     return Problem(gains, costs, charges, keep, granules, ends, min(max_segments, len(types))), tuple(types)

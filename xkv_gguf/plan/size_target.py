@@ -84,8 +84,8 @@ def one_target(values: Mapping[str, Any]) -> SizeTarget | None:
     return SizeTarget.of(given[0], values[given[0]]) if given else None
 
 
-def parse_bytes(value: object) -> int:
-    """Bytes from a whole number or a text such as "26MiB" or "1.5GiB".
+def parse_bytes(value: object, name: str = "budget") -> int:
+    """Bytes from a whole number or a text such as "26MiB" or "1.5GiB"; `name` is what an error names.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def parse_bytes(value: object) -> int:
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         count = float(match[1]) * _UNITS[match[2].lower()]
     if not 1 <= count < 2**63:
-        raise OptionError(f"budget: {value!r}, expected bytes or a size such as 26MiB or 1.5GiB")
+        raise OptionError(f"{name}: {value!r}, expected bytes or a size such as 26MiB or 1.5GiB")
     return int(count)
 
 

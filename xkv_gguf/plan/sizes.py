@@ -32,7 +32,7 @@ class ModelShape:
     Attributes
     ----------
     embd_k, embd_v : tuple of int
-        K and V of each layer.
+        K and V of each layer; V is 0 where it is the first numbers of each head of K, and not kept by itself.
     embd_out : tuple of int
         Output of attention of each layer, before its projection: heads times head size of V.
     head_k, head_v : int
@@ -79,7 +79,8 @@ def known_shape(found: ModelShape | None, embd_k: Sequence[int], embd_v: Sequenc
     k, v = tuple(embd_k), tuple(embd_v)
     if found is not None and (found.embd_k, found.embd_v) == (k, v):
         return found
-    return ModelShape(k, v, v, math.gcd(*k), math.gcd(*v))
+    out = tuple(of_v or of_k for of_k, of_v in zip(k, v, strict=True))
+    return ModelShape(k, v, out, math.gcd(*k), math.gcd(*v) or math.gcd(*k))
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def transit_bytes(shape: ModelShape, layout: CacheLayout) -> int:
 
 
 def mean_bytes(shape: ModelShape) -> int:
-    """Bytes of the means: f32, of K and V, and of V as it is added to the output of each layer."""
-    return 4 * (shape.numbers + sum(shape.embd_out))
+    """Bytes of the means: f32, of K and V, and of V as it is added to the output of each layer that keeps V."""
+    return 4 * (shape.numbers + sum(out for out, v in zip(shape.embd_out, shape.embd_v, strict=True) if v > 0))
 
 
 def store_bytes(

@@ -8,7 +8,7 @@ micro-batch of more than a few tokens makes K and V of every layer from all dire
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .coef_types import TYPES
 from .segments import KINDS, Charge, Kind, Layers, Segment, stored_rank
@@ -45,15 +45,22 @@ class Attention:
         Directions of K and of V that count for every token.
     tolerance : float
         0: all directions count for all tokens.
+    leads : tuple of int
+        The lead of each layer, by its device's; empty where it is `lead` for all.
     """
 
     lead: int = 128
     tolerance: float = 0.001
+    leads: tuple[int, ...] = ()
 
     @property
     def dense(self) -> bool:
         """Whether all directions count for all tokens."""
         return self.tolerance == 0
+
+    def of(self, group: Layers) -> Attention:
+        """That of a group's layers, which are on one device."""
+        return replace(self, lead=self.leads[group[0]], leads=()) if self.leads else self
 
     def split(self, rank: int) -> tuple[int, int]:
         """Directions that count for every token, and the rest."""
@@ -81,6 +88,19 @@ CPU = DeviceRates(50e9, 10e9)
 """A core: 40 to 60 G multiply-adds a second were measured with AVX-512; its share of the memory's rate is assumed."""
 
 DEFAULT_ATTENTION = Attention()
+
+METAL_LEAD = 64
+"""A lead of 64 takes 0.6 of the multiply-adds of one of 128 where a tenth is refined, for a divergence a quarter higher
+(2.5 and 1.6 times plain attention's; 0.0024 and 0.0030 of SmolLM2 at 7.5x and a tolerance of 0.0025)."""
+
+
+def device_lead(name: str) -> int:
+    """Directions that count for every token on a ggml device of that name.
+
+    Apple's GPUs have as much memory bandwidth as others and a small part of their arithmetic, so that decoding there is
+    short of multiply-adds first. What is behind an RPC server is not known.
+    """
+    return METAL_LEAD if name.startswith("MTL") else DEFAULT_ATTENTION.lead
 
 
 def plain_work(shape: ModelShape) -> Work:
@@ -116,7 +136,7 @@ def decode_work(
     for g, group in enumerate(layers):
         for kind in KINDS:
             own = [s for s in segments if (s.group, s.kind) == (g, kind)]
-            n_lead, n_rest = attention.split(sum(map(stored_rank, own)))
+            n_lead, n_rest = _of_group(shape, group, attention).split(sum(map(stored_rank, own)))
             per_direction = _decode_adds(shape, group, kind, frame)
             multiply_adds += per_direction * (n_lead + REFINED * n_rest)
             lead, rest = _bytes_up_to(own, n_lead)
@@ -176,19 +196,26 @@ def work_charges(
         for kind in KINDS:
             decode = _decode_adds(shape, group, kind, frame)
             prefill = shape.dim(kind, group) / n_ubatch
-            share = 1.0 if attention.dense else REFINED
+            share = 1.0 if _of_group(shape, group, attention).dense else REFINED
             charges[g, kind] = Charge(
-                lead=attention.lead,
+                lead=_of_group(shape, group, attention).lead,
                 within=bytes_per_add * (decode + prefill),
                 beyond=bytes_per_add * (share * decode + prefill),
             )
     return charges
 
 
+def _of_group(shape: ModelShape, group: Layers, attention: Attention) -> Attention:
+    """How few queries meet a group's tokens: where V is a part of K, by stock ops, which take all directions."""
+    own = attention.of(group)
+    return own if shape.dim("v", group) > 0 else replace(own, tolerance=0.0)
+
+
 def _decode_adds(shape: ModelShape, group: Layers, kind: Kind, frame: int) -> float:
     """Multiply-adds of a decoded token per direction and stored token, in all layers of a group."""
     n_head = sum(map(shape.n_head, group))
-    return n_head * (1 + shape.head_k / frame) if kind == "k" else float(n_head)
+    both = shape.dim("v", group) == 0  # directions of K serve V as well
+    return n_head * (1 + both + shape.head_k / frame) if kind == "k" else float(n_head)
 
 
 def _bytes_up_to(segments: Sequence[Segment], rank: int) -> tuple[float, float]:

@@ -51,8 +51,8 @@ class Device:
 
 
 DEVICE_KINDS = ("cpu", "gpu", "igpu", "rpc", "other")
-BACKENDS_WITH_OP = ("CPU", "CUDA")
-"""Of ggml: those for which there are kernels of XKV_ATTN."""
+BACKENDS_WITH_OP = ("CPU", "CUDA", "MTL")
+"""Of ggml, MTL is Metal: those for which there are kernels of XKV_ATTN."""
 
 
 def devices() -> list[Device]:
@@ -97,13 +97,15 @@ class DevicePart:
     ----------
     name : str
         Of the device's memory.
-    cache, compute : int
-        Bytes of the KV cache, with the cells through which a micro-batch passes, and of compute buffers.
+    weights, cache, compute : int
+        Bytes of the model's tensors, of the KV cache, with the cells through which a micro-batch passes, and of compute
+        buffers.
     n_layer, n_fused : int
         Of an xkv cache: layers whose K and V are there, and those of them whose attention is the op XKV_ATTN.
     """
 
     name: str
+    weights: int
     cache: int
     compute: int
     n_layer: int
@@ -111,14 +113,17 @@ class DevicePart:
 
 
 def context_devices(context: int) -> list[DevicePart]:
-    """What a context with any KV cache has on each device, by the device's name."""
+    """What a context with any KV cache, and its model, have on each device, by the device's name."""
     api = native.native()
     ctx = api.context(context)
     count = api.ffi.new("uint32_t *", 0)
     native.check_status(api.lib.xkv_context_devices(ctx, api.ffi.NULL, count))
     parts = api.ffi.new("struct xkv_device_part[]", count[0])
     native.check_status(api.lib.xkv_context_devices(ctx, parts, count))
-    return [DevicePart(api.text(p.name), int(p.cache), int(p.compute), int(p.n_layer), int(p.n_fused)) for p in parts]
+    return [
+        DevicePart(api.text(p.name), int(p.weights), int(p.cache), int(p.compute), int(p.n_layer), int(p.n_fused))
+        for p in parts
+    ]
 
 
 def context_splits(context: int) -> int:

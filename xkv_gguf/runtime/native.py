@@ -66,6 +66,8 @@ class ScopeParams:
     fused : int
         The kinds of device on which attention is the op XKV_ATTN, where they have it: the sum of `FUSED_CPU`,
         `FUSED_RPC` and `FUSED_OTHER`, or 0.
+    leads : tuple of int
+        In place of `n_lead`, of each layer of the model; empty where it is the same for all.
     """
 
     segments: tuple[Segment, ...]
@@ -82,6 +84,7 @@ class ScopeParams:
     fused: int = FUSED_CPU
     tolerance: float = 0.0
     n_lead: int = 128
+    leads: tuple[int, ...] = ()
     layers: tuple[tuple[int, ...], ...] = ()
     frame: int = 0
     stages: tuple[Stage, ...] = ()
@@ -154,6 +157,11 @@ def last_error() -> str:
     return api.text(api.lib.xkv_last_error())
 
 
+def clear_last_error() -> None:
+    """Forget it, before a call of llama.cpp that does not clear it."""
+    native().lib.xkv_clear_error()
+
+
 def check_status(code: int) -> None:
     """Raise the exception that belongs to a status code, with the library's text; do nothing for OK."""
     if code == STATUS_OK:
@@ -175,6 +183,7 @@ def scope(params: ScopeParams) -> Iterator[None]:
     sidecar = api.ffi.NULL if params.sidecar is None else api.ffi.new("char[]", os.fsencode(params.sidecar))
     layers, count = layer_lists(api, params.layers)
     segments = _segments(api, params.segments)
+    leads = api.ffi.new("uint32_t[]", params.leads)
     early = [_segments(api, stage.segments) if stage.segments else api.ffi.NULL for stage in params.stages]
     stages = api.ffi.new(
         "struct xkv_stage[]",
@@ -202,6 +211,8 @@ def scope(params: ScopeParams) -> Iterator[None]:
         "fused": int(params.fused),
         "tolerance": params.tolerance,
         "n_lead": params.n_lead,
+        "leads": leads,
+        "n_leads": len(leads),
         "n_keep": params.n_keep,
         "n_cell": params.n_cell,
         "n_slot": params.n_slot,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ModelError, UnsupportedError
 from ..plan.sizes import ModelShape
@@ -42,8 +43,14 @@ class Layer:
 
 
 @contextmanager
-def peek(path: str | os.PathLike[str]) -> Iterator[int]:
+def peek(path: str | os.PathLike[str], **fields: Any) -> Iterator[int]:
     """Open a model file without its weights; yields the llama_model.
+
+    Parameters
+    ----------
+    path : str or path
+    **fields
+        Of llama_model_params.
 
     Raises
     ------
@@ -53,6 +60,8 @@ def peek(path: str | os.PathLike[str]) -> Iterator[int]:
     params = lib.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = LOAD_MODE_NONE
+    for name, value in fields.items():
+        setattr(params, name, value)
     with log.collect(quiet=True) as lines:
         model = lib.llama_model_load_from_file(os.fspath(path).encode(), params)
     if not model:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..plan.groups import FRAMES
-from ..plan.segments import Kind, Layers
+from ..plan.segments import KINDS, Kind, Layers
 from ..plan.size_target import DEFAULT_TARGET, SizeTarget
 from ..plan.sizes import PLAN_CTX
 
@@ -62,7 +62,8 @@ class SidecarInfo:
     fingerprint, architecture, name : str
         Of the model.
     embd_k, embd_v : tuple of int
-        K and V numbers per token, by layer; 0 for a layer that has none in the cache, and is in no group.
+        K and V numbers per token, by layer; both 0 for a layer that has none in the cache, and is in no group. V alone
+        0 where it is the first numbers of each head of K, as in latents (MLA), and has no arrays of its own.
     group_size : int
         Most layers in a group.
     frame, n_sink : int
@@ -116,6 +117,10 @@ class SidecarInfo:
         embd = self.embd_k if kind == "k" else self.embd_v
         return sum(embd[il] for il in self.groups[group].layers)
 
+    def kinds(self, group: int) -> tuple[Kind, ...]:
+        """What a group has arrays of: K, and V unless it is a part of K."""
+        return tuple(kind for kind in KINDS if self.dim(group, kind) > 0)
+
 
 def tensor_name(group: int, kind: str, part: str) -> str:
     """Name of an array in the file; `part` is "basis", "mean" or "spectrum"."""
@@ -140,8 +145,8 @@ def check_info(info: SidecarInfo) -> None:
     if len(info.embd_k) != len(info.embd_v):
         raise ValueError(f"has {len(info.embd_k)} layers with K and {len(info.embd_v)} with V")
     for layer, (k, v) in enumerate(zip(info.embd_k, info.embd_v, strict=True)):
-        if (k < 1) != (v < 1):
-            raise ValueError(f"layer {layer} has {k} numbers of K and {v} of V, both or neither expected")
+        if k < 1 <= v:
+            raise ValueError(f"layer {layer} has {k} numbers of K and {v} of V, none without K expected")
     if not any(info.embd_k):
         raise ValueError(f"has {info.n_layer} layers and none with K and V, at least one expected")
     for kind, scales in (("K", info.scale_k), ("V", info.scale_v)):
@@ -171,6 +176,8 @@ def check_info(info: SidecarInfo) -> None:
                 f"group {i} has layers {', '.join(map(str, g.layers))}, "
                 "ascending ones with K and V expected that are in no other group"
             )
+        if len({info.embd_v[il] > 0 for il in own}) > 1:
+            raise ValueError(f"group {i} has layers with V and without, one of both expected")
         left -= own
     if left:
         raise ValueError(f"has no group for layer {min(left)}")

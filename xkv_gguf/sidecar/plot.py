@@ -34,6 +34,8 @@ def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
     info = sidecar.info
     for axis, kind in zip(axes, KINDS, strict=True):
         for g, group in enumerate(info.groups):
+            if kind not in info.kinds(g):
+                continue
             spectrum = np.asarray(sidecar.spectrum(g, kind), dtype=np.float64)
             share = spectrum / max(spectrum.sum(), np.finfo(np.float64).tiny)
             ends = np.cumsum([segment.rank for segment in plan.of(g, kind)])
@@ -42,10 +44,12 @@ def plot_spectra(sidecar: Sidecar, plan: CachePlan, path: Path) -> None:
             line = axis.semilogy(x[share > 0], share[share > 0], lw=1.2, label=label)[0]
             ends = ends[share[ends - 1] > 0]
             axis.plot(ends, share[ends - 1], "o", ms=4, color=line.get_color())
-        axis.set_title(f"{kind.upper()}, {len(info.groups)} groups")
+        n_group = sum(kind in info.kinds(g) for g in range(len(info.groups)))
+        axis.set_title(f"{kind.upper()}, {n_group} groups" if n_group else "V is a part of K")
         axis.set_xlabel("direction")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if n_group:
+            axis.legend(fontsize=7)
     axes[0].set_ylabel("share of the variance")
     figure.suptitle(f"{info.name or info.architecture}: spectra, dots where segments end")
     save_figure(figure, path)

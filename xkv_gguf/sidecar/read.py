@@ -73,7 +73,11 @@ class Sidecar:
         """What a plan needs to know."""
         info = self.info
         spectra: dict[Kind, tuple[Array, ...]] = {
-            kind: tuple(np.asarray(self.spectrum(g, kind)) for g in range(len(info.groups))) for kind in KINDS
+            kind: tuple(
+                np.asarray(self.spectrum(g, kind)) if kind in info.kinds(g) else np.zeros(0)
+                for g in range(len(info.groups))
+            )
+            for kind in KINDS
         }
         return Statistics(
             layers=tuple(g.layers for g in info.groups),
@@ -81,7 +85,10 @@ class Sidecar:
             weights={"k": tuple(g.weight_k for g in info.groups), "v": tuple(g.weight_v for g in info.groups)},
             frame=info.frame,
             kld_scale=info.kld_scale,
-            held={kind: tuple(self.held(g, kind) for g in range(len(info.groups))) for kind in KINDS},
+            held={
+                kind: tuple(self.held(g, kind) if kind in info.kinds(g) else 0 for g in range(len(info.groups)))
+                for kind in KINDS
+            },
         )
 
     def check_model(self, model: str | Path) -> None:
@@ -250,7 +257,8 @@ def _check_tensors(path: Path, header: GgufHeader, info: SidecarInfo) -> None:
     floats = (GGMLQuantizationType.F16, GGMLQuantizationType.F32)
     expected: dict[str, tuple[tuple[int, ...], tuple[GGMLQuantizationType, ...]]] = {}
     for g in range(len(info.groups)):
-        for kind, dim in (("k", info.dim(g, "k")), ("v", info.dim(g, "v"))):
+        for kind in info.kinds(g):
+            dim = info.dim(g, kind)
             basis = header.tensors.get(tensor_name(g, kind, "basis"))
             rank = basis.shape[1] if basis is not None and len(basis.shape) == 2 else dim
             expected[tensor_name(g, kind, "basis")] = ((dim, min(max(rank, 1), dim)), floats)

@@ -14,7 +14,6 @@ from gguf import GGUFValueType, GGUFWriter
 
 from ..base.files import check_writable, replacing
 from ..errors import SidecarError
-from ..plan.segments import KINDS
 from .info import ARCHITECTURE, FILE_TYPE, FORMAT_VERSION, SidecarInfo, check_info, tensor_name
 from .read import DIGEST_AT, file_digest
 
@@ -87,7 +86,7 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
     names = [
         tensor_name(g, kind, part)
         for g in range(len(info.groups))
-        for kind in KINDS
+        for kind in info.kinds(g)
         for part in ("basis", "mean", "spectrum")
     ]
     if set(names) != set(arrays):

@@ -30,7 +30,9 @@ static inline void xkv_cu_set_segments(xkv_cu_attn & a, const xkv_attn_params & 
             const ggml_type tc    = xkv_attn_type(i);
             const ggml_type tb    = xkv_attn_type(basis);
 
-            a.segments[kd][a.n_segment[kd]++] = { i, basis, a.rank[kd], (int) r, at, at_base };
+            a.segments[kd][a.n_segment[kd]++]                        = { i, basis, a.rank[kd], (int) r, at, at_base };
+            (i > XKV_CU_F16 ? a.coef_ints : a.coef_floats)[kd]       = true;
+            (basis > XKV_CU_F16 ? a.basis_ints : a.basis_floats)[kd] = true;
             a.rank[kd] += (int) r;
             at += kd == XKV_CU_K ? xkv_tile_bytes(tc, a.n_chunk, r) : xkv_tile_bytes(tc, r, a.n_chunk);
             if (!a.plain) {
@@ -68,6 +70,7 @@ static inline xkv_cu_attn xkv_cu_attn_args(const ggml_tensor * t) {
     const ggml_tensor * turn  = t->src[6];
     const ggml_tensor * fill  = t->src[7];
     const ggml_tensor * mean  = t->src[8];
+    const ggml_tensor * sinks = t->src[9];
 
     xkv_cu_attn a   = {};
     a.dst           = (float *) t->data;
@@ -82,6 +85,8 @@ static inline xkv_cu_attn xkv_cu_attn_args(const ggml_tensor * t) {
     a.n_exact       = (int) t->src[1]->ne[2];
     a.scale         = par.scale;
     a.tolerance     = par.tolerance;
+    a.softcap       = par.softcap;
+    a.sinks         = sinks ? (const float *) sinks->data : nullptr;
     a.n_chunk       = par.n_chunk;
     a.neox          = par.flags & XKV_ATTN_ROPE_NEOX;
     a.plain         = par.flags & XKV_ATTN_PLAIN;
@@ -124,7 +129,10 @@ static inline xkv_cu_attn xkv_cu_attn_args(const ggml_tensor * t) {
 // whether the kernels can do it
 static inline bool xkv_cu_attn_can(const ggml_tensor * t) {
     const auto rows = [](const ggml_tensor * x) {
-        return (x->type == GGML_TYPE_F32 || x->type == GGML_TYPE_F16 || x->type == GGML_TYPE_Q8_0) && x->nb[0] == ggml_type_size(x->type);
+        // numbers are read two at a time
+        const size_t step = x->type == GGML_TYPE_Q8_0 ? 2 : 4;
+        return (x->type == GGML_TYPE_F32 || x->type == GGML_TYPE_F16 || x->type == GGML_TYPE_Q8_0) && x->nb[0] == ggml_type_size(x->type) &&
+               x->nb[1] % step == 0 && x->nb[2] % step == 0 && x->nb[3] % step == 0;
     };
     const ggml_tensor * q    = t->src[0];
     const ggml_tensor * m    = t->src[3];
@@ -133,12 +141,16 @@ static inline bool xkv_cu_attn_can(const ggml_tensor * t) {
         !ggml_is_contiguous(t) || (m->type != GGML_TYPE_F32 && m->type != GGML_TYPE_F16)) {
         return false;
     }
-    xkv_attn_params par;
-    memcpy(&par, t->op_params, sizeof(par));
-    if (par.softcap != 0.0f || t->src[9]) {
-        return false;
-    }
     const xkv_cu_attn a = xkv_cu_attn_args(t);
+    // queries and directions of V are rounded in blocks that stay in a segment
+    for (int kd = 0; kd < 2; ++kd) {
+        for (int is = 0; is < a.n_segment[kd]; ++is) {
+            const xkv_cu_segment & seg = a.segments[kd][is];
+            if (seg.first % 32 != 0 && (seg.type > XKV_CU_F16 || seg.type_basis > XKV_CU_F16)) {
+                return false;
+            }
+        }
+    }
     return !coef || (coef->nb[1] % 4 == 0 && coef->nb[2] % 4 == 0 && a.n_chunk % 32 == 0 && a.n_chunk <= XKV_CU_MAX_CHUNK &&
                      a.rank[XKV_CU_V] <= XKV_CU_MAX_RANK);
 }

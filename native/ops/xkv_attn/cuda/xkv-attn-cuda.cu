@@ -4,7 +4,7 @@
 
 bool ggml_cuda_xkv_attn_supported(int device, const ggml_tensor * op) {
     const auto & card = ggml_cuda_info().devices[device];
-    return card.warp_size == XKV_CU_WARP && card.smpb >= XKV_CU_SHARED && xkv_cu_attn_can(op);
+    return card.cc >= GGML_CUDA_CC_TURING && card.warp_size == XKV_CU_WARP && card.smpb >= XKV_CU_SHARED && xkv_cu_attn_can(op);
 }
 
 void ggml_cuda_xkv_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

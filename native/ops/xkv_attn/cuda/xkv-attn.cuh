@@ -54,6 +54,7 @@ struct xkv_cu_attn {
     const char *    turn;  // nullptr without RoPE
     const char *    fill;
     const float *   mean;
+    const float *   sinks; // nullptr: none
     float *         dst;
 
     size_t nb_q[3];    // by head, token and stream
@@ -64,6 +65,7 @@ struct xkv_cu_attn {
 
     float scale;
     float tolerance;
+    float softcap; // 0: none
 
     int dim[2]; // numbers of a head
     int n_head, n_head_kv, n_gqa, n_tps, n_stream;
@@ -78,6 +80,9 @@ struct xkv_cu_attn {
     size_t         head_coef[2]; // plain: bytes between KV heads in a chunk
     size_t         head_basis[2];
     size_t         kind_basis[2]; // where the bases of a kind begin
+
+    // by kind, whether there are tiles of integers, of floats: of coefficients, of bases
+    bool coef_ints[2], coef_floats[2], basis_ints[2], basis_floats[2];
 };
 
 // bytes of device memory that a run needs; n_sm: multiprocessors of the card

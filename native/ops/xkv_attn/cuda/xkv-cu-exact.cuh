@@ -2,23 +2,26 @@
 
 #pragma once
 
-#include "xkv-cu-chunk.cuh"
+#include "xkv-cu-decode.cuh"
 
 #define XKV_CU_EXACT_THREADS 128
 #define XKV_CU_EXACT_BLOCK   32 // tokens, one for each lane of a warp
+#define XKV_CU_VECS          8  // queries that a block of threads has
 
-// numbers of a head that a thread sums
-#define XKV_CU_EXACT_OWN (XKV_CU_MAX_HEAD / XKV_CU_EXACT_THREADS)
+// pairs of numbers of a head that a thread sums
+#define XKV_CU_EXACT_OWN (XKV_CU_MAX_HEAD / XKV_CU_EXACT_THREADS / 2)
 
-static __device__ __forceinline__ float xkv_cu_exact_at(const xkv_cu_exact & x, const char * row, int d) {
+// numbers d and d + 1 of a row, d even
+static __device__ __forceinline__ float2 xkv_cu_exact_two(const xkv_cu_exact & x, const char * row, int d) {
     switch (x.type) {
     case XKV_CU_F32:
-        return ((const float *) row)[d];
+        return make_float2(((const float *) row)[d], ((const float *) row)[d + 1]);
     case XKV_CU_F16:
-        return xkv_cu_half(row + 2 * d);
+        return xkv_cu_two_halves(row + 2 * d);
     default: { // Q8_0
         const char * block = row + d / 32 * 34;
-        return xkv_cu_half(block) * (float) *(const int8_t *) (block + 2 + d % 32);
+        const float  f     = xkv_cu_half(block);
+        return make_float2(f * (float) *(const int8_t *) (block + 2 + d % 32), f * (float) *(const int8_t *) (block + 3 + d % 32));
     }
     }
 }
@@ -51,21 +54,23 @@ struct xkv_cu_exact_shared {
 // by a warp: scores of a token
 static __device__ void xkv_cu_exact_score(const xkv_cu_attn & a, const xkv_cu_exact_shared & c, const char * row, int n, int k) {
     float acc[XKV_CU_VECS] = {};
-    for (int d = xkv_cu_lane(); d < a.dim[XKV_CU_K]; d += XKV_CU_WARP) {
-        const float x = xkv_cu_exact_at(a.exact[XKV_CU_K], row, d);
+    for (int d = 2 * xkv_cu_lane(); d < a.dim[XKV_CU_K]; d += 2 * XKV_CU_WARP) {
+        const float2 x = xkv_cu_exact_two(a.exact[XKV_CU_K], row, d);
 #pragma unroll
         for (int i = 0; i < XKV_CU_VECS; ++i) {
             if (i < n) {
-                acc[i] += x * c.q[i * a.dim[XKV_CU_K] + d];
+                const float2 y = *(const float2 *) (c.q + i * a.dim[XKV_CU_K] + d);
+                acc[i] += x.x * y.x + x.y * y.y;
             }
         }
     }
 #pragma unroll
     for (int i = 0; i < XKV_CU_VECS; ++i) {
         if (i < n) {
-            acc[i] = xkv_cu_sum(acc[i]);
-            if (xkv_cu_lane() == 0) {
-                c.score[i * XKV_CU_EXACT_BLOCK + k] += acc[i];
+            acc[i]    = xkv_cu_sum(acc[i]);
+            float * x = c.score + i * XKV_CU_EXACT_BLOCK + k;
+            if (xkv_cu_lane() == 0 && *x > -INFINITY) {
+                *x += xkv_cu_cap(a, acc[i]);
             }
         }
     }
@@ -89,7 +94,7 @@ static __global__ void __launch_bounds__(XKV_CU_EXACT_THREADS)
     xkv_cu_arena              arena = { (char *) shared };
     const xkv_cu_exact_shared c(a, arena);
 
-    float acc[XKV_CU_EXACT_OWN][XKV_CU_VECS] = {};
+    float2 acc[XKV_CU_EXACT_OWN][XKV_CU_VECS] = {};
     for (int i = 0; i < n; ++i) {
         const float * x = xkv_cu_query_row(a, xkv_cu_find_query(a, j0 + i).out, s);
         for (int d = threadIdx.x; d < dk; d += blockDim.x) {
@@ -121,7 +126,7 @@ static __global__ void __launch_bounds__(XKV_CU_EXACT_THREADS)
             const float x   = c.score[i * XKV_CU_EXACT_BLOCK + xkv_cu_lane()];
             const float old = c.max[i];
             const float max = fmaxf(old, xkv_cu_max(x));
-            const float p   = x > -INFINITY ? expf(x - max) : 0.0f;
+            const float p   = x == -INFINITY ? 0.0f : expf(x - max);
             const float sum = xkv_cu_sum(p);
 
             c.score[i * XKV_CU_EXACT_BLOCK + xkv_cu_lane()] = p;
@@ -134,20 +139,24 @@ static __global__ void __launch_bounds__(XKV_CU_EXACT_THREADS)
         __syncthreads();
 #pragma unroll
         for (int o = 0; o < XKV_CU_EXACT_OWN; ++o) {
-            const int d = threadIdx.x + o * XKV_CU_EXACT_THREADS;
+            const int d = 2 * (threadIdx.x + o * XKV_CU_EXACT_THREADS);
             if (d >= dv) {
                 break;
             }
 #pragma unroll
             for (int i = 0; i < XKV_CU_VECS; ++i) {
-                acc[o][i] *= i < n ? c.factor[i] : 0.0f;
+                const float f = i < n ? c.factor[i] : 0.0f;
+                acc[o][i]     = make_float2(acc[o][i].x * f, acc[o][i].y * f);
             }
+#pragma unroll 2
             for (int k = 0; k < n_k; ++k) {
-                const float v = xkv_cu_exact_at(a.exact[XKV_CU_V], xkv_cu_exact_row(a.exact[XKV_CU_V], k0 + k, head, s), d);
+                const float2 v = xkv_cu_exact_two(a.exact[XKV_CU_V], xkv_cu_exact_row(a.exact[XKV_CU_V], k0 + k, head, s), d);
 #pragma unroll
                 for (int i = 0; i < XKV_CU_VECS; ++i) {
                     if (i < n) {
-                        acc[o][i] += c.score[i * XKV_CU_EXACT_BLOCK + k] * v;
+                        const float p = c.score[i * XKV_CU_EXACT_BLOCK + k];
+                        acc[o][i].x += p * v.x;
+                        acc[o][i].y += p * v.y;
                     }
                 }
             }
@@ -165,9 +174,9 @@ static __global__ void __launch_bounds__(XKV_CU_EXACT_THREADS)
         }
 #pragma unroll
         for (int o = 0; o < XKV_CU_EXACT_OWN; ++o) {
-            const int d = threadIdx.x + o * XKV_CU_EXACT_THREADS;
+            const int d = 2 * (threadIdx.x + o * XKV_CU_EXACT_THREADS);
             if (d < dv) {
-                b.exact[at * dv + d] = acc[o][i];
+                *(float2 *) (b.exact + at * dv + d) = acc[o][i];
             }
         }
     }

@@ -21,16 +21,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// pieces of shared or device memory; on the CPU each ends in a guard zone
+// pieces of shared or device memory; on the CPU each ends in a guard zone, unless others have the same memory
 struct xkv_cu_arena {
     char * at;
+    bool   guarded = true;
 
     template <typename T> __host__ __device__ T * take(size_t n) {
         T * res = (T *) at;
         at += (n * sizeof(T) + 15) / 16 * 16;
-        XKV_GUARD(at);
-        at += XKV_GUARD_BYTES;
+        guard();
         return res;
+    }
+
+    __host__ __device__ void guard() {
+        if (guarded) {
+            XKV_GUARD(at);
+            at += XKV_GUARD_BYTES;
+        }
     }
 };
 
@@ -59,6 +66,13 @@ static __device__ __forceinline__ float xkv_cu_sum(float x, int width = XKV_CU_W
 static __device__ __forceinline__ float xkv_cu_max(float x) {
     for (int i = XKV_CU_WARP / 2; i > 0; i /= 2) {
         x = fmaxf(x, __shfl_xor_sync(XKV_CU_ALL, x, i));
+    }
+    return x;
+}
+
+static __device__ __forceinline__ int xkv_cu_max(int x) {
+    for (int i = XKV_CU_WARP / 2; i > 0; i /= 2) {
+        x = max(x, __shfl_xor_sync(XKV_CU_ALL, x, i));
     }
     return x;
 }

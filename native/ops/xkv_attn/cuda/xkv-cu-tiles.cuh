@@ -1,11 +1,11 @@
-// Tiles on CUDA (xkv-tiles.h): 16 rows by one quantization block. A warp reads the words of 16 rows side by side.
+// Tiles on CUDA (xkv-tiles.h): 16 rows by one quantization block. A warp reads the words of 16 rows side by side, which is also how
+// tensor cores want them: as a of xkv-cu-mma.cuh.
 
 #pragma once
 
 #include "xkv-attn.cuh"
 
-// vectors that a warp multiplies with a tile at a time
-#define XKV_CU_VECS 8
+#define XKV_CU_TILE_ROWS 16
 
 static __host__ __device__ constexpr int xkv_cu_cols(int type) {
     return type <= XKV_CU_F16 ? 16 : type <= XKV_CU_Q4_0 ? 32 : type == XKV_CU_Q2_0 ? 64 : 128;
@@ -22,6 +22,15 @@ static __host__ __device__ inline size_t xkv_cu_rows_bytes(int type, int n_col) 
 
 static __device__ __forceinline__ float xkv_cu_half(const void * p) {
     return __half2float(*(const half *) p);
+}
+
+// at an even place
+static __device__ __forceinline__ float2 xkv_cu_two_halves(const void * p) {
+    struct alignas(4) two {
+        half x, y;
+    };
+    const two h = *(const two *) p;
+    return make_float2(__half2float(h.x), __half2float(h.y));
 }
 
 // byte i of a word as a number: put into the mantissa of 2^23
@@ -69,61 +78,39 @@ template <int type> static __device__ __forceinline__ float4 xkv_cu_four(const u
                        (xkv_cu_byte(w, 3) - zero) * d);
 }
 
-template <int type>
-static __device__ __forceinline__ void xkv_cu_dot_type(const uint8_t * __restrict__ tiles, int n_col, const float * y, int ldy,
-                                                       uint32_t mask, float (&acc)[XKV_CU_VECS]) {
-    constexpr int cols = xkv_cu_cols(type);
-
-    const int row = xkv_cu_lane() % 16;
-    const int odd = xkv_cu_lane() / 16;
-    for (int c = 0; c < n_col; c += cols, tiles += xkv_cu_tile_bytes(type)) {
-#pragma unroll 4
-        for (int j = 0; j < cols / 8; ++j) {
-            const int     k = 2 * j + odd;
-            const float4  x = xkv_cu_four<type>(tiles, row, k);
-            const float * v = y + c + 4 * k;
-#pragma unroll
-            for (int i = 0; i < XKV_CU_VECS; ++i) {
-                if (mask >> i & 1) {
-                    const float4 z = *(const float4 *) (v + i * ldy);
-                    acc[i] += x.x * z.x;
-                    acc[i] += x.y * z.y;
-                    acc[i] += x.z * z.z;
-                    acc[i] += x.w * z.w;
-                }
-            }
-        }
-    }
+// what codes have more than the numbers they stand for; those of q8_0 come out signed
+static __device__ constexpr int xkv_cu_zero(int type) {
+    return type == XKV_CU_Q5_0 ? 16 : type == XKV_CU_Q4_0 ? 8 : type == XKV_CU_Q8_0 ? 0 : 1;
 }
 
-// By a warp: adds the products of 16 rows, whose n_col columns are in tiles that follow each other, and the vectors y in mask. The
-// two lanes of a row have half of the sum each, see xkv_cu_both.
-static __device__ __forceinline__ void xkv_cu_dot(int type, const uint8_t * tiles, int n_col, const float * y, int ldy, uint32_t mask,
-                                                  float (&acc)[XKV_CU_VECS]) {
-    switch (type) {
-    case XKV_CU_F32:
-        return xkv_cu_dot_type<XKV_CU_F32>(tiles, n_col, y, ldy, mask, acc);
-    case XKV_CU_F16:
-        return xkv_cu_dot_type<XKV_CU_F16>(tiles, n_col, y, ldy, mask, acc);
-    case XKV_CU_Q8_0:
-        return xkv_cu_dot_type<XKV_CU_Q8_0>(tiles, n_col, y, ldy, mask, acc);
-    case XKV_CU_Q5_0:
-        return xkv_cu_dot_type<XKV_CU_Q5_0>(tiles, n_col, y, ldy, mask, acc);
-    case XKV_CU_Q4_0:
-        return xkv_cu_dot_type<XKV_CU_Q4_0>(tiles, n_col, y, ldy, mask, acc);
-    case XKV_CU_Q2_0:
-        return xkv_cu_dot_type<XKV_CU_Q2_0>(tiles, n_col, y, ldy, mask, acc);
-    default:
-        return xkv_cu_dot_type<XKV_CU_Q1_0>(tiles, n_col, y, ldy, mask, acc);
-    }
-}
-
-// sums of both lanes of a row
-static __device__ __forceinline__ void xkv_cu_both(uint32_t mask, float (&acc)[XKV_CU_VECS]) {
+// Codes of 32 columns, the part-th of the tile. Words 2j and 2j + 1 of a row, with j = lane % 4, are the halves of the depth.
+template <int type> static __device__ __forceinline__ void xkv_cu_codes(const uint8_t * __restrict__ tile, int part, uint32_t (&a)[4]) {
+    const uint32_t * u = (const uint32_t *) (tile + 32) + xkv_cu_lane() / 4;
+    const int        j = xkv_cu_lane() % 4;
 #pragma unroll
-    for (int i = 0; i < XKV_CU_VECS; ++i) {
-        if (mask >> i & 1) {
-            acc[i] += __shfl_xor_sync(XKV_CU_ALL, acc[i], 16);
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t * w = u + 8 * i;
+        if (type == XKV_CU_Q8_0) {
+            a[i]     = w[32 * j] ^ 0x80808080u;
+            a[i + 2] = w[32 * j + 16] ^ 0x80808080u;
+        } else if (type == XKV_CU_Q5_0) {
+            const uint32_t fifth = w[64] >> 2 * j;
+
+            a[i]     = (w[16 * j] & 0x0F0F0F0Fu) | (fifth & 0x01010101u) << 4;
+            a[i + 2] = (w[16 * j] >> 4 & 0x0F0F0F0Fu) | (fifth >> 1 & 0x01010101u) << 4;
+        } else if (type == XKV_CU_Q4_0) {
+            a[i]     = w[16 * j] & 0x0F0F0F0Fu;
+            a[i + 2] = w[16 * j] >> 4 & 0x0F0F0F0Fu;
+        } else if (type == XKV_CU_Q2_0) {
+            const uint32_t x = w[16 * (2 * part + j / 2)] >> j % 2 * 4;
+
+            a[i]     = x & 0x03030303u;
+            a[i + 2] = x >> 2 & 0x03030303u;
+        } else { // Q1_0, codes 0 and 2
+            const uint32_t x = w[16 * part] >> 2 * j;
+
+            a[i]     = (x & 0x01010101u) << 1;
+            a[i + 2] = x & 0x02020202u;
         }
     }
 }

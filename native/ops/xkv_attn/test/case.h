@@ -9,6 +9,14 @@
 #include <random>
 #include <vector>
 
+// numbers that 8 bits hold as they are, so that rounding can hide no error
+enum xkv_whole {
+    XKV_WHOLE_NONE,
+    XKV_WHOLE_QUERIES, // whole numbers, and a direction is a number of a head: scores lose nothing
+    XKV_WHOLE_WEIGHTS, // queries are 0: all weights are the same
+    XKV_WHOLE_SUMS,    // and so are sums of V, but for their signs; its bases are any
+};
+
 struct xkv_case {
     int64_t   n_stored = 256; // tokens there is room for
     int64_t   n_exact  = 48;
@@ -28,6 +36,7 @@ struct xkv_case {
     bool      full                      = false; // all chunks are full
     bool      causal                    = true;
     float     decay                     = 16.0f; // directions over which sizes halve
+    xkv_whole whole                     = XKV_WHOLE_NONE;
     float     mislead = 0.0f; // size of K of every 16th token in a first segment, that a second one of the same rank takes back
 };
 
@@ -39,25 +48,31 @@ static inline void xkv_encode_rows(ggml_type type, const float * x, void * dst, 
     }
 }
 
-// rows of random numbers times size(row, column), packed
-static inline void xkv_random_tiles(std::mt19937 & rng, ggml_type type, uint8_t * tiles, int64_t n_row, int64_t n_col,
-                                    const std::function<float(int64_t, int64_t)> & size) {
-    std::normal_distribution<float> nd;
-    const int64_t                   cols  = xkv_tile_cols(type);
-    const size_t                    bytes = ggml_row_size(type, cols);
-    std::vector<float>              x(16 * cols);
-    std::vector<uint8_t>            rows(16 * bytes);
+// rows of numbers, packed
+static inline void xkv_make_tiles(ggml_type type, uint8_t * tiles, int64_t n_row, int64_t n_col,
+                                  const std::function<float(int64_t, int64_t)> & at) {
+    const int64_t        cols  = xkv_tile_cols(type);
+    const size_t         bytes = ggml_row_size(type, cols);
+    std::vector<float>   x(16 * cols);
+    std::vector<uint8_t> rows(16 * bytes);
     for (int64_t r = 0; r < n_row; r += 16) {
         for (int64_t c = 0; c < n_col; c += cols, tiles += 16 * bytes) {
             for (int i = 0; i < 16; ++i) {
                 for (int j = 0; j < cols; ++j) {
-                    x[i * cols + j] = nd(rng) * size(r + i, c + j);
+                    x[i * cols + j] = at(r + i, c + j);
                 }
                 xkv_encode_rows(type, &x[i * cols], &rows[i * bytes], cols);
             }
             xkv_tile_pack(type, rows.data(), bytes, tiles);
         }
     }
+}
+
+// random numbers times size(row, column)
+static inline void xkv_random_tiles(std::mt19937 & rng, ggml_type type, uint8_t * tiles, int64_t n_row, int64_t n_col,
+                                    const std::function<float(int64_t, int64_t)> & size) {
+    std::normal_distribution<float> nd;
+    xkv_make_tiles(type, tiles, n_row, n_col, [&](int64_t r, int64_t c) { return nd(rng) * size(r, c); });
 }
 
 static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c, int seed) {
@@ -80,7 +95,9 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
     }
     ggml_tensor * q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, c.dim_k, c.n_head, c.n_tps, c.n_stream);
     for (int64_t i = 0; i < ggml_nelements(q); ++i) {
-        ((float *) q->data)[i] = nd(rng);
+        const float x          = nd(rng);
+        const float whole      = i % 32 == 7 ? 127.0f : std::min(std::max(roundf(30.0f * x), -127.0f), 127.0f);
+        ((float *) q->data)[i] = c.whole == XKV_WHOLE_NONE ? x : c.whole == XKV_WHOLE_QUERIES ? whole / 32.0f : 0.0f;
     }
     ggml_tensor * kv[2];
     for (int kd = 0; kd < 2; ++kd) {
@@ -144,6 +161,9 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
                             xkv_random_tiles(rng, seg.type, at, c.n_chunk, seg.rank, [&](int64_t t, int64_t d) {
                                 return c.mislead > 0.0f && t % 16 == 5 ? (is == 0 ? c.mislead : -c.mislead) : decay(seg.first + d);
                             });
+                        } else if (c.whole == XKV_WHOLE_SUMS) {
+                            xkv_make_tiles(seg.type, at, seg.rank, c.n_chunk,
+                                           [&](int64_t d, int64_t) { return (seg.first + d) * 7 % 5 < 2 ? -127.0f : 127.0f; });
                         } else {
                             xkv_random_tiles(rng, seg.type, at, seg.rank, c.n_chunk,
                                              [&](int64_t d, int64_t) { return decay(seg.first + d); });
@@ -167,7 +187,12 @@ static inline ggml_tensor * xkv_make_case(ggml_context * ctx, const xkv_case & c
             for (int is = 0; is < l.n_segment[kd]; ++is) {
                 const auto & seg = l.segments[kd][is];
                 uint8_t *    at  = (uint8_t *) basis->data + l.kind_basis[kd] + h * l.head_basis[kd] + seg.basis;
-                if (kd == XKV_K) {
+                if (c.whole != XKV_WHOLE_NONE && (kd == XKV_K || c.whole != XKV_WHOLE_SUMS)) {
+                    const bool k = kd == XKV_K;
+                    xkv_make_tiles(seg.type_basis, at, k ? seg.rank : c.dim_v, k ? c.dim_k : seg.rank, [&](int64_t row, int64_t col) {
+                        return (k ? (seg.first + row) % c.dim_k == col : (seg.first + col) % c.dim_v == row) ? 1.0f : 0.0f;
+                    });
+                } else if (kd == XKV_K) {
                     rng = c.mislead > 0.0f ? again : rng;
                     xkv_random_tiles(rng, seg.type_basis, at, seg.rank, c.dim_k, size);
                 } else {

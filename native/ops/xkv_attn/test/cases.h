@@ -132,6 +132,37 @@ template <typename F> static inline void xkv_each_case(F && check) {
         c.tolerance           = 0.03f;
         check("quantized, lead ends in a tile" + at, c, 5e-2);
 
+        // sums of numbers that 8 bits hold: a code, a scale or a zero that is wrong is no rounding error
+        for (int i = 2; i < XKV_ATTN_N_TYPE; ++i) {
+            const std::string of = std::string(ggml_type_name(xkv_attn_type(i))) + at;
+
+            c                = with(xkv_case());
+            c.n_chunk        = 128;
+            c.n_stored       = 512;
+            c.n_rot          = 0;
+            c.decay          = 1e6f;
+            c.whole          = XKV_WHOLE_QUERIES;
+            c.rank[XKV_K][i] = 128;
+            c.rank[XKV_V][0] = 64;
+            for (ggml_type basis : { GGML_TYPE_F32, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0 }) {
+                c.basis[XKV_K][i] = basis;
+                check("whole queries, " + std::string(ggml_type_name(basis)) + ", K as " + of, c, 1e-5);
+            }
+            std::swap(c.rank[XKV_K], c.rank[XKV_V]);
+            c.whole           = XKV_WHOLE_WEIGHTS;
+            c.basis[XKV_V][i] = GGML_TYPE_F32;
+            check("the same weights, V as " + of, c, 1e-5);
+            c.rank[XKV_K][2] = c.rank[XKV_V][2] = 128;
+            c.lead[0] = c.lead[1] = 64;
+            c.tolerance           = 1e-6f;
+            check("the same weights, refined, V as q8_0 and " + of, c, 1e-5);
+            c.tolerance       = 0.0f;
+            c.whole           = XKV_WHOLE_SUMS;
+            c.rank[XKV_V][i]  = i == 2 ? 128 : 0;
+            c.basis[XKV_V][2] = xkv_attn_type(i);
+            check("the same sums, basis of V as " + of, c, 1e-5);
+        }
+
         // what the lead gives most of the softmax gets next to none of it
         c                = with(xkv_case());
         c.rank[XKV_K][0] = c.rank[XKV_K][1] = c.lead[XKV_K] = 32;

@@ -1,0 +1,154 @@
+"""Saved states: what is loaded goes on as what was saved, and what cannot be loaded changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xkv_gguf.runtime import native
+
+from .conftest import Tiny
+from .harness import Context, open_context
+from .state import load, save
+from .test_full_rank import TOL_F32, deviation
+from .test_stages import COARSE, N_CTX, params
+
+KINDS = {
+    "static": {},
+    "online": {"online": True},
+    "cold": {"online": True, "calibrated": False},
+    "stock": {"fused": False},
+}
+
+
+def given(one: Tiny, how: str, staged: bool = True) -> Any:
+    """A cache with two stages before the last one, the first plain."""
+    bases = one.bases(4, 64)
+    return params(bases, COARSE, {256: "q8_0", 512: ((128, "q4_0"),)} if staged else {}, **KINDS[how])
+
+
+def goes_on(ctx: Context, tokens: list[int], seq: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of single tokens, and of a prompt that has tokens leave the window."""
+    return ctx.feed(tokens[:20], 1, seq), ctx.feed(tokens[20:120], 50, seq)
+
+
+def same(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> bool:
+    """But for rounding: cells can have other places, and a sum that is a little different can round to another code."""
+    rows = [deviation(a, b) for part in zip(found, expected, strict=True) for a, b in zip(*part, strict=True)]
+    return max(rows) <= 50 * TOL_F32 and float(np.median(rows)) <= TOL_F32
+
+
+@pytest.mark.parametrize("n_token", [30, 200, 400, 800])
+@pytest.mark.parametrize("how", KINDS)
+def test_all_sequences(how: str, n_token: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """In every stage; into a new context, and into one that holds something else."""
+    one = tiny("llama")
+    xkv = given(one, how)
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[:n_token], 50)
+        state = save(ctx)
+        counts = native.seq_tokens(ctx.ptr, 0)
+        expected = goes_on(ctx, tokens[n_token:])
+    for other in ([], tokens[300:900]):
+        with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+            if other:
+                ctx.feed(other, 50)
+            assert load(ctx, state), native.last_error()
+            assert native.seq_tokens(ctx.ptr, 0) == counts
+            ctx.n_past[0] = n_token
+            assert save(ctx) == state
+            assert same(goes_on(ctx, tokens[n_token:]), expected)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("how", KINDS)
+def test_one_sequence(how: str, unified: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Into another sequence of another context, with the bases that it needs."""
+    one = tiny("llama")
+    kind: Any = {"n_ctx": 2 * N_CTX, "n_seq_max": 2, "unified": unified, "xkv": given(one, how, staged=unified)}
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:400], 50)
+        state = save(ctx, 0)
+        expected = goes_on(ctx, tokens[400:])
+    with open_context(one.model, **kind) as ctx:
+        assert load(ctx, state, 1), native.last_error()
+        ctx.n_past[1] = 400
+        assert same(goes_on(ctx, tokens[400:], 1), expected)
+
+
+def test_beside_another_sequence(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """In a shared stream, a sequence comes back where stage and bases are those of the others; else it is refused."""
+    one = tiny("llama")
+    kind: Any = {"n_ctx": 2 * N_CTX, "n_seq_max": 2, "unified": True}
+    with open_context(one.model, xkv=given(one, "static", staged=False), **kind) as ctx:
+        ctx.feed(tokens[:300], 50)
+        ctx.feed(tokens[300:600], 50, seq=1)
+        state = save(ctx, 1)
+        expected = goes_on(ctx, tokens[600:], 1)
+        assert ctx.seq_rm(1, 0)
+        assert load(ctx, state, 1), native.last_error()
+        ctx.n_past[1] = 300
+        assert same(goes_on(ctx, tokens[600:], 1), expected)
+    with open_context(one.model, xkv=given(one, "online"), **kind) as ctx:
+        ctx.feed(tokens[:300], 50)
+        early = save(ctx, 0)
+        ctx.feed(tokens[300:900], 50, seq=1)
+        before = save(ctx, 1)
+        assert not load(ctx, early, 0)
+        assert "shares a stream with others" in native.last_error()
+        assert save(ctx, 1) == before
+
+
+def test_what_cannot_be_taken_changes_nothing(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    xkv = given(one, "online")
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[:400], 50)
+        state = save(ctx)
+    at = state.index(b"XKVS")
+    rng = np.random.default_rng(0)
+    flips = [at + 24 + int(i) for i in rng.integers(0, len(state) - at - 24, 40)]
+    wrong = [state[:i] + bytes([state[i] ^ 64]) + state[i + 1 :] for i in (at, at + 4, *flips)]
+    wrong += [state[: int(n)] for n in rng.integers(at, len(state) - 1, 20)]
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[500:800], 50)
+        before = save(ctx)
+        for data in wrong:
+            assert not load(ctx, data)
+            assert native.last_error()
+            assert "\n" not in native.last_error()
+        assert save(ctx) == before
+        assert load(ctx, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"n_ctx": 512}, "the state has 800 tokens, expected at most 512; raise n_ctx"),
+        ({"window": 1}, "window has other types"),
+        ({"how": "static"}, "window has other types, layers, streams or options"),
+        ({"groups": 2}, "another sidecar or model"),
+    ],
+)
+def test_states_of_other_caches(
+    change: dict[str, Any], why: str, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    import re
+
+    one = tiny("llama")
+    with open_context(one.model, n_ctx=N_CTX, xkv=given(one, "online")) as ctx:
+        ctx.feed(tokens[:800], 50)
+        state = save(ctx)
+    xkv = given(one, change.get("how", "online"))
+    if "groups" in change:
+        xkv = params(one.bases(2, 64), ((32, "q8_0"), (32, "q4_0")), {}, online=True)
+    kind: Any = {"n_ctx": change.get("n_ctx", N_CTX), "window": change.get("window"), "xkv": xkv}
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:100], 50)
+        before = save(ctx)
+        assert not load(ctx, state)
+        assert re.search(why, native.last_error()), native.last_error()
+        assert save(ctx) == before
