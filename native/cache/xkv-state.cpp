@@ -84,8 +84,8 @@ static uint64_t xkv_identity(const xkv_sidecar & sidecar) {
 }
 
 std::vector<uint32_t> llama_kv_cache_xkv::window_signature() const {
-    std::vector<uint32_t> res = { (uint32_t) get_window()->type_k(), (uint32_t) get_window()->type_v(), (uint32_t) tables.size(),
-                                  config.online };
+    // V, where it is kept, has the type of K
+    std::vector<uint32_t> res = { (uint32_t) get_window()->type_k(), (uint32_t) tables.size(), config.online };
     for (const auto & l : store->layers()) {
         res.push_back(l.il);
     }
