@@ -149,6 +149,8 @@ class Llama(llama_cpp.Llama):
         settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
         if self.kv_mode != "xkv":
             settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
+        elif settings.get("swa_full") is None:
+            settings["swa_full"] = False  # windowed layers keep their window, as in llama.cpp's own programs
         return settings
 
     def _connect(self, rpc_servers: str | Sequence[str] | None, settings: dict[str, Any]) -> bool:
