@@ -26,7 +26,7 @@ foreach(library IN LISTS xkv_libraries)
         RUNTIME DESTINATION xkv_gguf/lib COMPONENT xkv)
 endforeach()
 
-# CUDA's libraries stay where they are, which need not be a place that the system's linker looks into
+# cuBLAS and the driver stay where they are, which need not be a place that the system's linker looks into
 if (TARGET ggml-cuda)
     set_property(TARGET ggml-cuda PROPERTY INSTALL_RPATH_USE_LINK_PATH ON)
 endif()

@@ -7,8 +7,9 @@
 #include "ops/xkv_attn/test/cases.h"
 #include "ops/xkv_attn/test/reference.h"
 
-// kernels of cards sum floats, with the quick exponential; what is left out by a tolerance, or rounded on the CPU, is larger
-static const double CARD_LIMIT = 1e-4;
+// of a card: with more queries, K, V and weights are rounded to f16; the quick exponential is not the reference's
+static const double CARD_F16 = 2e-3;
+static const double CARD_EXP = 5e-5;
 
 struct outcome {
     std::string name;
@@ -26,8 +27,7 @@ static outcome run(ggml_backend_t backend, const std::string & name, const xkv_c
     const auto       src = graph.sources_like(t);
     ggml_tensor *    out = graph.op_like(t, src);
     if (!ggml_backend_supports_op(backend, out)) {
-        const bool may = (c.softcap != 0.0f || c.sinks) && !xkv_is_cpu(ggml_backend_get_device(backend));
-        return { name, 0.0, limit, true, may };
+        return { name, INFINITY, limit, true, false };
     }
     if (!graph.alloc(backend)) {
         return { name, INFINITY, limit, false, false };
@@ -81,7 +81,7 @@ int main(int argc, char ** argv) {
         if (!wanted) {
             return;
         }
-        all.push_back(run(backend.get(), name, c, cpu || c.tolerance > 0.0f ? limit : CARD_LIMIT));
+        all.push_back(run(backend.get(), name, c, cpu ? limit : std::max(limit, c.n_tps > XKV_ATTN_MAX_QUERY ? CARD_F16 : CARD_EXP)));
         const auto & one = all.back();
         if (!one.ok) {
             printf("FAIL %s: %s", one.name.c_str(), one.refused ? "is refused\n" : "");
@@ -91,10 +91,9 @@ int main(int argc, char ** argv) {
             fflush(stdout);
         }
     });
-    int n_fail = 0, n_refused = 0;
+    int n_fail = 0;
     for (const auto & one : all) {
         n_fail += !one.ok;
-        n_refused += one.ok && one.refused;
     }
     if (FILE * file = json.empty() ? nullptr : fopen(json.c_str(), "w")) {
         fprintf(file, "{\"device\": \"%s\", \"description\": \"%s\", \"cases\": [", ggml_backend_dev_name(dev),
@@ -107,7 +106,6 @@ int main(int argc, char ** argv) {
         fprintf(file, "]}\n");
         fclose(file);
     }
-    printf("XKV_ATTN on %s: %zu cases, %d failed, %d refused as they should be\n", ggml_backend_dev_name(dev), all.size(), n_fail,
-           n_refused);
+    printf("XKV_ATTN on %s: %zu cases, %d failed\n", ggml_backend_dev_name(dev), all.size(), n_fail);
     return all.empty() || n_fail > 0;
 }

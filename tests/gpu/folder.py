@@ -35,7 +35,6 @@ OTHER_BACKENDS = [
     "et",
     "hexagon",
     "hip",
-    "metal",
     "musa",
     "opencl",
     "openvino",

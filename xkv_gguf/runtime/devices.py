@@ -51,8 +51,8 @@ class Device:
 
 
 DEVICE_KINDS = ("cpu", "gpu", "igpu", "rpc", "other")
-BACKENDS_WITH_OP = ("CPU", "CUDA")
-"""Of ggml: those for which there are kernels of XKV_ATTN."""
+BACKENDS_WITH_OP = ("CPU", "CUDA", "MTL")
+"""Of ggml, MTL is Metal: those for which there are kernels of XKV_ATTN."""
 
 
 def devices() -> list[Device]:
