@@ -43,6 +43,10 @@ class DecodeError(XkvError, RuntimeError):
     """The model could not evaluate a batch, for example because the context is full."""
 
 
+class ClosedError(XkvError, RuntimeError):
+    """The object was closed, and its memory is gone."""
+
+
 class StateError(XkvError, RuntimeError):
     """A saved state is damaged, or is of another model, sidecar or plan."""
 

@@ -10,7 +10,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from . import opening, placing
-from .errors import DecodeError, ModelError, OptionError, OutOfMemoryError, StateError, UnsupportedError, XkvError
+from .errors import (
+    ClosedError,
+    DecodeError,
+    ModelError,
+    OptionError,
+    OutOfMemoryError,
+    StateError,
+    UnsupportedError,
+    XkvError,
+)
 from .fitting import Fitting
 from .model.file import ModelFile, open_model
 from .model.tested import TESTED
@@ -149,6 +158,8 @@ class Llama(llama_cpp.Llama):
         settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
         if self.kv_mode != "xkv":
             settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
+        elif settings.get("swa_full") is None:
+            settings["swa_full"] = False  # windowed layers keep their window, as in llama.cpp's own programs
         return settings
 
     def _connect(self, rpc_servers: str | Sequence[str] | None, settings: dict[str, Any]) -> bool:
@@ -341,6 +352,12 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         self._seed = state.seed
 
+    def close(self) -> None:
+        """Free the model and its context; whatever is done with the object then raises ClosedError."""
+        super().close()
+        if type(self) is Llama:
+            self.__class__ = _ClosedLlama
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         del state["type_k"], state["type_v"]
@@ -348,6 +365,22 @@ class Llama(llama_cpp.Llama):
             del state["n_ubatch"]  # the copy's plan chooses it again
         options = self.xkv_options if self.kv_mode == "xkv" else None
         return {**state, "kv_mode": self.kv_mode, "xkv": options}
+
+
+class _ClosedLlama(Llama):
+    """What a `Llama` becomes when it is closed: llama_cpp would go on with memory that is gone."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("close", "_stack", "_ctx", "_model") or name.startswith("__"):
+            return super().__getattribute__(name)
+        raise ClosedError(f"{name}: this Llama was closed; make another one")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a prompt."""
+        raise ClosedError("a prompt: this Llama was closed; make another one")
+
+    def close(self) -> None:
+        """It is closed already."""
 
 
 # CheckedContext takes the place of an object of this class, see Llama._check_context

@@ -10,8 +10,8 @@
 #include <utility>
 
 xkv_composed::xkv_composed(std::unique_ptr<llama_kv_cache_xkv> attn, std::unique_ptr<llama_kv_cache> windowed,
-                           std::unique_ptr<llama_memory_recurrent> recurrent, bool unified) :
-    attn(std::move(attn)), windowed(std::move(windowed)), recurrent(std::move(recurrent)), unified(unified) {}
+                           std::unique_ptr<llama_memory_recurrent> recurrent, uint32_t n_swa, bool unified) :
+    attn(std::move(attn)), windowed(std::move(windowed)), recurrent(std::move(recurrent)), n_swa(n_swa), unified(unified) {}
 
 std::vector<llama_ubatch> xkv_composed::split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) const {
     balloc.split_reset();
@@ -96,7 +96,21 @@ void xkv_composed::clear(bool data) noexcept {
     each([&](llama_memory_i & mem) { mem.clear(data); });
 }
 
+bool xkv_composed::has_window(llama_seq_id seq_id, llama_pos p0) const {
+    if (!windowed || p0 <= 0) {
+        return true;
+    }
+    const llama_pos first = windowed->seq_pos_min(seq_id);
+    return first < 0 || first <= std::max<llama_pos>(0, p0 - (llama_pos) n_swa + 1);
+}
+
 bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept {
+    // what follows p0 looks at a window that may be forgotten; the caller begins anew
+    for (llama_seq_id s = 0; p1 < 0 && s < (llama_seq_id) attn->n_seq_max; ++s) {
+        if ((seq_id < 0 || s == seq_id) && attn->seq_pos_max(s) >= p0 && !has_window(s, p0)) {
+            return false;
+        }
+    }
     // a recurrent state seldom forgets a part, and says so before it changes anything
     return (!recurrent || recurrent->seq_rm(seq_id, p0, p1)) && attn->seq_rm(seq_id, p0, p1) &&
            (!windowed || windowed->seq_rm(seq_id, p0, p1));

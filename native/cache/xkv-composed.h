@@ -10,7 +10,7 @@ class xkv_composed : public llama_memory_i {
 public:
     // windowed or recurrent can be missing
     xkv_composed(std::unique_ptr<llama_kv_cache_xkv> attn, std::unique_ptr<llama_kv_cache> windowed,
-                 std::unique_ptr<llama_memory_recurrent> recurrent, bool unified);
+                 std::unique_ptr<llama_memory_recurrent> recurrent, uint32_t n_swa, bool unified);
 
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) noexcept override;
     llama_memory_context_ptr init_full() noexcept override;
@@ -42,7 +42,11 @@ public:
 private:
     const std::unique_ptr<llama_kv_cache>         windowed;
     const std::unique_ptr<llama_memory_recurrent> recurrent;
+    const uint32_t                                n_swa; // tokens that windowed layers look back
     const bool                                    unified;
+
+    // whether windowed layers still have what tokens from p0 on look at
+    bool has_window(llama_seq_id seq_id, llama_pos p0) const;
 
     // all parts, as far as they are there
     template <typename F> void each(F && f) const {

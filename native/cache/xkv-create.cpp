@@ -191,7 +191,8 @@ llama_memory_i * xkv_create_memory(const llama_model & model, const llama_memory
             return attn.release();
         }
         return new xkv_composed(std::move(attn), windowed ? xkv_make_windowed(model, params, cparams, filter_attn, reuse) : nullptr,
-                                recurrent ? xkv_make_recurrent(model, cparams, filter_recr) : nullptr, cparams.kv_unified);
+                                recurrent ? xkv_make_recurrent(model, cparams, filter_recr) : nullptr, model.hparams.n_swa,
+                                cparams.kv_unified);
     });
 }
 

@@ -20,7 +20,15 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     xkv_normalize(p0, p1);
 
     // as good as clearing it: what was refused was about tokens that are gone
-    if (broken && seq_id < 0 && p0 == 0 && p1 == std::numeric_limits<llama_pos>::max()) {
+    const auto only = [&] { // sequence that has tokens
+        for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+            if (s != seq_id && seq_pos_max(s) >= 0) {
+                return false;
+            }
+        }
+        return true;
+    };
+    if (broken && p0 == 0 && p1 == std::numeric_limits<llama_pos>::max() && (seq_id < 0 || only())) {
         return guard("removing all tokens", true, [&] { empty(true); });
     }
 

@@ -37,8 +37,8 @@ class memory_reader : public llama_io_read_i {
 public:
     explicit memory_reader(xkv_bytes_in & in) : in(in), size(in.rest()) {}
 
-    void read(void * dst, size_t n) override { memcpy(dst, in.take(n), n); }
-    void read_tensor(ggml_tensor * tensor, size_t offset, size_t n) override { ggml_backend_tensor_set(tensor, in.take(n), offset, n); }
+    void   read(void * dst, size_t n) override { memcpy(dst, in.take(n), n); }
+    void   read_tensor(ggml_tensor * tensor, size_t offset, size_t n) override { ggml_backend_tensor_set(tensor, in.take(n), offset, n); }
     size_t n_bytes() override { return size - in.rest(); }
 
 private:
@@ -84,8 +84,8 @@ static uint64_t xkv_identity(const xkv_sidecar & sidecar) {
 }
 
 std::vector<uint32_t> llama_kv_cache_xkv::window_signature() const {
-    std::vector<uint32_t> res = { (uint32_t) get_window()->type_k(), (uint32_t) get_window()->type_v(), (uint32_t) tables.size(),
-                                  config.online };
+    // V, where it is kept, has the type of K
+    std::vector<uint32_t> res = { (uint32_t) get_window()->type_k(), (uint32_t) tables.size(), config.online };
     for (const auto & l : store->layers()) {
         res.push_back(l.il);
     }
@@ -175,7 +175,8 @@ static std::vector<uint8_t> xkv_read_state(llama_io_read_i & io) {
     io.read(&size, sizeof(size));
     io.read(&hash, sizeof(hash));
     if (magic != XKV_STATE_MAGIC) {
-        xkv_throw(XKV_STATUS_FORMAT, "the state is not one of an xkv cache; load it into a context with the kv_mode that it was saved with");
+        xkv_throw(XKV_STATUS_FORMAT,
+                  "the state is not one of an xkv cache; load it into a context with the kv_mode that it was saved with");
     }
     if (version != XKV_STATE_VERSION) {
         xkv_throw(XKV_STATUS_VERSION, "the state has version %u, expected %u; update xkv-gguf", version, XKV_STATE_VERSION);
@@ -204,9 +205,10 @@ static saved_stream xkv_parse_stream(xkv_bytes_in & in, const xkv_store & store,
     for (res.stage = 0; res.stage < store.n_stage() && store.signature(res.stage) != sig; ++res.stage) {
     }
     if (res.stage == store.n_stage()) {
-        xkv_throw(XKV_STATUS_MODEL_MISMATCH,
-                  "the state's coefficients have other ranks and types than any stage of this cache; load it into a context with the n_ctx, "
-                  "ratio and options of the one that saved it");
+        xkv_throw(
+            XKV_STATUS_MODEL_MISMATCH,
+            "the state's coefficients have other ranks and types than any stage of this cache; load it into a context with the n_ctx, "
+            "ratio and options of the one that saved it");
     }
     res.flow            = xkv_take_span(in);
     const auto   n_byte = in.get<uint64_t>();
@@ -222,8 +224,8 @@ static saved_stream xkv_parse_stream(xkv_bytes_in & in, const xkv_store & store,
         c.chunk.seqs    = in.get<xkv_seq_set>();
         c.chunk.n       = c.chunk.offsets.size();
         c.coef          = { in.take(n_byte), (size_t) n_byte };
-        if (c.chunk.n == 0 || c.chunk.n > store.n_chunk || c.chunk.pos < 0 || !std::is_sorted(c.chunk.offsets.begin(), c.chunk.offsets.end()) ||
-            (c.chunk.seqs >> n_seq_max).any()) {
+        if (c.chunk.n == 0 || c.chunk.n > store.n_chunk || c.chunk.pos < 0 ||
+            !std::is_sorted(c.chunk.offsets.begin(), c.chunk.offsets.end()) || (c.chunk.seqs >> n_seq_max).any()) {
             xkv_throw(XKV_STATUS_FORMAT, "chunk %zu of the state has %u tokens from position %d, expected 1 to %u of sequences below %u", i,
                       c.chunk.n, c.chunk.pos, store.n_chunk, n_seq_max);
         }
@@ -244,10 +246,11 @@ void llama_kv_cache_xkv::check_shared(llama_seq_id seq_id, uint32_t stage, const
     flow->save(s, mine);
     const size_t n = store->has_own_bases(s) ? 1 + store->basis_bytes() : 1;
     if (stage != store->stage() || n_byte < n || memcmp(mine.data.data(), bases, n) != 0) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED,
-                  "sequence %d shares a stream with others, whose stage and bases are not those of the state; load it into an empty context, "
-                  "or set kv_unified to False",
-                  seq_id);
+        xkv_throw(
+            XKV_STATUS_UNSUPPORTED,
+            "sequence %d shares a stream with others, whose stage and bases are not those of the state; load it into an empty context, "
+            "or set kv_unified to False",
+            seq_id);
     }
 }
 
@@ -277,9 +280,10 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id, l
                   sidecar->path.empty() ? "this one, which has no sidecar" : sidecar->path.c_str());
     }
     if (in.get_list<uint32_t>() != window_signature()) {
-        xkv_throw(XKV_STATUS_MODEL_MISMATCH,
-                  "the state's window has other types, layers, streams or options than this cache; load it into a context with the options of "
-                  "the one that saved it");
+        xkv_throw(
+            XKV_STATUS_MODEL_MISMATCH,
+            "the state's window has other types, layers, streams or options than this cache; load it into a context with the options of "
+            "the one that saved it");
     }
     if (in.get<uint8_t>() != (seq_id >= 0)) {
         xkv_throw(XKV_STATUS_FORMAT, "the state is of %s, expected one of %s", seq_id >= 0 ? "all sequences" : "one sequence",

@@ -167,6 +167,21 @@ def test_the_docs_tell_the_same(repo_root: Path) -> None:
     assert (repo_root / "docs" / "models.md").read_text() == written.stdout, "python docs/scripts/models_table.py"
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3n", "gemma4", "gpt-oss-moe"])
+def test_a_cut_that_windows_have_forgotten(name: str, arch: Make) -> None:
+    """Windowed layers hold 256 tokens here and look back 32: a cut to where they lack those is refused."""
+    tokens = TOKENS * 2
+    with loaded(arch(name)) as one:
+        with open_context(one.model, xkv=one.bases.params()) as ctx:
+            expected = ctx.feed(tokens, 50)
+        with open_context(one.model, swa_full=False, xkv=one.bases.params()) as ctx:
+            ctx.feed(tokens, 50)
+            assert not ctx.seq_rm(0, 200)
+            assert sum(native.seq_tokens(ctx.ptr, 0)) == 500
+            assert ctx.seq_rm(0, 480)
+            assert deviation(ctx.feed(tokens[480:], 10), expected[480:]) <= 10 * TOL_F32
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_state_goes_on(name: str, arch: Make) -> None:
     """Saved and loaded into a new context, windowed layers and recurrent state with it."""

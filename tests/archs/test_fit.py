@@ -1,4 +1,4 @@
-"""What is said of a context is what it allocates: plain, hybrid, windowed models, and those with sinks."""
+"""What is said of a context is what it allocates: plain, hybrid, windowed models, those with sinks or latents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opened(path: Path, kind: Kind, n_ctx: int) -> Llama:
     return Llama(path, kv_mode=kind.kv_mode, xkv=options, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, verbose=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen35", "gemma3", "gpt-oss-moe", "granitehybrid"])
+@pytest.mark.parametrize("name", ["llama", "qwen35", "gemma3", "gpt-oss-moe", "granitehybrid", "deepseek2-moe"])
 def test_sizes_are_those_that_are_allocated(name: str, arch: Make) -> None:
     path = arch(name)
     with Fitting(open_model(path), {}) as fitting:
@@ -47,7 +47,7 @@ def test_sizes_are_those_that_are_allocated(name: str, arch: Make) -> None:
                 assert found.taken.compute == pytest.approx(report.scratch_bytes, rel=0.01)
                 assert found.taken.weights == pytest.approx(weights, rel=0.01)
                 beside = {"windowed layers", "recurrent state"} & set(found.sizes.parts)
-                assert bool(beside) == (kind.kv_mode == "xkv" and name != "llama")
+                assert bool(beside) == (kind.kv_mode == "xkv" and name not in ("llama", "deepseek2-moe"))
 
 
 def test_nothing_large_is_allocated(arch: Make) -> None:

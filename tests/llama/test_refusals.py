@@ -12,6 +12,7 @@ import pytest
 
 from xkv_gguf import Llama, opening
 from xkv_gguf.errors import (
+    ClosedError,
     DecodeError,
     ModelError,
     OptionError,
@@ -321,7 +322,6 @@ def test_shifting_an_xkv_cache(open_llama: Open) -> None:
     refused(UnsupportedError, why, lambda: llm._ctx.kv_cache_seq_shift(0, 2, -1, -1))
     # what was refused is not forgotten: the caller may have gone on as if it had worked
     refused(DecodeError, why, lambda: llm.eval(tokens))
-    llm._ctx.kv_cache_clear()
     llm.reset()
     llm.eval(tokens)
     assert llm.n_tokens == len(tokens)
@@ -373,3 +373,21 @@ def test_a_second_library(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("LibraryError "), done.stderr
     assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+def test_a_closed_object(mode: str, open_llama: Open) -> None:
+    llm = open_llama(mode)
+    stream: Any = llm.create_completion("One two three", max_tokens=20, stream=True)
+    next(stream)
+    llm.close()
+    llm.close()
+    for use in (
+        lambda: next(stream),
+        lambda: llm("Hi"),
+        lambda: llm.tokenize(b"x"),
+        llm.__call__,
+        lambda: llm.n_tokens,
+    ):
+        refused(ClosedError, "this Llama was closed; make another one", use)

@@ -19,6 +19,7 @@ from xkv_gguf.runtime.shape import model_shape
 from .conftest import Tiny
 from .harness import GGML_Q8_0, open_context
 from .sidecars import N_SINK, write_random
+from .state import load, save
 from .test_full_rank import TOL_F32, TOL_FLASH, deviation, run_paths
 from .test_segments import error
 from .test_stages import N_CTX, params
@@ -131,6 +132,25 @@ def test_sequences(online: bool, unified: bool, tiny: Callable[[str], Tiny], tok
             rows += [ctx.decode(*((s, tokens[9 * i + s :][:1]) for s in range(3))) for i in range(8)]
             found.append(np.concatenate(rows))
     assert deviation(found[1], found[0]) <= TOL_F32
+
+
+@pytest.mark.parametrize("n_token", [200, 400, 800])
+@pytest.mark.parametrize("online", [False, True])
+def test_saved_states(online: bool, n_token: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """In every stage, what is loaded goes on as what was saved."""
+    one = tiny(NAME)
+    stages = {256: "q8_0", 512: ((384, "q4_0"),)}
+    xkv = params(one.bases(4, 64), ((64, "q8_0"), (256, "q2_0")), stages, online=online)
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[:n_token], 50)
+        state = save(ctx)
+        expected = ctx.feed(tokens[n_token : n_token + 20], 1)
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[300:700], 50)
+        assert load(ctx, state), native.last_error()
+        ctx.n_past[0] = n_token
+        assert save(ctx) == state
+        assert deviation(ctx.feed(tokens[n_token : n_token + 20], 1), expected) <= 50 * TOL_F32
 
 
 def test_a_q8_0_window(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:

@@ -24,7 +24,8 @@ static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, in
         b.base_v = a.take<float>(rv * dv);
         // a tile of coefficients has up to 128 columns
         b.coef_k = a.take<float>((rk + 128) * XKV_TILE_TOKENS);
-        b.coef_v = a.take<float>(rv * (XKV_TILE_TOKENS + 128));
+        // and begins up to a tile of tokens before
+        b.coef_v = a.take<float>(rv * (XKV_TILE_TOKENS + 128)) + rv * XKV_TILE_TOKENS;
         b.s      = a.take<float>(XKV_MUL_ROWS * XKV_TILE_TOKENS);
         b.q      = a.take<float>(XKV_UNIT_ROWS * dk);
         return a.at;

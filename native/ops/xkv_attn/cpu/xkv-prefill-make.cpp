@@ -45,8 +45,9 @@ struct xkv_prefill_maker : xkv_prefill_head {
                     }
                 } else {
                     for (int64_t r = 0; r < seg.rank; r += 16) {
+                        // a tile of 128 tokens begins before t0 where that is its second half
                         const uint8_t * q = p + r / 16 * xkv_tile_bytes(seg.type, 16, l.n_chunk) + t0 / cols * tile;
-                        for (int64_t t = 0; t < n; t += cols, q += tile) {
+                        for (int64_t t = -(t0 % cols); t < n; t += cols, q += tile) {
                             xkv_expand_tile(seg.type, q, b.coef_v + t * rv + seg.first + r, rv);
                         }
                     }
