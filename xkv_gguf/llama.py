@@ -374,11 +374,15 @@ class Llama(llama_cpp.Llama):
         return {**state, "kv_mode": self.kv_mode, "xkv": options}
 
 
+_CLOSED = ("close", "_stack", "_ctx", "_model", "kv_mode", "model_path", "xkv_options", "xkv_plan", "xkv_device_bytes")
+"""What is there without the library."""
+
+
 class _ClosedLlama(Llama):
     """What a `Llama` becomes when it is closed: llama_cpp would go on with memory that is gone."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("close", "_stack", "_ctx", "_model") or name.startswith("__"):
+        if name in _CLOSED or name.startswith("__"):
             return super().__getattribute__(name)
         raise ClosedError(f"{name}: this Llama was closed; make another one")
 
