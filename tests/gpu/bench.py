@@ -21,8 +21,9 @@ from benchmarks import shape
 from xkv_gguf.base.text import format_bytes, format_table
 from xkv_gguf.errors import XkvError
 from xkv_gguf.model.file import open_model
-from xkv_gguf.opening import OnDevices, scope_params
+from xkv_gguf.opening import scope_params
 from xkv_gguf.options import XkvOptions
+from xkv_gguf.placing import on_devices
 from xkv_gguf.plan.segments import KINDS
 from xkv_gguf.sidecar.read import read_sidecar
 
@@ -91,7 +92,7 @@ def op_words(args: argparse.Namespace, model: Path, depth: int) -> dict[str, Any
     one = shape.SHAPES[args.shape]
     sidecar = read_sidecar(model.with_suffix(".xkv.gguf"))
     options = XkvOptions.of({"ratio": RATIO, "fused": True})
-    there = OnDevices() if args.device == "cpu" else OnDevices(-1, (1.0,))
+    there = on_devices({"n_gpu_layers": 0 if args.device == "cpu" else -1}, rpc_fused=False)
     plan = scope_params(sidecar, options, depth, None, open_model(model), on_devices=there).plan
     segments: dict[str, str] = {
         kind: ",".join(f"{s.type}:{s.rank}:{s.type_basis}" for s in plan.of(0, kind)) for kind in KINDS
