@@ -97,15 +97,19 @@ def weigh_layers(
                 part = sums[inside, kind].cut(single.part(layer, kind))
                 solver.submit((layer, kind), part.gram, part.total, part.n_tokens, f"{kind.upper()} of layer {layer}")
         bases = solver.results()
-    alone = replace(info, group_size=1, groups=tuple(Group((layer,)) for layer in range(info.n_layer)))
+    alone = replace(info, group_size=1, groups=tuple(map(Group, single.groups.layers)))
     found = _measure(engine, alone, bases, shape, text, n_score, partial, show_progress)
     if found is None or not found.kld_scale > 0:
         return None
-    variances = {
-        kind: [float(bases[il, kind].spectrum.sum()) if (il, kind) in bases else 0.0 for il in range(info.n_layer)]
-        for kind in KINDS
-    }
-    return LayerWeights(found, layer_scales(found.weights, variances))
+    # by layer of the model; those that the cache does not hold weigh nothing in no group
+    place = {layers[0]: i for i, layers in enumerate(single.groups.layers)}
+    weights: dict[Kind, tuple[float, ...]] = {}
+    variances: dict[Kind, list[float]] = {}
+    for kind in KINDS:
+        held = [(place.get(il, -1), kind) for il in range(info.n_layer)]
+        weights[kind] = tuple(found.weights[kind][i] if i >= 0 else 1.0 for i, _ in held)
+        variances[kind] = [float(bases[key].spectrum.sum()) if key in bases else 0.0 for key in held]
+    return LayerWeights(replace(found, weights=weights), layer_scales(weights, variances))
 
 
 def _measure(

@@ -109,6 +109,8 @@ class Fitting:
             The size is out of reach, or llama.cpp cannot make it.
         """
         settings = self._sized(n_ctx)
+        if settings.get("swa_full") is None:
+            settings["swa_full"] = False  # as Llama beside such a cache
         found = opening.scope_params(
             sidecar,
             options,

@@ -133,6 +133,7 @@ class Llama(llama_cpp.Llama):
         rpc_fused = self._connect(rpc_servers, settings)
         self.xkv_plan = self._prepare(model, settings, rpc_fused)
         with contextlib.ExitStack() as around:
+            native.clear_last_error()
             if self._scope is not None:
                 around.enter_context(native.scope(self._scope))
             errors = around.enter_context(log.collect(quiet=not settings["verbose"]))
@@ -212,6 +213,7 @@ class Llama(llama_cpp.Llama):
         """Check what the parent made, and let failures of the context speak."""
         if self.kv_mode == "xkv" and not native.is_xkv(self._ctx.ctx):
             raise UnsupportedError(f"architecture {self._architecture()} did not take an xkv cache; use kv_mode='f16'")
+        native.attach(self._ctx.ctx)
         if self.lora_path and not self._lora_adapter:
             raise ModelError(f"lora_path {self.lora_path}: llama.cpp cannot load it")
         self._ctx.__class__ = CheckedContext
@@ -342,11 +344,16 @@ class Llama(llama_cpp.Llama):
             done = llama_cpp.llama_state_set_data(self._ctx.ctx, data, size)
         if done != size:
             why = native.last_error() or log.reason(errors) or f"llama.cpp took {done} of {size} bytes"
+            # a plain cache loses its tokens by a state that it does not take
+            last = int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx.ctx), 0))
+            self.n_tokens = min(self.n_tokens, last + 1)
+            self._requires_eval = True
             raise StateError(f"a saved state: {why}")
         # as the parent does, which would have changed them before a failure
         n = state.n_tokens
-        self.scores[:n, :] = state.scores[:n, :]
-        self.scores[n:, :][self.scores[n:, :] > 0] = 0.0
+        rows = min(n, len(self.scores), len(state.scores))
+        self.scores[:] = 0.0
+        self.scores[:rows, :] = state.scores[:rows, :]
         self.input_ids = state.input_ids.copy()
         self.n_tokens = n
         self._requires_eval = True
@@ -367,11 +374,15 @@ class Llama(llama_cpp.Llama):
         return {**state, "kv_mode": self.kv_mode, "xkv": options}
 
 
+_CLOSED = ("close", "_stack", "_ctx", "_model", "kv_mode", "model_path", "xkv_options", "xkv_plan", "xkv_device_bytes")
+"""What is there without the library."""
+
+
 class _ClosedLlama(Llama):
     """What a `Llama` becomes when it is closed: llama_cpp would go on with memory that is gone."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("close", "_stack", "_ctx", "_model") or name.startswith("__"):
+        if name in _CLOSED or name.startswith("__"):
             return super().__getattribute__(name)
         raise ClosedError(f"{name}: this Llama was closed; make another one")
 

@@ -208,7 +208,8 @@ def _attention(options: XkvOptions, on_devices: OnDevices, placement: Placement)
     if options.lead is not None:
         return Attention(options.lead, options.tolerance)
     usual = DEFAULT_ATTENTION.lead
-    leads = tuple(on_devices.leads[place] if place != HOST else usual for place in placement.layers)
+    known = len(on_devices.leads)  # a device that is not there is refused by name when the context is made
+    leads = tuple(on_devices.leads[place] if HOST != place < known else usual for place in placement.layers)
     return Attention(usual, options.tolerance, () if set(leads) <= {usual} else leads)
 
 

@@ -76,6 +76,12 @@ void xkv_scope_end(void) {
     xkv_scope_close();
 }
 
+void xkv_attach(llama_context * ctx) {
+    if (auto * xkv = ctx ? xkv_cast(ctx) : nullptr) {
+        xkv->attach(ctx);
+    }
+}
+
 int xkv_context_is_xkv(const llama_context * ctx) {
     return ctx && xkv_cast(ctx) ? 1 : 0;
 }

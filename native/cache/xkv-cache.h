@@ -107,6 +107,14 @@ public:
 
     llama_kv_cache * get_window() const { return window->get(); }
 
+    // the context that the cache is of: known before its first batch, so that states can be loaded and cut
+    void attach(llama_context * ctx) { lctx = ctx; }
+
+    bool is_broken() const { return broken; }
+
+    // throws xkv_error, before anything is changed, when what remains of cut chunks has no room in the window
+    void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
     const xkv_config config;
     const uint32_t   n_seq_max;
 
@@ -156,12 +164,11 @@ private:
     void                  write_stream(llama_seq_id seq_id, uint32_t stream, xkv_bytes_out & out) const;
     void                  read_state(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
     void                  check_shared(llama_seq_id seq_id, uint32_t stage, const uint8_t * bases, size_t n_byte) const;
-    bool                  is_alone(llama_seq_id seq_id) const; // in its stream
-    void                  take_stream(uint32_t stream, uint32_t stage, bool alone, const uint8_t * data, size_t n_byte);
-    void                  mark_sink(uint32_t stream, llama_seq_id seq_id, llama_pos pos);
-
-    // throws xkv_error, before anything is changed, when what remains of cut chunks has no room in the window
-    void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    void                  check_shared_room(llama_seq_id seq_id, size_t n_chunk) const;
+    void check_members(uint32_t stream, llama_seq_id seq_id, const std::vector<llama_seq_id> & sinks, const xkv_seq_set & chunks) const;
+    bool is_alone(llama_seq_id seq_id) const; // in its stream
+    void take_stream(uint32_t stream, uint32_t stage, bool alone, const uint8_t * data, size_t n_byte);
+    void mark_sink(uint32_t stream, llama_seq_id seq_id, llama_pos pos);
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);

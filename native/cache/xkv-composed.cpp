@@ -7,6 +7,7 @@
 #include "llama-memory-hybrid.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 xkv_composed::xkv_composed(std::unique_ptr<llama_kv_cache_xkv> attn, std::unique_ptr<llama_kv_cache> windowed,
@@ -105,9 +106,29 @@ bool xkv_composed::has_window(llama_seq_id seq_id, llama_pos p0) const {
 }
 
 bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept {
-    // what follows p0 looks at a window that may be forgotten; the caller begins anew
-    for (llama_seq_id s = 0; p1 < 0 && s < (llama_seq_id) attn->n_seq_max; ++s) {
-        if ((seq_id < 0 || s == seq_id) && attn->seq_pos_max(s) >= p0 && !has_window(s, p0)) {
+    const llama_seq_id n_seq = attn->n_seq_max;
+    if (seq_id < 0 && p0 <= 0 && p1 < 0) {
+        clear(true);
+        return true;
+    }
+    if (seq_id < 0) {
+        bool res = true;
+        for (llama_seq_id s = 0; s < n_seq; ++s) {
+            res = seq_rm(s, p0, p1) && res;
+        }
+        return res;
+    }
+    if (seq_id < n_seq) {
+        // what follows p0 looks at a window that may be forgotten; the caller begins anew
+        const llama_pos last = attn->seq_pos_max(seq_id);
+        if ((p1 < 0 || p1 > last) && last >= p0 && !has_window(seq_id, p0)) {
+            return false;
+        }
+        // a recurrent state would go back before the cache could refuse
+        const bool room = !recurrent || attn->guard("seq_rm", false, [&] {
+            attn->check_room(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
+        });
+        if (!room) {
             return false;
         }
     }
@@ -117,11 +138,26 @@ bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexc
 }
 
 void xkv_composed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept {
-    each([&](llama_memory_i & mem) { mem.seq_cp(seq_id_src, seq_id_dst, p0, p1); });
+    attn->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    if (attn->is_broken()) {
+        return; // refused: the next batch says so
+    }
+    // between streams, all that there is
+    const bool whole = !unified && seq_id_src != seq_id_dst;
+    for (llama_memory_i * mem : { (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
+        if (mem) {
+            mem->seq_cp(seq_id_src, seq_id_dst, whole ? -1 : p0, whole ? -1 : p1);
+        }
+    }
 }
 
 void xkv_composed::seq_keep(llama_seq_id seq_id) noexcept {
-    each([&](llama_memory_i & mem) { mem.seq_keep(seq_id); });
+    attn->seq_keep(seq_id);
+    for (llama_memory_i * mem : { (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
+        if (mem && !attn->is_broken()) {
+            mem->seq_keep(seq_id);
+        }
+    }
 }
 
 void xkv_composed::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept {
@@ -185,14 +221,35 @@ void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
 }
 
 void xkv_composed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
-        attn->state_read(io, seq_id, flags);
-    }
-    if (windowed) {
-        windowed->state_read(io, seq_id, flags);
-    }
-    if (recurrent) {
-        recurrent->state_read(io, seq_id, flags);
+    const llama_seq_id some   = std::max(seq_id, 0);
+    const llama_pos    before = attn->seq_pos_max(some);
+
+    bool taken = false;
+    try {
+        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+            attn->state_read(io, seq_id, flags);
+        }
+        taken = true;
+        if (windowed) {
+            windowed->state_read(io, seq_id, flags);
+        }
+        if (recurrent) {
+            recurrent->state_read(io, seq_id, flags);
+        }
+    } catch (...) {
+        const auto failure = xkv_caught();
+        // what the xkv cache refuses changes nothing, unless its tokens are gone; the parts have to agree
+        if (taken || attn->seq_pos_max(some) != before) {
+            each([&](llama_memory_i & mem) {
+                if (seq_id < 0) {
+                    mem.clear(true);
+                } else {
+                    mem.seq_rm(seq_id, -1, -1);
+                }
+            });
+        }
+        xkv_set_last_error(failure.text);
+        throw xkv_error(failure.status, failure.text);
     }
 }
 

@@ -61,6 +61,10 @@ void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos
         n_rest += std::count_if(chunk.offsets.begin(), chunk.offsets.end(),
                                 [&](uint16_t off) { return chunk.pos + off < p0 || chunk.pos + off >= p1; });
     }
+    if (n_rest > 0 && !lctx) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "a chunk cannot be cut before the context's first batch; call xkv_attach, or decode a token first");
+    }
     if (n_rest > n_free) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "what remains of the cut chunks is %u tokens, the window has room for %u", n_rest, n_free);
     }
@@ -108,13 +112,21 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 
     // sequences that have streams of their own are copied whole
     if (seq_pos_max(seq_id_src) < 0) {
-        guard("seq_cp", true, [&] { seq_rm_one(seq_id_dst, 0, std::numeric_limits<llama_pos>::max()); });
+        guard("seq_cp", true, [&] {
+            seq_rm_one(seq_id_dst, 0, std::numeric_limits<llama_pos>::max());
+            window->drop_sinks();
+        });
         return;
     }
     if (p0 > seq_pos_min(seq_id_src) || p1 <= seq_pos_max(seq_id_src)) {
         broken = true;
         refuse("seq_cp of positions %d to %d of sequence %d to %d: only whole sequences can be copied between streams; use kv_unified", p0,
                p1, seq_id_src, seq_id_dst);
+        return;
+    }
+    if (!lctx) {
+        broken = true;
+        refuse("seq_cp between streams before the context's first batch; call xkv_attach, or decode a token first");
         return;
     }
     guard("seq_cp", true, [&] {

@@ -11,6 +11,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 static const uint32_t XKV_STATE_MAGIC   = 0x53564b58; // XKVS
@@ -64,6 +65,7 @@ struct saved_stream {
     uint32_t                  stage;
     span                      flow;
     std::vector<saved_chunk>  chunks;
+    xkv_seq_set               seqs; // of all chunks
     std::vector<llama_pos>    sinks;
     std::vector<llama_seq_id> sink_seqs; // a sequence that has the sink
 };
@@ -139,7 +141,12 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
     if (broken) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", refusal.text);
     }
+    size_t n_byte = window_bytes() + (1 << 16);
+    for (const auto & table : tables) {
+        n_byte += table.used().size() * (store->chunk_bytes() + 4 * store->n_chunk) + store->basis_bytes();
+    }
     xkv_bytes_out out;
+    out.data.reserve(n_byte);
     out.put(xkv_identity(*sidecar));
     out.put_list(window_signature());
     out.put((uint8_t) (seq_id >= 0));
@@ -224,11 +231,14 @@ static saved_stream xkv_parse_stream(xkv_bytes_in & in, const xkv_store & store,
         c.chunk.seqs    = in.get<xkv_seq_set>();
         c.chunk.n       = c.chunk.offsets.size();
         c.coef          = { in.take(n_byte), (size_t) n_byte };
-        if (c.chunk.n == 0 || c.chunk.n > store.n_chunk || c.chunk.pos < 0 ||
-            !std::is_sorted(c.chunk.offsets.begin(), c.chunk.offsets.end()) || (c.chunk.seqs >> n_seq_max).any()) {
+        const bool ascend =
+            std::adjacent_find(c.chunk.offsets.begin(), c.chunk.offsets.end(), std::greater_equal<uint16_t>()) == c.chunk.offsets.end();
+        if (c.chunk.n == 0 || c.chunk.n > store.n_chunk || c.chunk.pos < 0 || c.chunk.pos > (1 << 30) || !ascend || c.chunk.seqs.none() ||
+            (c.chunk.seqs >> n_seq_max).any()) {
             xkv_throw(XKV_STATUS_FORMAT, "chunk %zu of the state has %u tokens from position %d, expected 1 to %u of sequences below %u", i,
                       c.chunk.n, c.chunk.pos, store.n_chunk, n_seq_max);
         }
+        res.seqs |= c.chunk.seqs;
         res.chunks.push_back(std::move(c));
     }
     res.sinks     = in.get_list<llama_pos>();
@@ -254,10 +264,42 @@ void llama_kv_cache_xkv::check_shared(llama_seq_id seq_id, uint32_t stage, const
     }
 }
 
+// the sequences of a saved stream have to be those of this cache's stream
+void llama_kv_cache_xkv::check_members(uint32_t stream, llama_seq_id seq_id, const std::vector<llama_seq_id> & sinks,
+                                       const xkv_seq_set & chunks) const {
+    const auto other = [&](llama_seq_id s) { return s < 0 || s >= (llama_seq_id) n_seq_max || (seq_id < 0 && get_stream(s) != stream); };
+
+    bool wrong = std::any_of(sinks.begin(), sinks.end(), other);
+    for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+        wrong = wrong || (chunks.test(s) && other(s));
+    }
+    if (wrong) {
+        xkv_throw(XKV_STATUS_FORMAT, "the state has tokens of sequences that are not those of stream %u", stream);
+    }
+}
+
+// chunks of the stage that others do not have
+void llama_kv_cache_xkv::check_shared_room(llama_seq_id seq_id, size_t n_chunk) const {
+    const auto & table  = tables[get_stream(seq_id)];
+    const auto   used   = table.used();
+    const size_t n_stay = std::count_if(used.begin(), used.end(), [&](uint32_t ic) {
+        auto seqs = table[ic].seqs;
+        return seqs.reset(seq_id).any();
+    });
+    const size_t n_room = store->n_slot_now() / store->n_chunk - n_stay;
+    if (n_chunk > n_room) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "the state has %zu chunks, the stage has room for %zu; load it into an empty context", n_chunk,
+                  n_room);
+    }
+}
+
 bool llama_kv_cache_xkv::is_alone(llama_seq_id seq_id) const {
-    const uint32_t s   = get_stream(seq_id);
-    const auto     own = tables[s].find(seq_id, 0, std::numeric_limits<llama_pos>::max());
-    return own.size() == tables[s].used().size() && window->n_token(seq_id) == window->n_used(s);
+    for (llama_seq_id other = 0; other < (llama_seq_id) n_seq_max; ++other) {
+        if (other != seq_id && get_stream(other) == get_stream(seq_id) && seq_pos_max(other) >= 0) {
+            return false;
+        }
+    }
+    return true;
 }
 
 void llama_kv_cache_xkv::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -289,7 +331,10 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id, l
         xkv_throw(XKV_STATUS_FORMAT, "the state is of %s, expected one of %s", seq_id >= 0 ? "all sequences" : "one sequence",
                   seq_id >= 0 ? "one sequence" : "all sequences");
     }
-    const uint32_t            n_stream = in.get<uint32_t>();
+    const uint32_t n_stream = in.get<uint32_t>();
+    if (n_stream != (seq_id >= 0 ? 1 : tables.size())) {
+        xkv_throw(XKV_STATUS_FORMAT, "the state has %u streams, expected %zu", n_stream, seq_id >= 0 ? 1 : tables.size());
+    }
     std::vector<saved_stream> streams;
     for (uint32_t s = 0; s < n_stream; ++s) {
         streams.push_back(xkv_parse_stream(in, *store, n_seq_max));
@@ -301,6 +346,7 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id, l
         xkv_throw(XKV_STATUS_MODEL_MISMATCH, "the state has %u exact tokens, the window has room for %u; raise n_ctx", n_cell, n_room);
     }
     for (const auto & st : streams) {
+        check_members(st.stream, seq_id, st.sink_seqs, st.seqs);
         size_t n = n_cell;
         for (const auto & c : st.chunks) {
             n += c.chunk.n;
@@ -312,11 +358,7 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id, l
     const bool alone = seq_id < 0 || is_alone(seq_id);
     if (!alone) {
         check_shared(seq_id, streams[0].stage, streams[0].flow.data, streams[0].flow.size);
-        const auto & table = tables[streams[0].stream];
-        if (streams[0].chunks.size() > table.free(table.size()).size()) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED, "the state has %zu chunks, the store has room for %zu more", streams[0].chunks.size(),
-                      table.free(table.size()).size());
-        }
+        check_shared_room(seq_id, streams[0].chunks.size());
     }
 
     // from here on the cache changes: what fails leaves it empty, or without the sequence
@@ -325,6 +367,7 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id, l
             empty(true);
         } else {
             seq_rm_one(seq_id, 0, std::numeric_limits<llama_pos>::max());
+            window->drop_sinks();
         }
         for (auto & st : streams) {
             take_stream(st.stream, st.stage, alone, st.flow.data, st.flow.size);

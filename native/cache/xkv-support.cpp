@@ -103,6 +103,9 @@ std::string xkv_unsupported_reason(const llama_model & model) {
         return because("has no layers that keep plain K and V of all tokens");
     }
     for (uint32_t il : layers) {
+        if (il >= hparams.n_layer()) {
+            return because("attends in layers beyond those of its trunk");
+        }
         if (hparams.n_embd_head_k(il) != hparams.n_embd_head_k(layers[0]) ||
             hparams.n_embd_head_v(il) != hparams.n_embd_head_v(layers[0])) {
             return because("has heads whose size differs from layer to layer");

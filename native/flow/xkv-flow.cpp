@@ -122,6 +122,10 @@ void xkv_flow::commit(uint32_t stream, const jobs_t & jobs) {
 std::vector<uint32_t> xkv_flow::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0,
                                         llama_pos p1) {
     const auto & chunk = tables[stream][ic];
+    if (!lctx) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "a chunk cannot be cut before the context's first batch; call xkv_attach, or decode a token first");
+    }
 
     std::vector<uint32_t> slots;
     for (uint32_t i = 0; i < chunk.n; ++i) {
@@ -149,8 +153,12 @@ void xkv_flow::start_over(llama_context * lctx, uint32_t stream) {
     }
     change("a return to an earlier stage", [&] {
         for (uint32_t ic : used) {
-            const auto chunk = table[ic];
-            const auto cells = restore(lctx, stream, ic, chunk.seqs._Find_first(), chunk.pos, chunk.end());
+            const auto   chunk = table[ic];
+            llama_seq_id first = 0;
+            while (!chunk.seqs.test(first)) {
+                first++;
+            }
+            const auto cells = restore(lctx, stream, ic, first, chunk.pos, chunk.end());
             window.share(stream, cells, chunk.seqs);
         }
         table.clear();
@@ -179,21 +187,21 @@ void xkv_flow::reset(uint32_t stream) {
 
 void xkv_flow::save(uint32_t stream, xkv_bytes_out & out) const {
     const bool own = store.has_own_bases(stream);
-    out.put(own);
+    out.put((uint8_t) own);
     if (own) {
         store.get_bases(stream, out.more(store.basis_bytes()));
     }
-    out.put(online != nullptr);
+    out.put((uint8_t) (online != nullptr));
     if (online) {
         online->save(stream, out);
     }
 }
 
 void xkv_flow::load(uint32_t stream, xkv_bytes_in & in) {
-    if (in.get<bool>()) {
+    if (in.get<uint8_t>()) {
         store.set_bases(stream, in.take(store.basis_bytes()));
     }
-    if (in.get<bool>() != (online != nullptr)) {
+    if ((in.get<uint8_t>() != 0) != (online != nullptr)) {
         xkv_throw(XKV_STATUS_FORMAT, "a saved state is of a cache with online %s, expected %s", online ? "off" : "on",
                   online ? "on" : "off");
     }

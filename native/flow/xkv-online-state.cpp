@@ -24,6 +24,12 @@ void xkv_online_bases::load(uint32_t stream, xkv_bytes_in & in) {
             }
             *list = read;
         }
+        for (size_t ig = 0; ig < st.n_dir[kd].size(); ++ig) {
+            if (st.n_dir[kd][ig] > store.groups()[ig].dim[kd]) {
+                xkv_throw(XKV_STATUS_FORMAT, "a saved state has %u directions of group %zu, expected at most %u", st.n_dir[kd][ig], ig,
+                          store.groups()[ig].dim[kd]);
+            }
+        }
     }
     states[stream] = st;
 }

@@ -152,6 +152,9 @@ int xkv_model_layers(const struct llama_model * model, struct xkv_layer_info * l
 int  xkv_scope_begin(const struct xkv_params * params);
 void xkv_scope_end(void);
 
+// tells an xkv cache its context, which it knows by itself from the first batch on: a state can be loaded and cut before
+void xkv_attach(struct llama_context * ctx);
+
 // 1 when the context's memory is an xkv cache
 int xkv_context_is_xkv(const struct llama_context * ctx);
 

@@ -13,6 +13,7 @@ import pytest
 from xkv_gguf import Llama
 from xkv_gguf.cli import main
 from xkv_gguf.errors import XkvWarning
+from xkv_gguf.sidecar.read import read_sidecar
 
 from .table import ARCHS, FAMILIES, HYBRID, PLAIN
 
@@ -72,3 +73,14 @@ def test_an_architecture_that_was_never_tested(arch: Callable[[str], Path], monk
     monkeypatch.setattr("xkv_gguf.llama.TESTED", frozenset({"llama"}))
     with pytest.warns(XkvWarning, match="architecture qwen3 was never tested with an xkv cache"):
         Llama(arch("qwen3"), n_ctx=1024, xkv={"ratio": 4, "calibrate": False}, verbose=False).close()
+
+
+def test_layers_are_weighed_where_not_all_are_held(arch: Callable[[str], Path], tmp_path: Path) -> None:
+    model, text = arch("llama4-moe"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ["convert", str(model), "--tokens", "2048", "--weigh", "layers", "--data", str(text), "--quiet"]
+    assert main(words) == 0
+    info = read_sidecar(model.with_suffix(".xkv.gguf")).info
+    assert [group.layers for group in info.groups] == [(1, 3)]
+    assert info.scale_k[0] == info.scale_k[2] == 1.0
+    assert info.scale_k[1] != 1.0

@@ -67,7 +67,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ([], "no verb given, expected one of convert, inspect, run, chat, bench"),
+        ([], "no verb given, expected one of convert, inspect, fit, run, chat, bench"),
         (["--wat"], "unrecognized arguments: --wat (see xkv-gguf --help)"),
         (["fly"], "invalid choice: 'fly'"),
         (["run"], "no prompt: give -p TEXT or -f FILE"),

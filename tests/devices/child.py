@@ -50,7 +50,7 @@ def full_rank(servers: Sequence[str], fused: bool) -> dict[str, Any]:
                     "flash": max(deviation(flash[path], plain[path]) for path in plain),
                     "splits": devices.context_splits(ctx.ptr),
                     "plain_splits": splits,
-                    "packs": kind.head_k % 16 == 0 and kind.head_v % 16 == 0,
+                    "packs": kind.head_k % 16 == 0 and kind.head_v % 16 == 0 and not kind.v_in_k,
                     "devices": {part.name: [part.n_layer, part.n_fused, part.cache] for part in parts},
                 }
             harness.close_model(model)

@@ -155,13 +155,6 @@ def test_shift_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> Non
         ctx.decode((0, tokens[:1]))
 
 
-def test_state_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    one = tiny("llama")
-    with open_context(one.model, xkv=one.bases().params()) as ctx:
-        ctx.feed(tokens[:200], N_BATCH)
-        assert lib.llama_state_get_size(ctx.ptr) == 0
-
-
 def test_idle_sequence_leaves_room(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """In a unified cache, full micro-batches of one sequence do not crowd out those of another."""
     one = tiny("llama")

@@ -11,7 +11,7 @@ import pytest
 from xkv_gguf.runtime import native
 
 from .conftest import Tiny
-from .harness import Context, open_context
+from .harness import Context, lib, open_context
 from .state import load, save
 from .test_full_rank import TOL_F32, deviation
 from .test_stages import COARSE, N_CTX, params
@@ -152,3 +152,40 @@ def test_states_of_other_caches(
         assert not load(ctx, state)
         assert re.search(why, native.last_error()), native.last_error()
         assert save(ctx) == before
+
+
+def test_a_sequence_that_shares_all_with_another(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """It is not alone: the other one keeps its tokens, stage and bases."""
+    one = tiny("llama")
+    kind: Any = {"n_ctx": 2 * N_CTX, "n_seq_max": 2, "unified": True, "xkv": given(one, "online")}
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:300], 50)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+        ctx.n_past[1] = 300
+        early = save(ctx, 1)
+        ctx.feed(tokens[300:600], 50, seq=1)
+        before = save(ctx, 0)
+        assert not load(ctx, early, 1)
+        assert "shares a stream with others" in native.last_error()
+        assert save(ctx, 0) == before
+        assert not load(ctx, save(ctx, 1), 1)
+        assert "the stage has room for 3" in native.last_error()
+        assert save(ctx, 0) == before
+
+
+def test_a_state_is_cut_before_the_first_batch(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    xkv = given(one, "static")
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[:400], 50)
+        state = save(ctx)
+        assert ctx.seq_rm(0, 333)
+        expected = ctx.feed(tokens[333:360], 1)
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        assert load(ctx, state)
+        assert not ctx.seq_rm(0, 130)  # inside a chunk
+        assert "xkv_attach" in native.last_error()
+        native.attach(ctx.ptr)
+        assert ctx.seq_rm(0, 333)
+        ctx.n_past[0] = 333
+        assert deviation(ctx.feed(tokens[333:360], 1), expected) <= 50 * TOL_F32

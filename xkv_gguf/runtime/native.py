@@ -247,6 +247,12 @@ def check_model(model: int) -> None:
     check_status(api.lib.xkv_model_check(api.model(model)))
 
 
+def attach(context: int) -> None:
+    """Tell an xkv cache its context, before the first batch."""
+    api = native()
+    api.lib.xkv_attach(api.context(context))
+
+
 def is_xkv(context: int) -> bool:
     """Whether a context's memory is an xkv cache."""
     api = native()

@@ -83,6 +83,7 @@ def context_sizes(model: int, settings: Mapping[str, Any], xkv: native.ScopePara
     params.n_ubatch = min(params.n_batch, params.n_ubatch)
     flash = settings.get("flash_attn", True)
     params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    native.clear_last_error()
     scope = native.scope(xkv) if xkv is not None else nullcontext()
     with scope, log.collect(quiet=True) as lines:
         ctx = lib.llama_init_from_model(model, params)
