@@ -32,6 +32,7 @@ from .report import KvDevice, KvPart, KvReport
 from .runtime import arguments, devices, loader, log, native, rpc
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
+from .runtime.sampling import check_grammar
 from .runtime.shape import find_shape
 from .runtime.threads import default_decode_threads, default_threads
 from .sidecar.read import Sidecar
@@ -216,7 +217,13 @@ class Llama(llama_cpp.Llama):
         native.attach(self._ctx.ctx)
         if self.lora_path and not self._lora_adapter:
             raise ModelError(f"lora_path {self.lora_path}: llama.cpp cannot load it")
-        self._ctx.__class__ = CheckedContext
+        CheckedContext.take(self._ctx)
+
+    def _init_sampler(self, *args: Any, **settings: Any) -> Any:
+        """The parent's samplers; a grammar that does not parse raises OptionError."""
+        if settings.get("grammar") is not None:
+            check_grammar(self._model.vocab, settings["grammar"])
+        return super()._init_sampler(*args, **settings)
 
     def _architecture(self) -> str:
         return str(getattr(self, "metadata", {}).get("general.architecture", "of this model"))

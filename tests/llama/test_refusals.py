@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_cpp.llama_grammar import LlamaGrammar
 
 from xkv_gguf import Llama, opening
 from xkv_gguf.errors import (
@@ -373,6 +375,35 @@ def test_a_second_library(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("LibraryError "), done.stderr
     assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.parametrize("text", ["root ::= [", 'other ::= "a"'])
+def test_a_grammar_that_does_not_parse(text: str, open_llama: Open) -> None:
+    llm = open_llama("f16")
+    grammar = LlamaGrammar.from_string(text, verbose=False)
+    refused(OptionError, "does not parse, expected GBNF with a rule 'root'", lambda: llm("Hi", grammar=grammar))
+    grammar = LlamaGrammar.from_string('root ::= "yes"', verbose=False)
+    assert llm("Hi", grammar=grammar, max_tokens=3)["choices"][0]["text"] == "yes"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process(open_llama: Open) -> None:
+    llm = open_llama("f16")
+    llm("Hi", max_tokens=1)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            llm("One two three", max_tokens=1)
+        except DecodeError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as pipe:
+        assert f"was forked from {os.getpid()}, which made this Llama; make one after the fork" in pipe.read()
+    llm("Hi", max_tokens=1)
 
 
 @pytest.mark.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..errors import DecodeError, OutOfMemoryError
@@ -16,9 +17,21 @@ STATUS_ALLOC = -2
 class CheckedContext(internals.LlamaContext):
     """`llama_cpp`'s context; an operation that the cache refuses raises instead of passing unnoticed.
 
-    An object of the parent class becomes one by assigning its ``__class__``: `llama_cpp.Llama` makes its context
-    itself.
+    An object of the parent class becomes one by `take`: `llama_cpp.Llama` makes its context itself.
+
+    Attributes
+    ----------
+    pid : int
+        The process that made it. One forked from it has no threads to compute with.
     """
+
+    pid: int
+
+    @classmethod
+    def take(cls, context: Any) -> None:
+        """Make an object of the parent class one of this class."""
+        context.__class__ = cls
+        context.pid = os.getpid()
 
     def decode(self, batch: Any) -> None:
         """Evaluate a batch.
@@ -26,10 +39,14 @@ class CheckedContext(internals.LlamaContext):
         Raises
         ------
         DecodeError
-            The context is full, a token does not exist, or the cache refused.
+            The context is full, a token does not exist, the cache refused, or this is a forked process.
         OutOfMemoryError
             There is no memory for it.
         """
+        if os.getpid() != self.pid:
+            raise DecodeError(
+                f"process {os.getpid()} was forked from {self.pid}, which made this Llama; make one after the fork"
+            )
         code = llama_cpp.llama_decode(self.ctx, batch.batch)
         if code == 0:
             return
