@@ -19,6 +19,8 @@ UPSTREAM := $(shell sed -n 's/.*"package": *"\([^"]*\)".*/\1/p' upstream.json)==
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \
              -name __pycache__ -prune -o -type f -print | LC_ALL=C sort)
 
+BUILD_TESTS = for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
+
 # what compiles without ggml-cuda
 KERNELS := $(wildcard native/ops/*/cuda/xkv-attn.cu)
 
@@ -39,11 +41,15 @@ demo: $(STAMP)/package $(STAMP)/model
 	@$(PY) -m xkv_gguf.demo
 
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
-	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
+	@$(BUILD_TESTS)
 	@$(VENV)/bin/pytest $(PYTEST)
 
-# with nvcc, for each architecture of the list that it knows
-test-kernels:
+# kernels for devices: all cases in the shims, and with nvcc a build for each architecture of the list that it knows
+test-kernels: $(STAMP)/package
+	@$(BUILD_TESTS)
+	@for program in build/*/tests/xkv-test-attn-cuda build/*/tests/xkv-test-attn-metal; do \
+	    if test -x "$$program"; then echo "test-kernels: $${program##*/}"; "$$program" || exit 1; fi; \
+	done
 	@if ! command -v $(NVCC) > /dev/null; then echo "test-kernels: no $(NVCC), kernels for CUDA are not compiled"; exit 0; fi; \
 	known=$$($(NVCC) --list-gpu-code); archs=; mkdir -p build/kernels; \
 	for arch in $(CUDA_ARCHS); do \

@@ -19,11 +19,15 @@ def run(repo_root: Path, name: str, *arguments: str) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", ["xkv-test-select", "xkv-test-attn", "xkv-test-attn-cuda", "xkv-test-attn-metal", "xkv-test-shim-metal"]
-)
+@pytest.mark.parametrize("name", ["xkv-test-select", "xkv-test-attn", "xkv-test-shim-metal"])
 def test_program(name: str, repo_root: Path) -> None:
     run(repo_root, name)
+
+
+@pytest.mark.parametrize("arguments", [["xkv-test-attn-cuda", "all", "5"], ["xkv-test-attn-metal", "5"]])
+def test_kernels_in_a_shim(arguments: list[str], repo_root: Path) -> None:
+    """All planted faults, and one case of five; `make test-kernels` runs all."""
+    run(repo_root, *arguments)
 
 
 def test_the_program_for_devices(repo_root: Path) -> None:

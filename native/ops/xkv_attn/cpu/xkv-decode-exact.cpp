@@ -29,17 +29,16 @@ static void xkv_row_f32(const ggml_tensor * t, int64_t j, int64_t head, int64_t 
     }
 }
 
-static float xkv_dot_f32(int64_t n, const float * x, const float * y) {
-    f32r    acc = {};
-    int64_t i   = 0;
-    for (; i + 16 <= n; i += 16) {
-        acc += xkv_load(x + i) * xkv_load(y + i);
+// products of x and four rows, dim a multiple of 16
+static void xkv_dot_rows(int64_t dim, const float * x, const float * rows, float * res) {
+    f32r acc[4] = {};
+    for (int64_t c = 0; c < dim; c += 16) {
+        const f32r v = xkv_load(x + c);
+        for (int k = 0; k < 4; ++k) {
+            acc[k] += v * xkv_load(rows + k * dim + c);
+        }
     }
-    float res = xkv_sum(acc);
-    for (; i < n; ++i) {
-        res += x[i] * y[i];
-    }
-    return res;
+    xkv_sum_4(acc, res);
 }
 
 // sums [dim] += n rows, each times its factor
@@ -79,9 +78,12 @@ void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int6
             if (!any) {
                 continue;
             }
-            for (int64_t k = 0; k < n && !have; ++k) {
-                xkv_row_f32(l.k, j + k, head, s, b.row_k + k * dk);
-                xkv_row_f32(l.v, j + k, head, s, b.row_v + k * dv);
+            if (!have) {
+                memset(b.row_k + n * dk, 0, (XKV_EXACT_BLOCK - n) * dk * sizeof(float));
+                for (int64_t k = 0; k < n; ++k) {
+                    xkv_row_f32(l.k, j + k, head, s, b.row_k + k * dk);
+                    xkv_row_f32(l.v, j + k, head, s, b.row_v + k * dv);
+                }
             }
             have = true;
             for (int64_t g = 0; g < l.n_gqa; ++g) {
@@ -92,9 +94,10 @@ void xkv_exact_span(const xkv_attn_layer & l, const xkv_decode_buffers & b, int6
                 float &       sum  = b.exact.sum(span, i);
 
                 float list[XKV_EXACT_BLOCK];
-                for (int64_t k = 0; k < XKV_EXACT_BLOCK; ++k) {
-                    list[k] = k < n ? l.par.scale * xkv_dot_f32(dk, q, b.row_k + k * dk) : 0.0f;
+                for (int64_t k = 0; k < XKV_EXACT_BLOCK; k += 4) {
+                    xkv_dot_rows(dk, q, b.row_k + k * dk, list + k);
                 }
+                xkv_store(list, xkv_load(list) * l.par.scale);
                 l.cap(list, XKV_EXACT_BLOCK);
                 const f32r  score = xkv_load(list) + xkv_load(bias);
                 const float m     = std::max(max, xkv_max(score));

@@ -17,6 +17,9 @@ static const float XKV_ROUND_LESS = 0.5f;
 
 static const int64_t XKV_PAD = 16;
 
+// queries in frames of chunks that wait until they go through the basis together, beside those of one chunk
+static const int64_t XKV_N_PENDING = 32;
+
 // exact tokens that are looked at together
 static const int64_t XKV_EXACT_BLOCK = 16;
 
@@ -52,10 +55,25 @@ struct xkv_rows {
     }
     float * row(int64_t i) const { return x + i * stride; }
 
-    // numbers [c0, c1)
-    void round(int64_t row, int64_t c0, int64_t c1) const {
-        const int64_t i = row * stride + c0;
-        xkv_round(x + i, (c1 - c0 + 31) / 32 * 32, codes + i, scales + i / 32, n + i / 32);
+    // numbers [c0, c1) of n rows
+    void round(const int64_t * rows, int n_row, int64_t c0, int64_t c1) const {
+        const xkv_round_dst dst = { codes, scales, n };
+
+        int64_t       list[4];
+        int           n_list  = 0;
+        const int64_t n_block = (c1 - c0 + 31) / 32;
+        for (int k = 0; k < n_row; ++k) {
+            for (int64_t c = 0; c < n_block; ++c) {
+                list[n_list++] = (rows[k] * stride + c0) / 32 + c;
+                if (n_list == 4) {
+                    xkv_round_4(x, dst, list);
+                    n_list = 0;
+                }
+            }
+        }
+        for (int k = 0; k < n_list; ++k) {
+            xkv_round(x, dst, list[k]);
+        }
     }
 
     void negate(int64_t row, int64_t n_col) const {
@@ -87,23 +105,25 @@ struct xkv_ticket {
     int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
 };
 
+enum { XKV_TICKET_EXACT, XKV_TICKET_LEAD, XKV_TICKET_MERGE, XKV_N_TICKET }; // then the rounds of refinement
+
 struct xkv_decode_buffers {
-    xkv_ticket * tickets; // of the pass by the lead, the merge, and the rounds of refinement
+    xkv_ticket * tickets; // [XKV_N_TICKET + XKV_N_ROUND]
 
     xkv_partials exact;
     xkv_partials parts;
     float *      peak; // [n_query][n_frame] log of the largest sum of weights of a block of the chunk, by the lead
 
-    // of a thread
+    // of a thread; a row is a query in a chunk's frame
     xkv_rows  q;      // queries in the chunk's frame
     xkv_rows  y;      // and through the basis of K
     xkv_rows  weight; // of the chunk's tokens
     xkv_rows  taken;  // weights by the lead of refined blocks, negative
-    float *   score;  // [n_query][n_chunk]
+    float *   score;  // [n_row][n_chunk]
     float *   rough;  // the same by the lead
     float *   least;  // [n_query] log of the sum of weights by the lead beyond which a block is refined
     float *   above;  // [n_query] and up to which: those beyond it have been
-    uint8_t * fine;   // [n_query][n_chunk/XKV_ATTN_FINE]
+    uint8_t * fine;   // [n_row][n_chunk/XKV_ATTN_FINE]
     float *   row_k;  // [XKV_EXACT_BLOCK][d_k]
     float *   row_v;
 

@@ -271,6 +271,22 @@ XKV_INLINE f32r xkv_exp(const f32r & x) {
     return res;
 }
 
+// log of positive normal numbers to 1e-6; of 0 it is below -87
+XKV_INLINE f32r xkv_log(const f32r & x) {
+    f32r res;
+    for (int i = 0; i < f32r::n; ++i) {
+        const i32r::reg bits = (i32r::reg) x.v[i] - 0x3f2aaaab; // mantissas from 2/3 to 4/3
+        const i32r::reg e    = bits >> 23;
+        const f32r::reg m    = (f32r::reg)((bits & 0x7fffff) + 0x3f2aaaab) - 1.0f;
+        // of (1 + m), by z = m/(2 + m): 2 (z + z^3/3 + z^5/5 + ...), |z| <= 0.2
+        const f32r::reg z = m / (m + 2.0f);
+        const f32r::reg w = z * z;
+        const f32r::reg p = ((w * (1.0f / 9) + 1.0f / 7) * w + 1.0f / 5) * w + 1.0f / 3;
+        res.v[i]          = __builtin_convertvector(e, f32r::reg) * 0.693147181f + 2.0f * z * (1.0f + w * p);
+    }
+    return res;
+}
+
 // to 1e-7
 XKV_INLINE f32r xkv_tanh(const f32r & x) {
     const f32r y = xkv_max(xkv_max(x, xkv_set1(-10.0f)) * -1.0f, xkv_set1(-10.0f)) * -2.0f;

@@ -2,57 +2,9 @@
 
 #pragma once
 
-#include "xkv-simd.h"
+#include "xkv-round.h"
 
 #include "../xkv-tiles.h"
-
-// What tiles meet: numbers, and the same as bytes with a scale and a sum of codes per 32.
-struct xkv_rounded {
-    const float *   x;
-    const int8_t *  codes;
-    const float *   scales;
-    const int32_t * sums;
-};
-
-// n numbers, a multiple of 32
-static inline void xkv_round(const float * x, int64_t n, int8_t * codes, float * scales, int32_t * sums) {
-    for (int64_t b = 0; b < n / 32; ++b) {
-        const f32r x0   = xkv_load(x + 32 * b);
-        const f32r x1   = xkv_load(x + 32 * b + 16);
-        const f32r zero = {};
-
-        const float max = xkv_max(xkv_max(xkv_max(x0, zero - x0), xkv_max(x1, zero - x1)));
-        const float id  = max > 0.0f ? 127.0f / max : 0.0f;
-        scales[b]       = max / 127.0f;
-#if defined(__AVX512F__)
-        const __m512i c0 = _mm512_cvtps_epi32((__m512) (x0 * id).v[0]);
-        const __m512i c1 = _mm512_cvtps_epi32((__m512) (x1 * id).v[0]);
-        const __m256i c  = _mm256_set_m128i(_mm512_cvtepi32_epi8(c1), _mm512_cvtepi32_epi8(c0));
-        _mm256_storeu_si256((__m256i *) (codes + 32 * b), c);
-        const __m256i s4 = _mm256_sad_epu8(_mm256_xor_si256(c, _mm256_set1_epi8((char) 0x80)), _mm256_setzero_si256());
-        const __m128i s2 = _mm_add_epi64(_mm256_castsi256_si128(s4), _mm256_extracti128_si256(s4, 1));
-        sums[b]          = _mm_cvtsi128_si32(_mm_add_epi64(s2, _mm_unpackhi_epi64(s2, s2))) - 32 * 128;
-#elif defined(__AVX2__)
-        const f32r    y0 = x0 * id;
-        const f32r    y1 = x1 * id;
-        const __m256i c0 = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256) y0.v[0]), _mm256_cvtps_epi32((__m256) y0.v[1]));
-        const __m256i c1 = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256) y1.v[0]), _mm256_cvtps_epi32((__m256) y1.v[1]));
-        const __m256i c  = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(c0, c1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256((__m256i *) (codes + 32 * b), c);
-        const __m256i s4 = _mm256_madd_epi16(_mm256_add_epi16(c0, c1), _mm256_set1_epi16(1));
-        __m128i       s  = _mm_add_epi32(_mm256_castsi256_si128(s4), _mm256_extracti128_si256(s4, 1));
-        s                = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-        sums[b]          = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-#else
-        int32_t sum = 0;
-        for (int i = 0; i < 32; ++i) {
-            codes[32 * b + i] = (int8_t) rintf(x[32 * b + i] * id);
-            sum += codes[32 * b + i];
-        }
-        sums[b] = sum;
-#endif
-    }
-}
 
 template <ggml_type T> struct xkv_tile;
 
@@ -154,8 +106,7 @@ XKV_INLINE void xkv_dot_32(const uint8_t * codes, const f32r & scale, const int8
     }
 }
 
-// res[m] += n columns of 16 rows times y[m], from tiles that follow each other; n is a multiple of the tile's columns
-template <ggml_type T, int M> static inline void xkv_dot_tiles(const uint8_t * tiles, int64_t n, const xkv_rounded * y, f32r * res) {
+template <ggml_type T, int M> static inline void xkv_dot_coded_tiles(const uint8_t * tiles, int64_t n, const xkv_rounded * y, f32r * res) {
     using tile = xkv_tile<T>;
     for (int64_t c = 0; c < n; c += tile::cols, tiles += tile::bytes) {
         const f32r scale = xkv_load_f16(tiles);
@@ -197,25 +148,65 @@ static inline void xkv_dot_tiles_float(ggml_type type, const uint8_t * tiles, in
     }
 }
 
-template <int M> static inline void xkv_dot_tiles(ggml_type type, const uint8_t * tiles, int64_t n, const xkv_rounded * y, f32r * res) {
+// res[m] += n columns of 16 rows times y[m], from tiles that follow each other; n is a multiple of the tile's columns
+template <ggml_type T, int M> static inline void xkv_dot_tiles(const uint8_t * tiles, int64_t n, const xkv_rounded * y, f32r * res) {
+    if constexpr (T == GGML_TYPE_F32 || T == GGML_TYPE_F16) {
+        for (int64_t c = 0; c < n; ++c) {
+            const f32r x = T == GGML_TYPE_F32 ? xkv_load((const float *) tiles + 16 * c) : xkv_load_f16(tiles + 32 * c);
+            for (int m = 0; m < M; ++m) {
+                res[m] += x * y[m].x[c];
+            }
+        }
+    } else {
+        xkv_dot_coded_tiles<T, M>(tiles, n, y, res);
+    }
+}
+
+// blocks of 16 rows, whose tiles begin `stride` bytes apart
+struct xkv_blocks {
+    const uint8_t * tiles;
+    size_t          stride;
+    int64_t         n;
+};
+
+// dst[m][16*b + row] += n columns of the row in block b times y[m]
+template <ggml_type T, int M>
+static inline void xkv_dot_blocks(const xkv_blocks & x, int64_t n, const xkv_rounded * y, float * const * dst) {
+    for (int64_t b = 0; b < x.n; ++b) {
+        f32r res[M];
+        for (int m = 0; m < M; ++m) {
+            res[m] = xkv_load(dst[m] + 16 * b);
+        }
+        xkv_dot_tiles<T, M>(x.tiles + b * x.stride, n, y, res);
+        for (int m = 0; m < M; ++m) {
+            xkv_store(dst[m] + 16 * b, res[m]);
+        }
+    }
+}
+
+template <int M>
+static inline void xkv_dot_blocks(ggml_type type, const xkv_blocks & x, int64_t n, const xkv_rounded * y, float * const * dst) {
     switch (type) {
     case GGML_TYPE_Q8_0:
-        xkv_dot_tiles<GGML_TYPE_Q8_0, M>(tiles, n, y, res);
+        xkv_dot_blocks<GGML_TYPE_Q8_0, M>(x, n, y, dst);
         break;
     case GGML_TYPE_Q5_0:
-        xkv_dot_tiles<GGML_TYPE_Q5_0, M>(tiles, n, y, res);
+        xkv_dot_blocks<GGML_TYPE_Q5_0, M>(x, n, y, dst);
         break;
     case GGML_TYPE_Q4_0:
-        xkv_dot_tiles<GGML_TYPE_Q4_0, M>(tiles, n, y, res);
+        xkv_dot_blocks<GGML_TYPE_Q4_0, M>(x, n, y, dst);
         break;
     case GGML_TYPE_Q2_0:
-        xkv_dot_tiles<GGML_TYPE_Q2_0, M>(tiles, n, y, res);
+        xkv_dot_blocks<GGML_TYPE_Q2_0, M>(x, n, y, dst);
         break;
     case GGML_TYPE_Q1_0:
-        xkv_dot_tiles<GGML_TYPE_Q1_0, M>(tiles, n, y, res);
+        xkv_dot_blocks<GGML_TYPE_Q1_0, M>(x, n, y, dst);
+        break;
+    case GGML_TYPE_F16:
+        xkv_dot_blocks<GGML_TYPE_F16, M>(x, n, y, dst);
         break;
     default:
-        xkv_dot_tiles_float<M>(type, tiles, n, y, res);
+        xkv_dot_blocks<GGML_TYPE_F32, M>(x, n, y, dst);
         break;
     }
 }
@@ -228,35 +219,35 @@ template <int M> static inline void xkv_dot_tiles(ggml_type type, const uint8_t 
 #endif
 
 // the same for any number up to XKV_DOT_MAX
-static inline void xkv_dot_tiles(int m, ggml_type type, const uint8_t * tiles, int64_t n, const xkv_rounded * y, f32r * res) {
+static inline void xkv_dot_blocks(int m, ggml_type type, const xkv_blocks & x, int64_t n, const xkv_rounded * y, float * const * dst) {
     switch (m) {
     case 1:
-        xkv_dot_tiles<1>(type, tiles, n, y, res);
+        xkv_dot_blocks<1>(type, x, n, y, dst);
         break;
     case 2:
-        xkv_dot_tiles<2>(type, tiles, n, y, res);
+        xkv_dot_blocks<2>(type, x, n, y, dst);
         break;
     case 3:
-        xkv_dot_tiles<3>(type, tiles, n, y, res);
+        xkv_dot_blocks<3>(type, x, n, y, dst);
         break;
     case 4:
-        xkv_dot_tiles<4>(type, tiles, n, y, res);
+        xkv_dot_blocks<4>(type, x, n, y, dst);
         break;
 #if XKV_DOT_MAX > 4
     case 5:
-        xkv_dot_tiles<5>(type, tiles, n, y, res);
+        xkv_dot_blocks<5>(type, x, n, y, dst);
         break;
     case 6:
-        xkv_dot_tiles<6>(type, tiles, n, y, res);
+        xkv_dot_blocks<6>(type, x, n, y, dst);
         break;
     case 7:
-        xkv_dot_tiles<7>(type, tiles, n, y, res);
+        xkv_dot_blocks<7>(type, x, n, y, dst);
         break;
     case 8:
-        xkv_dot_tiles<8>(type, tiles, n, y, res);
+        xkv_dot_blocks<8>(type, x, n, y, dst);
         break;
     case 9:
-        xkv_dot_tiles<9>(type, tiles, n, y, res);
+        xkv_dot_blocks<9>(type, x, n, y, dst);
         break;
 #endif
     }

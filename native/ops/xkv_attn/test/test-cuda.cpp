@@ -19,6 +19,7 @@
 
 static int n_pass = 0;
 static int n_fail = 0;
+static int n_of   = 1; // one case of so many runs
 
 static void note(bool ok, const std::string & what) {
     (ok ? n_pass : n_fail)++;
@@ -84,6 +85,10 @@ static const fibers::order all_orders[] = { fibers::order::forward, fibers::orde
 static const double in_f16 = 2e-3;
 
 static void check(const std::string & name, const xkv_case & c, double limit, bool orders = false, int n_sm = 1) {
+    static int n_case = 0;
+    if (n_case++ % n_of != 0) {
+        return;
+    }
     const instance one(c, 1);
     const double   most = c.n_tps > XKV_ATTN_MAX_QUERY ? in_f16 : limit;
     outcome        first;
@@ -364,9 +369,10 @@ static void check_cases() {
     }
 }
 
-// faults: planted ones alone, cases: what should be right alone
+// `test-cuda [faults | cases | all] [N]`: planted faults alone, what should be right alone, or both; one case of N
 int main(int argc, char ** argv) {
     const std::string part = argc > 1 ? argv[1] : "";
+    n_of                   = argc > 2 ? atoi(argv[2]) : 1;
     if (part != "cases") {
         check_faults();
     }

@@ -374,11 +374,13 @@ static void check_refusals() {
     refuses("multiples of 4", usual, [](ggml_tensor * t) { t->src[4]->nb[1] += 2; });
 }
 
-int main() {
+// one case of N is run: `test-metal [N]`
+int main(int argc, char ** argv) {
+    const size_t n_of = argc > 1 ? atoi(argv[1]) : 1;
     check_refusals();
     check_faults();
     const std::vector<test> tests = list_tests();
-    in_parallel(tests.size(), [&](size_t i) { check(tests[i]); });
+    in_parallel((tests.size() + n_of - 1) / n_of, [&](size_t i) { check(tests[n_of * i]); });
     printf("%d passed, %d failed\n", n_pass, n_fail);
     return n_fail > 0;
 }
