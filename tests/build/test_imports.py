@@ -18,6 +18,7 @@ ROOMS = (
     ("runtime",),
     ("convert",),
     ("options", "report", "opening", "placing", "fitting", "describe"),
+    ("completion",),
     ("llama",),
     ("lab",),
     ("cli", "demo", "__main__"),

@@ -60,7 +60,7 @@ def _read(path: Path, missing: str) -> GgufHeader:
     except FileNotFoundError as err:
         raise ModelError(missing) from err
     except OSError as err:
-        raise ModelError(f"model {path}: cannot be read ({err.strerror})") from err
+        raise ModelError(f"model {path}: cannot be read ({err.strerror or err})") from err
     except GgufFormatError as err:
         raise ModelError(f"model {path}: {err}; a GGUF model file is expected") from err
 

@@ -109,6 +109,6 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as err:
-        raise SidecarError(f"sidecar {path}: cannot be written ({err.strerror})") from err
+        raise SidecarError(f"sidecar {path}: cannot be written ({err.strerror or err})") from err
     finally:
         writer.close()
