@@ -99,6 +99,8 @@ class Fitting:
         """
         kind = native.GGML_TYPES[kv_mode]
         settings = {**self._sized(n_ctx), "type_k": kind, "type_v": kind}
+        asked = settings.get("flash_attn")
+        settings["flash_attn"] = arguments.takes_flash(self.model.architecture, kv_mode, asked)
         sizes = context_sizes(self._open(settings), settings)
         return Context(_taken(sizes), sizes)
 
@@ -259,7 +261,8 @@ def check_memory(model: ModelFile, settings: Mapping[str, Any], kv_mode: str, fo
 
 def _most_compute(n_ctx: int, settings: Mapping[str, Any]) -> int:
     """More than compute buffers take: masks in f32 and f16, and for all else 2 GiB."""
-    return 6 * n_ctx * min(settings.get("n_ubatch", N_BATCH), settings["n_batch"]) + (2 << 30)
+    n_ubatch = int(min(settings.get("n_ubatch", N_BATCH), settings["n_batch"]))
+    return 6 * n_ctx * n_ubatch + (2 << 30)
 
 
 @dataclass(frozen=True)

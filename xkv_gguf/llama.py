@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import inspect
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .errors import (
     StateError,
     UnsupportedError,
     XkvError,
+    XkvWarning,
 )
 from .fitting import Fitting, check_memory
 from .model.file import ModelFile, open_model
@@ -28,7 +30,7 @@ from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
 from .plan.groups import FRAMES
 from .plan.sizes import CacheLayout
-from .report import KvDevice, KvPart, KvReport
+from .report import KvDevice, KvPart, KvReport, stock_op_notes
 from .runtime import arguments, devices, loader, log, native, rpc
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
@@ -143,12 +145,16 @@ class Llama(Completions):
                 if better is error:
                     raise
                 raise better from error
+        fallbacks = self._fallbacks() if kv_mode == "xkv" else []
+        if fallbacks:
+            warnings.warn(f"this xkv cache: {'; '.join(fallbacks)}", XkvWarning, stacklevel=2)
 
     def _settings(self, kwargs: Mapping[str, Any], model: ModelFile) -> dict[str, Any]:
         """Arguments of the parent, with this class's defaults."""
         n_ctx = arguments.resolve_ctx(kwargs.get("n_ctx"), model)
         arguments.warn_beyond_training(n_ctx, kwargs, model)
-        settings = {"flash_attn": True, "verbose": True, **kwargs}
+        settings = {"verbose": True, **kwargs}
+        settings["flash_attn"] = arguments.takes_flash(model.architecture, self.kv_mode, kwargs.get("flash_attn"))
         settings["n_ctx"] = n_ctx
         # the parent counts processors that this process may not use
         settings["n_threads"] = kwargs.get("n_threads") or default_decode_threads()
@@ -246,17 +252,30 @@ class Llama(Completions):
         """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
         parts = tuple(KvPart(name, size) for name, size in native.report(self._ctx.ctx))
         scratch = tuple(KvPart(name, size) for name, size in native.scratch(self._ctx.ctx))
-        found = tuple(
+        found, n_ubatch = self._devices(), int(self.context_params.n_ubatch)
+        if self.kv_mode != "xkv":
+            return KvReport(
+                self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found, n_ubatch=n_ubatch
+            )
+        n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
+        online = native.online_info(self._ctx.ctx, 0)
+        counts = (n_exact, n_stored, online.n_update, online.n_check, online.seconds)
+        planned = self.xkv_plan.notes if self.xkv_plan else ()
+        notes = (*(note.text for note in planned), *stock_op_notes(found))
+        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch, found, n_ubatch, notes)
+
+    def _devices(self) -> tuple[KvDevice, ...]:
+        return tuple(
             KvDevice(part.name, part.cache, part.compute, part.n_layer, part.n_fused)
             for part in devices.context_devices(self._ctx.ctx)
             if part.cache + part.compute
         )
-        if self.kv_mode != "xkv":
-            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found)
-        n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
-        online = native.online_info(self._ctx.ctx, 0)
-        counts = (n_exact, n_stored, online.n_update, online.n_check, online.seconds)
-        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch, found)
+
+    def _fallbacks(self) -> list[str]:
+        """What costs quality or speed, and was not asked for."""
+        planned = self.xkv_plan.notes if self.xkv_plan else ()
+        slow = stock_op_notes(self._devices()) if self.xkv_options.fused is not False else []
+        return [*(note.text for note in planned if note.costs), *slow]
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         """Embed texts, as in `llama_cpp.Llama.embed`; not on an xkv cache.

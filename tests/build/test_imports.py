@@ -11,7 +11,7 @@ import pytest
 import xkv_gguf
 
 ROOMS = (
-    ("errors", "base"),
+    ("errors", "base", "first"),
     ("plan",),
     ("model",),
     ("sidecar",),

@@ -42,6 +42,9 @@ SCALING = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_orig_
 FLOATS = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "lora_scale")
 
 
+WITHOUT_FLASH = ("plm",)
+"""Architectures whose graphs llama.cpp cannot make with flash attention: it aborts the process."""
+
 FORMER: dict[str, tuple[Any, ...] | None] = {
     "f16_kv": (True,),
     "mul_mat_q": (True,),
@@ -141,6 +144,24 @@ def check_mode(kv_mode: str, arguments: Mapping[str, Any]) -> None:
         raise UnsupportedError("vocab_only: there is no cache without weights; use kv_mode='f16'")
     if arguments.get("attention_type", -1) == 1:
         raise UnsupportedError("attention_type: non-causal, but an xkv cache is causal; use kv_mode='f16'")
+
+
+def takes_flash(architecture: str, kv_mode: str, asked: bool | None) -> bool:
+    """Whether flash attention is on: unless it is off by wish, or cannot be.
+
+    Raises
+    ------
+    UnsupportedError
+        The cache needs it, or it is asked for, and the architecture cannot have it.
+    """
+    if architecture not in WITHOUT_FLASH:
+        return asked is not False
+    if kv_mode != "f16" or asked:
+        what = "flash_attn" if kv_mode == "f16" else f"kv_mode {kv_mode}"
+        raise UnsupportedError(
+            f"{what}: architecture {architecture} does not run with flash attention; use kv_mode='f16' without it"
+        )
+    return False
 
 
 def warn_untested(architecture: str) -> None:
