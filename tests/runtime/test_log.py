@@ -46,7 +46,7 @@ def fail(tmp_path: Path) -> Callable[[], None]:
 @pytest.mark.parametrize("quiet", [False, True])
 def test_an_interruption_in_the_callback_is_not_lost(quiet: bool, fail: Callable[[], None]) -> None:
     """Where Ctrl-C is most often noticed while a model is loaded."""
-    pressed = []
+    pressed: list[bool] = []
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def press(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
