@@ -55,7 +55,7 @@ def opened(mode: str, model: Path, **kwargs: Any) -> Iterator[Any]:
 
 
 def logits(llm: Any) -> Logits:
-    return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)).copy()
+    return np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)), np.float32)
 
 
 def read(llm: Any) -> Logits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -111,4 +112,5 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
     except OSError as err:
         raise SidecarError(f"sidecar {path}: cannot be written ({err.strerror or err})") from err
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # what is left in its buffers finds no room either
+            writer.close()
