@@ -14,7 +14,7 @@ from xkv_gguf.errors import OptionError
 
 from .conftest import Open
 
-REPEATED = "The cat sat on the mat. The dog lay by the fire. " * 60
+REPEATED = "The cat sat on the mat. The dog lay by the fire. " * 12
 
 
 class Stubborn(LlamaDraftModel):
@@ -24,7 +24,7 @@ class Stubborn(LlamaDraftModel):
         return np.full(10, 40, dtype=np.intc)
 
 
-def text(llm: Llama, prompt: Any, n: int = 24, **kwargs: Any) -> str:
+def text(llm: Llama, prompt: Any, n: int = 12, **kwargs: Any) -> str:
     reply: Any = llm(prompt, max_tokens=n, temperature=0.0, **kwargs)
     return str(reply["choices"][0]["text"])
 
@@ -33,7 +33,7 @@ def text(llm: Llama, prompt: Any, n: int = 24, **kwargs: Any) -> str:
 @pytest.mark.parametrize("draft", [LlamaPromptLookupDecoding(), Stubborn()], ids=["lookup", "stubborn"])
 @pytest.mark.parametrize("mode", ["xkv", "f16"])
 def test_a_prompt_longer_than_a_batch(mode: str, draft: LlamaDraftModel, open_llama: Open) -> None:
-    plain, drafted = open_llama(mode), open_llama(mode, draft_model=draft)
+    plain, drafted = (open_llama(mode, n_batch=64, draft_model=one) for one in (None, draft))
     assert len(plain.tokenize(REPEATED.encode())) > plain.n_batch
     expected = text(plain, REPEATED)
     assert "cat" in expected
