@@ -6,12 +6,13 @@ fewer eigenproblems. What is left is the bases, at least one group's sums, and o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from xkv_gguf.base.memory import free_memory
 from xkv_gguf.base.text import format_bytes
 from xkv_gguf.convert.engine import Engine
 from xkv_gguf.errors import OutOfMemoryError
@@ -142,18 +143,30 @@ class Work:
         )
 
 
+N_TRY = 5
+"""Batches that are timed at most. Others on the machine only ever slow one down, so that the fastest one counts."""
+
+TRY_SECONDS = 2.0
+"""Time after which no further one is timed."""
+
+
 def measure_rate(engine: Engine, n_seq: int) -> float:
-    """Tokens that the model runs in a second, by two batches, of which the second one counts."""
-    engine.open_context(n_seq, 2)
+    """Tokens that the model runs in a second: the fastest of a few short batches, after a first one that warms up."""
+    engine.open_context(n_seq, N_TRY + 1)
     token = engine.bos() or [0]
-    seconds = 0.0
-    for position in range(2):
+    fastest = math.inf
+    first = perf_counter()
+    for position in range(N_TRY + 1):
         start = perf_counter()
         engine.decode(token * n_seq, range(n_seq), [position] * n_seq, outputs=True)
         engine.logits(n_seq)
-        seconds = perf_counter() - start
+        end = perf_counter()
+        if position > 0:
+            fastest = min(fastest, end - start)
+            if end - first > TRY_SECONDS:
+                break
     engine.close_context()
-    return n_seq / seconds
+    return n_seq / fastest
 
 
 def format_time(seconds: float) -> str:
@@ -161,36 +174,3 @@ def format_time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def free_memory() -> int | None:
-    """Bytes that a process can still get, of the machine and of its control group; None where nothing tells them."""
-    found = [_field("/proc/meminfo", "MemAvailable:", 1024)]
-    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        # file pages count as used, and are given back
-        cached = _field("/sys/fs/cgroup/memory.stat", "inactive_file", 1) or 0
-        found.append(limit - used + cached)
-    known = [n for n in found if n is not None]
-    if known:
-        return min(known)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _field(path: str, name: str, unit: int) -> int | None:
-    rows: Sequence[str]
-    try:
-        rows = Path(path).read_text(encoding="ascii").splitlines()
-    except (OSError, ValueError):
-        return None
-    return next((int(row.split()[1]) * unit for row in rows if row.split()[:1] == [name]), None)
-
-
-def _number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None

@@ -1,6 +1,6 @@
 """A cross-layer low-rank KV cache for GGUF models on llama.cpp.
 
-``Llama`` is `llama_cpp.Llama` with the keyword ``kv_mode``; take it from here before llama_cpp is imported, so that
+``Llama`` is `llama_cpp.Llama` with the keyword ``kv_mode``; import this package before llama_cpp is imported, so that
 the patched library is the one that is loaded.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from . import first
 
 if TYPE_CHECKING:
     from .errors import XkvError
@@ -27,6 +29,8 @@ _MODULES = {
     "XkvError": "errors",
     "XkvOptions": "options",
 }
+
+first.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,8 @@
-"""Exceptions that xkv-gguf raises. Every message is one line: object, found, expected, fix."""
+"""Exceptions that xkv-gguf raises. Every message is one line: object, found, expected, fix.
+
+Where `llama_cpp.Llama` raises an exception too, ours is one of its class, so that code which was written for it goes on
+to work: ValueError where an object cannot be made, RuntimeError where a batch, a state or an adapter is not taken.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,15 @@ class XkvError(Exception):
     """Base of all errors that a user can cause or repair."""
 
 
-class ModelError(XkvError):
+class ModelError(XkvError, ValueError):
     """The model file is missing, unreadable, or not a GGUF model."""
 
 
-class UnsupportedError(XkvError):
+class AdapterError(ModelError, RuntimeError):
+    """The LoRA adapter is missing, unreadable, or of another architecture."""
+
+
+class UnsupportedError(XkvError, NotImplementedError, ValueError):
     """The model, setting or operation is not supported with an xkv cache."""
 
 
@@ -35,6 +43,10 @@ class OptionError(XkvError, ValueError):
     """An option has a value that cannot be used."""
 
 
+class OptionTypeError(OptionError, TypeError):
+    """An option has a value of a type that cannot be used."""
+
+
 class CalibrationError(XkvError):
     """The calibration text or its captured statistics cannot be used."""
 
@@ -51,8 +63,8 @@ class StateError(XkvError, RuntimeError):
     """A saved state is damaged, or is of another model, sidecar or plan."""
 
 
-class OutOfMemoryError(XkvError, MemoryError):
-    """The cache or the context does not fit into memory."""
+class OutOfMemoryError(XkvError, MemoryError, ValueError, RuntimeError):
+    """The cache or the context does not fit into memory, or a batch finds none."""
 
 
 class DeviceError(XkvError):

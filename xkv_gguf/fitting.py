@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import opening, placing
+from .base.memory import free_memory
 from .base.text import format_bytes
 from .errors import OptionError, OutOfMemoryError, UnsupportedError
 from .model.file import ModelFile
 from .opening import Planned
 from .options import XkvOptions
 from .plan.cache_plan import CachePlan
+from .plan.coef_types import bytes_per_coef
 from .plan.fit import RATIOS, Taken, largest_budget, longest, renewal_bytes
 from .plan.sizes import ModelShape, padded_ctx
 from .runtime import arguments, native
-from .runtime.shape import model_shape
+from .runtime.shape import find_shape, model_shape
 from .runtime.simulate import ContextSizes, context_sizes, model_without_memory
 from .sidecar.read import Sidecar
 
@@ -97,6 +99,8 @@ class Fitting:
         """
         kind = native.GGML_TYPES[kv_mode]
         settings = {**self._sized(n_ctx), "type_k": kind, "type_v": kind}
+        asked = settings.get("flash_attn")
+        settings["flash_attn"] = arguments.takes_flash(self.model.architecture, kv_mode, asked)
         sizes = context_sizes(self._open(settings), settings)
         return Context(_taken(sizes), sizes)
 
@@ -128,6 +132,15 @@ class Fitting:
         settings["type_k"] = settings["type_v"] = native.GGML_TYPES[found.plan.layout.type_window]
         sizes = context_sizes(self._open(settings), settings, found.params)
         return Context(_taken(sizes, _renewals(found, sidecar, self.shape)), sizes, found.plan)
+
+    def compute_bytes(self, kv_mode: str, found: Planned | None) -> int:
+        """Compute buffers of a context of the settings; of an xkv cache, as it was planned."""
+        kind = native.GGML_TYPES[found.plan.layout.type_window if found else kv_mode]
+        settings = {**self._sized(self.settings["n_ctx"]), "type_k": kind, "type_v": kind}
+        if found is not None:
+            settings["n_ubatch"] = found.plan.layout.n_ubatch
+        sizes = context_sizes(self._open(settings), settings, found.params if found else None)
+        return sizes.scratch.get("compute buffers", 0)
 
     def within_memory(self, options: XkvOptions, sidecar: Sidecar | None, n_ctx: int) -> XkvOptions:
         """The same options with a budget in place of their memory.
@@ -205,6 +218,51 @@ def _too_small(memory: int, n_ctx: int, last: Context, reason: str) -> str:
         f"memory {format_bytes(memory)}: {format_bytes(memory - beside)} are left for the cache at n_ctx {n_ctx} "
         f"beside {parts}; {reason}"
     )
+
+
+def check_memory(model: ModelFile, settings: Mapping[str, Any], kv_mode: str, found: Planned | None = None) -> None:
+    """Refuse a context on the host that is larger than the memory that is free, with the model's weights.
+
+    Parameters
+    ----------
+    model : ModelFile
+    settings : mapping
+        Arguments of `Llama`.
+    kv_mode : str
+    found : Planned, optional
+        Of an xkv cache.
+
+    Raises
+    ------
+    OutOfMemoryError
+        Says what is needed, and what is there.
+    """
+    free, n_ctx = free_memory(), int(settings["n_ctx"])
+    if free is None:
+        return
+    if found is not None:
+        cache = sum(found.device_bytes.values())
+    else:
+        shape = find_shape(model.path)
+        cache = int(shape.numbers * bytes_per_coef(kv_mode)) * n_ctx if shape else 0
+    compute = 0
+    if cache + model.n_bytes <= free < cache + model.n_bytes + _most_compute(n_ctx, settings):
+        # near the limit, what llama.cpp says counts: to ask it takes about a second
+        with Fitting(model, settings) as fitting:
+            compute = fitting.compute_bytes(kv_mode, found)
+    needed = cache + model.n_bytes + compute
+    if needed > free:
+        buffers = f", buffers {format_bytes(compute)}" if compute else ""
+        raise OutOfMemoryError(
+            f"n_ctx: {n_ctx} tokens of a {kv_mode} cache take {format_bytes(cache)} beside weights of "
+            f"{format_bytes(model.n_bytes)}{buffers}, {format_bytes(free)} of memory are free; lower n_ctx"
+        )
+
+
+def _most_compute(n_ctx: int, settings: Mapping[str, Any]) -> int:
+    """More than compute buffers take: masks in f32 and f16, and for all else 2 GiB."""
+    n_ubatch = int(min(settings.get("n_ubatch", N_BATCH), settings["n_batch"]))
+    return 6 * n_ctx * n_ubatch + (2 << 30)
 
 
 @dataclass(frozen=True)

@@ -6,34 +6,34 @@ import contextlib
 import ctypes
 import inspect
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import opening, placing
+from .completion import Completions
 from .errors import (
+    AdapterError,
     ClosedError,
-    DecodeError,
     ModelError,
     OptionError,
     OutOfMemoryError,
     StateError,
     UnsupportedError,
     XkvError,
+    XkvWarning,
 )
-from .fitting import Fitting
+from .fitting import Fitting, check_memory
 from .model.file import ModelFile, open_model
 from .model.tested import TESTED
 from .options import XkvOptions, check_kv_mode
 from .plan.cache_plan import WINDOWS, CachePlan
-from .plan.coef_types import bytes_per_coef
 from .plan.groups import FRAMES
 from .plan.sizes import CacheLayout
-from .report import KvDevice, KvPart, KvReport
+from .report import KvDevice, KvPart, KvReport, stock_op_notes
 from .runtime import arguments, devices, loader, log, native, rpc
 from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
-from .runtime.sampling import check_grammar
-from .runtime.shape import find_shape
 from .runtime.threads import default_decode_threads, default_threads
 from .sidecar.read import Sidecar
 
@@ -42,19 +42,15 @@ PARENT_ARGUMENTS = tuple(
     for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
-CACHE_TYPES = {
-    "f16": llama_cpp.GGML_TYPE_F16,
-    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
-    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
-}
 
 
-class Llama(llama_cpp.Llama):
+class Llama(Completions):
     """A GGUF model with its context, as in llama-cpp-python, on a KV cache of choice.
 
     Everything that `llama_cpp.Llama` offers works as it does there, unless an error says otherwise. Flash attention
     is on in every mode, since xkv and quantized caches need it and f16 is their measure; only f16 runs without it
-    (``flash_attn=False``).
+    (``flash_attn=False``, and models whose heads it cannot take). Exceptions are of the classes that `llama_cpp.Llama`
+    raises, too.
 
     Parameters
     ----------
@@ -69,8 +65,10 @@ class Llama(llama_cpp.Llama):
         part of the cache: see docs/devices.md. Their devices stay known to the process. ``n_gpu_layers`` is then -1
         (all) unless given. Borders between devices move to where they cut no group of layers.
     **kwargs
-        As in `llama_cpp.Llama`. ``n_ctx`` is 4096 unless given (at most the model's own), and is rounded up to a
-        multiple of 256. Unknown names are refused, and so are ``type_k`` and ``type_v``, which follow from `kv_mode`.
+        As in `llama_cpp.Llama`; None stands for the default. ``n_ctx`` is 4096 unless given (at most the model's own),
+        and is rounded up to a multiple of 256. What llama_cpp ignores (``f16_kv``, ``mul_mat_q`` ...) is ignored here,
+        and ``type_k`` and ``type_v`` follow from `kv_mode`; one warning names what was asked for and is not done. Other
+        unknown names are refused.
         ``n_ubatch`` of an xkv cache is chosen with its size unless given. ``n_threads_batch`` is the number of
         processors that the process may use, and ``n_threads`` half of it, unless given.
 
@@ -116,17 +114,16 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() needs it when a check below fails
-        self.n_prompt_tokens = 0  # of the last call of generate()
         self._scope: native.ScopeParams | None = None
         self.xkv_device_bytes: dict[int, int] = {}
-        self._n_ubatch_given = "n_ubatch" in kwargs
-        self.on_eval: Callable[[int, int], object] | None = None
+        self._n_ubatch_given = kwargs.get("n_ubatch") is not None
         loader.verify()
         self.kv_mode = check_kv_mode(kv_mode)
         if xkv is not None and kv_mode != "xkv":
             raise OptionError(f"xkv: options are given, but kv_mode is {kv_mode}")
         self.xkv_options = XkvOptions.of(xkv)
         arguments.check_names(kwargs, PARENT_ARGUMENTS)
+        kwargs = arguments.adapt(kwargs, kv_mode)
         arguments.check_values(kwargs)
         arguments.check_mode(kv_mode, kwargs)
         model = open_model(model_path)
@@ -141,25 +138,33 @@ class Llama(llama_cpp.Llama):
             try:
                 super().__init__(str(model.path), **settings)
                 self._check_context()
+                self._logits_all = bool(settings.get("logits_all"))  # a draft model makes the parent keep them all
             except Exception as error:
                 better = self._explain(error, model, errors)
                 self.close()
                 if better is error:
                     raise
                 raise better from error
+        fallbacks = self._fallbacks() if kv_mode == "xkv" else []
+        if fallbacks:
+            warnings.warn(f"this xkv cache: {'; '.join(fallbacks)}", XkvWarning, stacklevel=2)
 
     def _settings(self, kwargs: Mapping[str, Any], model: ModelFile) -> dict[str, Any]:
         """Arguments of the parent, with this class's defaults."""
         n_ctx = arguments.resolve_ctx(kwargs.get("n_ctx"), model)
-        settings = {"flash_attn": True, "verbose": True, **kwargs}
+        arguments.warn_beyond_training(n_ctx, kwargs, model)
+        settings = {"verbose": True, **kwargs}
+        settings["flash_attn"] = arguments.takes_flash(model.architecture, self.kv_mode, kwargs.get("flash_attn"))
         settings["n_ctx"] = n_ctx
         # the parent counts processors that this process may not use
         settings["n_threads"] = kwargs.get("n_threads") or default_decode_threads()
         settings["n_threads_batch"] = kwargs.get("n_threads_batch") or default_threads()
         # the parent allocates logits for n_batch as it is given
         settings["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
+        if self._n_ubatch_given:
+            settings["n_ubatch"] = min(kwargs["n_ubatch"], settings["n_batch"])
         if self.kv_mode != "xkv":
-            settings["type_k"] = settings["type_v"] = CACHE_TYPES[self.kv_mode]
+            settings["type_k"] = settings["type_v"] = native.GGML_TYPES[self.kv_mode]
         elif settings.get("swa_full") is None:
             settings["swa_full"] = False  # windowed layers keep their window, as in llama.cpp's own programs
         return settings
@@ -177,9 +182,7 @@ class Llama(llama_cpp.Llama):
         on_cpu = settings.get("n_gpu_layers", 0) == 0
         if self.kv_mode != "xkv":
             if on_cpu:
-                shape = find_shape(model.path)
-                least = shape.numbers * bytes_per_coef(self.kv_mode) * n_ctx if shape else 0
-                arguments.check_memory(int(least), n_ctx, self.kv_mode)
+                check_memory(model, settings, self.kv_mode)
             return None
         if model.architecture not in TESTED:
             arguments.warn_untested(model.architecture)
@@ -198,7 +201,7 @@ class Llama(llama_cpp.Llama):
             )
             arguments.check_ctx_for_xkv(found.plan.layout)
             if on_cpu:
-                arguments.check_memory(found.plan.total_bytes, n_ctx, "xkv")
+                check_memory(model, settings, "xkv", found)
             return found
 
         if not opening.has_sidecar(model, options):
@@ -216,14 +219,8 @@ class Llama(llama_cpp.Llama):
             raise UnsupportedError(f"architecture {self._architecture()} did not take an xkv cache; use kv_mode='f16'")
         native.attach(self._ctx.ctx)
         if self.lora_path and not self._lora_adapter:
-            raise ModelError(f"lora_path {self.lora_path}: llama.cpp cannot load it")
+            raise AdapterError(f"lora_path {self.lora_path}: llama.cpp cannot load it")
         CheckedContext.take(self._ctx)
-
-    def _init_sampler(self, *args: Any, **settings: Any) -> Any:
-        """The parent's samplers; a grammar that does not parse raises OptionError."""
-        if settings.get("grammar") is not None:
-            check_grammar(self._model.vocab, settings["grammar"])
-        return super()._init_sampler(*args, **settings)
 
     def _architecture(self) -> str:
         return str(getattr(self, "metadata", {}).get("general.architecture", "of this model"))
@@ -255,60 +252,30 @@ class Llama(llama_cpp.Llama):
         """Bytes allocated for the KV cache, part by part, and the tokens in it; for every kv_mode."""
         parts = tuple(KvPart(name, size) for name, size in native.report(self._ctx.ctx))
         scratch = tuple(KvPart(name, size) for name, size in native.scratch(self._ctx.ctx))
-        found = tuple(
+        found, n_ubatch = self._devices(), int(self.context_params.n_ubatch)
+        if self.kv_mode != "xkv":
+            return KvReport(
+                self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found, n_ubatch=n_ubatch
+            )
+        n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
+        online = native.online_info(self._ctx.ctx, 0)
+        counts = (n_exact, n_stored, online.n_update, online.n_check, online.seconds)
+        planned = self.xkv_plan.notes if self.xkv_plan else ()
+        notes = (*(note.text for note in planned), *stock_op_notes(found))
+        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch, found, n_ubatch, notes)
+
+    def _devices(self) -> tuple[KvDevice, ...]:
+        return tuple(
             KvDevice(part.name, part.cache, part.compute, part.n_layer, part.n_fused)
             for part in devices.context_devices(self._ctx.ctx)
             if part.cache + part.compute
         )
-        if self.kv_mode != "xkv":
-            return KvReport(self.kv_mode, self.n_ctx(), parts, self.n_tokens, scratch=scratch, devices=found)
-        n_exact, n_stored = native.seq_tokens(self._ctx.ctx, 0)
-        online = native.online_info(self._ctx.ctx, 0)
-        counts = (n_exact, n_stored, online.n_update, online.n_check, online.seconds)
-        return KvReport("xkv", self.n_ctx(), parts, *counts, scratch, found)
 
-    def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after those that the context holds.
-
-        Raises
-        ------
-        DecodeError
-            There is no room for them, a token does not exist, or the cache refused.
-        """
-        room = self._n_ctx - self.n_tokens
-        if len(tokens) > room:
-            raise DecodeError(f"{len(tokens)} tokens do not fit: the context of {self._n_ctx} has room for {room}")
-        # without tokens once too: the parent removes what the context has beyond n_tokens
-        for start in range(0, max(len(tokens), 1), self.n_batch):
-            super().eval(tokens[start : start + self.n_batch])
-            if self.on_eval:
-                self.on_eval(min(start + self.n_batch, len(tokens)), len(tokens))
-
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """Generate tokens after a prompt, as in `llama_cpp.Llama.generate`.
-
-        Raises
-        ------
-        OptionError
-            The prompt is empty, so that there is nothing to continue.
-        """
-        tokens = list(tokens)
-        if not tokens and (self.n_tokens == 0 or kwargs.get("reset", True)):
-            raise OptionError("prompt: no tokens, expected at least one")
-        self.n_prompt_tokens = len(tokens)
-        generator: Generator[int, Sequence[int] | None, None] = super().generate(tokens, *args, **kwargs)
-        return generator
-
-    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
-        """Bytes of some tokens.
-
-        Raises
-        ------
-        OptionError
-            A token does not exist.
-        """
-        self._check_tokens("tokens", tokens)
-        return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special))
+    def _fallbacks(self) -> list[str]:
+        """What costs quality or speed, and was not asked for."""
+        planned = self.xkv_plan.notes if self.xkv_plan else ()
+        slow = stock_op_notes(self._devices()) if self.xkv_options.fused is not False else []
+        return [*(note.text for note in planned if note.costs), *slow]
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         """Embed texts, as in `llama_cpp.Llama.embed`; not on an xkv cache.
@@ -317,22 +284,17 @@ class Llama(llama_cpp.Llama):
         ------
         OptionError
             There is no text, or an empty one.
+        UnsupportedError
+            This is not an object for embeddings.
         """
+        if self.kv_mode == "xkv" or not self.context_params.embeddings:
+            raise UnsupportedError(
+                f"embed: this Llama (kv_mode {self.kv_mode}) is for text; make one with kv_mode='f16', embedding=True"
+            )
         texts = [input] if isinstance(input, str) else input
         if not texts or not all(self.tokenize(text.encode()) for text in texts):
             raise OptionError("input: no text or an empty one, expected at least one token each")
         return super().embed(input, *args, **kwargs)
-
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("logit_bias"):
-            self._check_tokens("logit_bias", [int(token) for token in kwargs["logit_bias"]])
-        return super()._create_completion(*args, **kwargs)
-
-    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
-        # ids out of range abort the process in llama.cpp
-        for token in (min(tokens), max(tokens)) if len(tokens) > 0 else ():
-            if not 0 <= token < self._n_vocab:
-                raise OptionError(f"{what}: token {token}, expected 0 to {self._n_vocab - 1}")
 
     def load_state(self, state: Any) -> None:
         """Put a saved state back, into an object with the same model, cache options and n_ctx.

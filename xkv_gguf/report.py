@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,10 @@ class KvReport:
         micro-batch passes, compute buffers, and the most that a flush or a renewal of bases has taken so far.
     devices : tuple of KvDevice
         The same cache and compute buffers by where they are.
+    n_ubatch : int
+        Tokens of a micro-batch.
+    notes : tuple of str
+        What is less than usual, or slower.
     """
 
     kv_mode: str
@@ -75,6 +80,8 @@ class KvReport:
     renew_seconds: float = 0.0
     scratch: tuple[KvPart, ...] = ()
     devices: tuple[KvDevice, ...] = ()
+    n_ubatch: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -101,6 +108,8 @@ class KvReport:
             "n_check": self.n_check,
             "renew_seconds": self.renew_seconds,
             "devices": {device.name: _device_dict(device) for device in self.devices},
+            "n_ubatch": self.n_ubatch,
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -115,7 +124,8 @@ class KvReport:
         rows.append(["total", format_bytes(self.total_bytes)])
         rows += [[f"scratch: {part.name}", format_bytes(part.bytes)] for part in self.scratch]
         lines = ["  " + line for line in format_table(rows, "<>")]
-        return "\n".join([head, *lines, *(f"  {line}" for line in self._device_lines())])
+        more = [*self._device_lines(), *(f"note: {note}" for note in self.notes)]
+        return "\n".join([head, *lines, *(f"  {line}" for line in more)])
 
     def _device_lines(self) -> list[str]:
         """Where the cache is, when it is not all in one place, and which layers lack the fused op."""
@@ -131,6 +141,16 @@ class KvReport:
                 line += f", {device.n_layer} layers, attention by {how}"
             found.append(line)
         return found
+
+
+def stock_op_notes(devices: Sequence[KvDevice]) -> list[str]:
+    """A line for each device where attention of layers is made of stock ops."""
+    return [
+        f"attention of {device.n_layer - device.n_fused} of {device.n_layer} layers on {device.name} is made of stock "
+        "ops, which are slower: see `xkv-gguf doctor`"
+        for device in devices
+        if device.n_fused < device.n_layer
+    ]
 
 
 def _device_dict(device: KvDevice) -> dict[str, int]:

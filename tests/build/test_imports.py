@@ -11,13 +11,14 @@ import pytest
 import xkv_gguf
 
 ROOMS = (
-    ("errors", "base"),
+    ("errors", "base", "first"),
     ("plan",),
     ("model",),
     ("sidecar",),
     ("runtime",),
     ("convert",),
     ("options", "report", "opening", "placing", "fitting", "describe"),
+    ("completion",),
     ("llama",),
     ("lab",),
     ("cli", "demo", "__main__"),

@@ -55,6 +55,41 @@ def test_times_for_people(seconds: float, text: str) -> None:
     assert format_time(seconds) == text
 
 
+def test_the_rate_is_that_of_the_fastest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others on the machine slow single batches down."""
+    now = 0.0
+    times = iter([5.0, 0.4, 0.1, 0.9, 0.2, 0.3])
+
+    class Slow:
+        n_decode = 0
+
+        def open_context(self, n_seq: int, n_len: int) -> None:
+            assert (n_seq, n_len) == (4, estimate.N_TRY + 1)
+
+        def bos(self) -> list[int]:
+            return [1]
+
+        def decode(self, *_: object, **__: object) -> None:
+            nonlocal now
+            self.n_decode += 1
+            now += next(times)
+
+        def logits(self, _n: int) -> None:
+            pass
+
+        def close_context(self) -> None:
+            pass
+
+    monkeypatch.setattr(estimate, "perf_counter", lambda: now)
+    monkeypatch.setattr(estimate, "TRY_SECONDS", 100.0)
+    assert estimate.measure_rate(Slow(), 4) == pytest.approx(40)
+    # a slow model is not run for long
+    monkeypatch.setattr(estimate, "TRY_SECONDS", 2.0)
+    times, slow = iter([5.0, 4.0]), Slow()
+    assert estimate.measure_rate(slow, 4) == pytest.approx(1)
+    assert slow.n_decode == 2
+
+
 def test_told_before_it_begins(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(tiny_model, tmp_path / "s", Settings(tokens=512, threads=1))
     first = capsys.readouterr().err.splitlines()[0]

@@ -14,10 +14,12 @@ from llama_cpp.llama_grammar import LlamaGrammar
 
 from xkv_gguf import Llama, opening
 from xkv_gguf.errors import (
+    AdapterError,
     ClosedError,
     DecodeError,
     ModelError,
     OptionError,
+    OptionTypeError,
     OutOfMemoryError,
     SidecarError,
     SidecarMismatchError,
@@ -53,20 +55,15 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
         (OptionError, {"kv_mode": None}, "kv_mode: None is unknown"),
         (OptionError, {"kv_mod": "f16"}, "argument 'kv_mod' of Llama is unknown, did you mean 'kv_mode'?"),
         (OptionError, {"n_contxt": 99}, "argument 'n_contxt' of Llama is unknown"),
-        (OptionError, {"type_k": 1}, "type_k: the type of the cache follows from kv_mode"),
-        (OptionError, {"kv_mode": "f16", "type_v": 8}, "type_v: the type of the cache follows from kv_mode"),
         (OptionError, {"kv_mode": "f16", "xkv": {}}, "xkv: options are given, but kv_mode is f16"),
         (OptionError, {"xkv": {"windw": 1}}, "xkv option 'windw' is unknown, did you mean 'n_window'?"),
         (OptionError, {"xkv": 7}, "xkv: int, expected XkvOptions or a dict"),
-        (OptionError, {"flash_attn": False}, "flash_attn: False, but kv_mode xkv needs flash attention"),
-        (OptionError, {"kv_mode": "q8_0", "flash_attn": False}, "kv_mode q8_0 needs flash attention"),
-        (OptionError, {"kv_mode": "q4_0", "flash_attn": False}, "kv_mode q4_0 needs flash attention"),
         (UnsupportedError, {"embedding": True}, "embedding: an xkv cache is for text generation"),
         (UnsupportedError, {"attention_type": 1}, "attention_type: non-causal"),
         (UnsupportedError, {"vocab_only": True}, "vocab_only: there is no cache"),
         (OptionError, {"n_ctx": -1}, "n_ctx: -1, expected a whole number from 0"),
         (OptionError, {"n_ctx": 2**31}, "n_ctx: 2147483648, expected a whole number"),
-        (OptionError, {"n_ctx": 4096.0}, "n_ctx: 4096.0, expected a whole number"),
+        (OptionTypeError, {"n_ctx": 4096.0}, "n_ctx: 4096.0, expected a whole number"),
         (OptionError, {"xkv": {"ratio": 5, "quality": "low"}}, "xkv option ratio: quality is given as well"),
         (
             OptionError,
@@ -75,27 +72,18 @@ def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None
         ),
         (OptionError, {"n_batch": 0}, "n_batch: 0, expected a whole number from 1"),
         (OptionError, {"n_ubatch": 0}, "n_ubatch: 0, expected a whole number from 1"),
-        (
-            OptionError,
-            {"n_ubatch": 1024},
-            "n_ubatch: 1024, expected 1 to n_batch = 512; lower n_ubatch or raise n_batch",
-        ),
-        (
-            OptionError,
-            {"n_ctx": 256, "n_batch": 512, "n_ubatch": 512},
-            "n_ubatch: 512, expected 1 to n_ctx = 256; lower n_ubatch or raise n_ctx",
-        ),
         (OptionError, {"n_threads": -1}, "n_threads: -1, expected a whole number from 0 to 512"),
         (OptionError, {"n_threads_batch": 1000}, "n_threads_batch: 1000, expected"),
         (OptionError, {"pooling_type": 77}, "pooling_type: 77, expected a whole number from -1 to 4"),
         (OptionError, {"pooling_type": 4}, "pooling_type: rank gives scores"),
         (OptionError, {"rope_scaling_type": 9}, "rope_scaling_type: 9"),
         (OptionError, {"rope_freq_base": -1.0}, "rope_freq_base: -1.0, expected a number not below 0"),
+        (OptionTypeError, {"rope_freq_base": "1"}, "rope_freq_base: '1', expected a finite number"),
         (OptionError, {"rope_freq_base": float("nan")}, "rope_freq_base: nan, expected a finite number"),
-        (OptionError, {"split_mode": "layer"}, "split_mode: 'layer', expected a whole number"),
+        (OptionTypeError, {"split_mode": "layer"}, "split_mode: 'layer', expected a whole number"),
         (OptionError, {"last_n_tokens_size": -7}, "last_n_tokens_size: -7"),
-        (OptionError, {"seed": 1.5}, "seed: 1.5"),
-        (ModelError, {"lora_path": "no/such/adapter.gguf"}, "lora_path no/such/adapter.gguf: cannot be read"),
+        (OptionTypeError, {"seed": 1.5}, "seed: 1.5"),
+        (AdapterError, {"lora_path": "no/such/adapter.gguf"}, "lora_path no/such/adapter.gguf: cannot be read"),
         (SidecarError, {"xkv": {"sidecar": "no/such.xkv.gguf"}}, "sidecar no/such.xkv.gguf: no such file"),
     ],
 )
@@ -110,9 +98,8 @@ def test_a_window_that_leaves_no_room(demo_model: Path, sidecar: Path) -> None:
 
 
 def test_a_model_is_no_adapter(demo_model: Path) -> None:
-    refused(
-        ModelError, "general.type is 'model', 'adapter' expected", lambda: Llama(demo_model, lora_path=str(demo_model))
-    )
+    why = "general.type is 'model', 'adapter' expected"
+    refused(AdapterError, why, lambda: Llama(demo_model, lora_path=str(demo_model)))
 
 
 def test_a_cache_beyond_the_machines_memory(demo_model: Path) -> None:
@@ -141,7 +128,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     refused(ModelError, "no such file", lambda: Llama(tmp_path / "missing.gguf"))
     refused(ModelError, "cannot be read", lambda: Llama(tmp_path))
     refused(ModelError, "expected the path of a GGUF file", lambda: Llama("a\0b"))
-    refused(ModelError, "expected the path of a GGUF file", lambda: Llama(None))  # type: ignore[arg-type]
+    refused(OptionTypeError, "expected the path of a GGUF file", lambda: Llama(None))  # type: ignore[arg-type]
 
 
 def test_a_truncated_model(demo_model: Path, tmp_path: Path) -> None:
@@ -204,7 +191,7 @@ def test_an_adapter_of_another_architecture(demo_model: Path, tmp_path: Path) ->
     path = tmp_path / "adapter.gguf"
     write_adapter(path, "gemma2", 576)
     why = f"lora_path {path}: llama.cpp cannot load it"
-    refused(ModelError, why, lambda: Llama(demo_model, kv_mode="f16", lora_path=str(path), verbose=False))
+    refused(AdapterError, why, lambda: Llama(demo_model, kv_mode="f16", lora_path=str(path), verbose=False))
 
 
 # ---- sidecars
@@ -338,13 +325,23 @@ def test_prompts(mode: str, open_llama: Open) -> None:
     with pytest.raises(ValueError, match="exceed context window of 1024"):
         llm.create_completion([30] * 1024)
     refused(DecodeError, "1025 tokens do not fit: the context of 1024 has room for 1024", lambda: llm.eval([30] * 1025))
-    refused(DecodeError, "cannot be evaluated", lambda: llm.create_completion([llm.n_vocab()], max_tokens=2))
-    refused(DecodeError, "cannot be evaluated", lambda: llm.create_completion([-1], max_tokens=2))
+    expected = "a batch: token {}, expected 0 to 49151"
+    refused(DecodeError, expected.format(49152), lambda: llm.create_completion([llm.n_vocab()], max_tokens=2))
+    refused(DecodeError, expected.format(-1), lambda: llm.create_completion([-1], max_tokens=2))
     refused(OptionError, "tokens: token 999999, expected 0 to 49151", lambda: llm.detokenize([999999]))
     refused(OptionError, "logit_bias: token 49152", lambda: llm("Hello", logit_bias={49152: 1.0}))
     # none of this harms the model
     reply: Any = llm("The capital of France is", max_tokens=2, temperature=0.0)
     assert "Paris" in reply["choices"][0]["text"]
+
+
+@pytest.mark.model
+def test_embedding_with_an_object_for_text(open_llama: Open) -> None:
+    expected = "is for text; make one with kv_mode='f16', embedding=True"
+    for mode in ("xkv", "f16"):
+        llm = open_llama(mode)
+        refused(UnsupportedError, expected, lambda llm=llm: llm.embed("Hello"))
+        refused(UnsupportedError, expected, lambda llm=llm: llm.create_embedding("Hello"))
 
 
 @pytest.mark.model

@@ -14,6 +14,8 @@ REPORT = KvReport(
     n_update=2,
     n_check=7,
     renew_seconds=1.25,
+    n_ubatch=512,
+    notes=("something is less than usual",),
 )
 
 
@@ -35,6 +37,8 @@ def test_json_holds_everything() -> None:
         "n_check": 7,
         "renew_seconds": 1.25,
         "devices": {},
+        "n_ubatch": 512,
+        "notes": ["something is less than usual"],
     }
 
 
@@ -44,6 +48,7 @@ def test_text_has_a_line_per_part_and_the_total() -> None:
         "  coefficients  3.0 MiB",
         "  means         0.5 KiB",
         "  total         3.0 MiB",
+        "  note: something is less than usual",
     ]
 
 

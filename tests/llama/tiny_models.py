@@ -50,14 +50,14 @@ def write_unknown_model(path: Path) -> None:
     _finish(writer)
 
 
-def write_adapter(path: Path, architecture: str, n_embd: int) -> None:
+def write_adapter(path: Path, architecture: str, n_embd: int, n_in: int | None = None) -> None:
     """A LoRA adapter that changes the output projection of the first layer a lot."""
     rng = np.random.default_rng(1)
     writer = GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
-    for side, shape in (("a", (4, n_embd)), ("b", (n_embd, 4))):
+    for side, shape in (("a", (4, n_in or n_embd)), ("b", (n_embd, 4))):
         writer.add_tensor(f"blk.0.attn_output.weight.lora_{side}", rng.normal(0, 1, shape).astype(np.float32))
     _finish(writer)
 

@@ -107,7 +107,7 @@ def test_llama_cpp_imported_first_on_another_library(run: Run, other_lib: Path) 
     )
     assert len(lines) == 1
     assert str(other_lib) in lines[0]
-    assert "import Llama from xkv_gguf before llama_cpp" in lines[0]
+    assert "import xkv_gguf before llama_cpp" in lines[0]
 
 
 def test_llama_cpp_imported_first_on_our_library(run: Run) -> None:
@@ -125,6 +125,17 @@ def test_after_a_failed_import_of_llama_cpp(run: Run) -> None:
         "from xkv_gguf.runtime import loader; print(loader.load().path.parent)"
     )
     assert lines[-1] == str(loader.LIB_DIR)
+
+
+@pytest.mark.parametrize("first", ["import xkv_gguf", "import xkv_gguf.errors"])
+def test_llama_cpp_imported_after_the_package(run: Run, first: str) -> None:
+    """Before anything is taken from the package that needs the library."""
+    lines = run(
+        f"{first}\nimport os, llama_cpp\nfrom llama_cpp import LlamaGrammar\n"
+        "print('LLAMA_CPP_LIB_PATH' in os.environ); print(llama_cpp.__spec__.name)\n"
+        "from xkv_gguf.runtime import loader; print(loader.load().path.parent)"
+    )
+    assert lines == ["False", "llama_cpp", str(loader.LIB_DIR)]
 
 
 def test_imports_in_several_threads(run: Run) -> None:

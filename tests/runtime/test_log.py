@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -40,6 +41,31 @@ def fail(tmp_path: Path) -> Callable[[], None]:
         assert not llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
 
     return load
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_an_interruption_in_the_callback_is_not_lost(quiet: bool, fail: Callable[[], None]) -> None:
+    """Where Ctrl-C is most often noticed while a model is loaded."""
+    pressed: list[bool] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def press(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    before, handler = log._installed(), signal.getsignal(signal.SIGINT)
+    llama_cpp.llama_log_set(press, ctypes.c_void_p(0))
+    done = False
+    try:
+        with pytest.raises(KeyboardInterrupt), log.collect(quiet=False), log.collect(quiet=quiet):
+            if quiet:
+                signal.raise_signal(signal.SIGINT)
+            fail()
+            done = True
+    finally:
+        llama_cpp.llama_log_set(*before)
+    assert done and signal.getsignal(signal.SIGINT) is handler
 
 
 def in_thread(act: Callable[[], object]) -> None:

@@ -39,7 +39,7 @@ def write_atomic(path: Path, text: str) -> None:
         with replacing(path) as temp:
             temp.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OptionError(f"{path}: cannot be written ({error.strerror})") from error
+        raise OptionError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def check_writable(path: Path) -> None:

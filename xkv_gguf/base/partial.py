@@ -76,7 +76,7 @@ class Partial:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise OptionError(f"{path}: cannot be read ({error.strerror}); remove it") from error
+            raise OptionError(f"{path}: cannot be read ({error.strerror or error}); remove it") from error
         except ValueError:
             found = None
         expected = self._head["format"]

@@ -7,11 +7,32 @@ import re
 import struct
 from pathlib import Path
 
+import numpy as np
+from gguf import GGUFValueType
+
 from ..errors import ModelError
 from .gguf_read import GgufFormatError, GgufHeader, read_header
 
 SAMPLE_BYTES = 4096
+INTEGERS = {
+    kind
+    for kind in GGUFValueType
+    if kind not in (GGUFValueType.STRING, GGUFValueType.ARRAY, GGUFValueType.FLOAT32, GGUFValueType.FLOAT64)
+}
 _SHARD = re.compile(r"^(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+MOST = {
+    "block_count": 512,  # LLAMA_MAX_LAYERS: llama.cpp aborts the process above
+    "embedding_length": 1 << 18,
+    "feed_forward_length": 1 << 22,
+    "attention.head_count": 1 << 14,
+    "attention.head_count_kv": 1 << 14,
+    "attention.key_length": 1 << 16,
+    "attention.value_length": 1 << 16,
+    "rope.dimension_count": 1 << 16,
+}
+"""The most that a header may state, some ten times what models have: a damaged one costs no hours of planning."""
 
 
 def read_model_header(path: Path) -> GgufHeader:
@@ -28,6 +49,12 @@ def read_model_header(path: Path) -> GgufHeader:
         raise ModelError(f"model {path}: has no general.architecture; a GGUF model file is expected")
     if arch == "xkv":
         raise ModelError(f"model {path}: is an xkv sidecar; name the model file instead")
+    for name, most in MOST.items():
+        field = header.fields.get(f"{arch}.{name}")
+        # of each layer, or of all
+        if field is not None and field.type in INTEGERS and np.max(field.value, initial=0) > most:
+            found = int(np.max(field.value))
+            raise ModelError(f"model {path}: states {name} {found}, expected at most {most}; the file is damaged")
     return header
 
 
@@ -60,7 +87,7 @@ def _read(path: Path, missing: str) -> GgufHeader:
     except FileNotFoundError as err:
         raise ModelError(missing) from err
     except OSError as err:
-        raise ModelError(f"model {path}: cannot be read ({err.strerror})") from err
+        raise ModelError(f"model {path}: cannot be read ({err.strerror or err})") from err
     except GgufFormatError as err:
         raise ModelError(f"model {path}: {err}; a GGUF model file is expected") from err
 

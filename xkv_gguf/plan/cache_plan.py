@@ -27,6 +27,7 @@ from typing import Literal
 from ..base.text import format_bytes
 from ..errors import OptionError
 from .coef_types import DEFAULT_TYPES, QUANT_BLOCK, basis_types
+from .notes import Note, plan_notes
 from .segments import (
     MAX_SEGMENTS,
     Kind,
@@ -165,6 +166,8 @@ class CachePlan:
     f16_bytes_per_token : int
     stages : tuple of Stage
         What takes the place of `segments` while few tokens are stored, by ascending tokens.
+    notes : tuple of Note
+        What was left to the plan, and is less than usual.
     """
 
     segments: tuple[Segment, ...]
@@ -175,6 +178,7 @@ class CachePlan:
     f16_bytes: int
     f16_bytes_per_token: int
     stages: tuple[Stage, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -228,8 +232,10 @@ def plan_cache(stats: Statistics, shape: ModelShape, wishes: Wishes) -> CachePla
     by_token = wishes.target.kind in ("coef_ratio", "quality")
     plan = (_plan_coefficients if by_token else _plan_bytes)(stats, shape, wishes)
     # streams fill at different times, but share the tensors
-    with_stages = wishes.stages and plan.layout.n_stream == 1
-    return replace(plan, stages=_stages(stats, shape, wishes, plan)) if with_stages else plan
+    if wishes.stages and plan.layout.n_stream == 1:
+        plan = replace(plan, stages=_stages(stats, shape, wishes, plan))
+    usual = _text_sinks(wishes) if wishes.n_text_sink is None else 0
+    return replace(plan, notes=plan_notes(plan.layout, plan.stages, usual, wishes.stages))
 
 
 def _stages(stats: Statistics, shape: ModelShape, wishes: Wishes, plan: CachePlan) -> tuple[Stage, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-from ..base.text import closest, format_bytes
-from ..errors import OptionError, OutOfMemoryError, UnsupportedError, XkvWarning
+from ..base.text import closest
+from ..errors import OptionError, OptionTypeError, UnsupportedError, XkvWarning
 from ..model.file import ModelFile, check_adapter
 from ..plan.sizes import CTX_STEP, CacheLayout, padded_ctx
 
@@ -36,9 +36,50 @@ INT_RANGES: dict[str, tuple[int, int]] = {
     "last_n_tokens_size": (0, MAX_INT),
     "seed": (-1, 2**32 - 1),
 }
-OPTIONAL_INTS = ("n_threads", "n_threads_batch", "rope_scaling_type")
 NOT_NEGATIVE_FLOATS = ("rope_freq_base", "rope_freq_scale")
+CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # of enum ggml_type
+SCALING = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx")
 FLOATS = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "lora_scale")
+
+
+WITHOUT_FLASH = ("plm",)
+"""Architectures whose graphs llama.cpp cannot make with flash attention: it aborts the process."""
+
+FORMER: dict[str, tuple[Any, ...] | None] = {
+    "f16_kv": (True,),
+    "mul_mat_q": (True,),
+    "low_vram": (False,),
+    "n_parts": None,
+    "n_gqa": None,
+    "rms_norm_eps": None,
+}
+"""Arguments that llama_cpp had once and LangChain and its server still pass, with the values that ask for what is done
+anyway; None where the file tells."""
+
+
+def adapt(arguments: Mapping[str, Any], kv_mode: str) -> dict[str, Any]:
+    """Arguments without those that llama_cpp ignores or that follow from `kv_mode`.
+
+    None stands for the default. One `XkvWarning` names what was asked for and is not done.
+    """
+    kept, unused = {}, []
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name in FORMER:
+            usual = FORMER[name]
+            if usual is not None and value not in usual:
+                unused.append(f"{name}={value!r} (llama.cpp has it no more)")
+        elif name in ("type_k", "type_v"):
+            if value != CACHE_TYPES.get(kv_mode):
+                unused.append(f"{name}={value!r} (the type of the cache follows from kv_mode {kv_mode})")
+        elif name == "flash_attn" and not value and kv_mode != "f16":
+            unused.append(f"flash_attn={value!r} (kv_mode {kv_mode} needs flash attention)")
+        else:
+            kept[name] = value
+    if unused:
+        warnings.warn(f"arguments of Llama that are not used: {', '.join(unused)}", XkvWarning, stacklevel=3)
+    return kept
 
 
 def check_names(arguments: Iterable[str], known: Iterable[str]) -> None:
@@ -51,9 +92,7 @@ def check_names(arguments: Iterable[str], known: Iterable[str]) -> None:
     """
     names = [*known, "kv_mode", "xkv"]
     for name in arguments:
-        if name in ("type_k", "type_v"):
-            raise OptionError(f"{name}: the type of the cache follows from kv_mode; leave {name} out")
-        if name not in names:
+        if name not in names and name not in FORMER:
             raise OptionError(f"argument {name!r} of Llama is unknown{closest(name, names)}")
 
 
@@ -63,19 +102,21 @@ def check_values(arguments: Mapping[str, Any]) -> None:
     Raises
     ------
     OptionError
-        Names the argument, its value and the range.
-    ModelError
+        Names the argument, its value and the range; OptionTypeError where it is no number.
+    AdapterError
         `lora_path` is no adapter.
     """
     for name, (least, most) in INT_RANGES.items():
         value = arguments.get(name, least)
-        if value is None and name in OPTIONAL_INTS:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise OptionTypeError(f"{name}: {value!r}, expected a whole number from {least} to {most}")
+        if not least <= value <= most:
             raise OptionError(f"{name}: {value!r}, expected a whole number from {least} to {most}")
     for name in (*NOT_NEGATIVE_FLOATS, *FLOATS):
         value = arguments.get(name, 0.0)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise OptionTypeError(f"{name}: {value!r}, expected a finite number")
+        if not math.isfinite(value):
             raise OptionError(f"{name}: {value!r}, expected a finite number")
         if name in NOT_NEGATIVE_FLOATS and value < 0:
             raise OptionError(f"{name}: {value!r}, expected a number not below 0")
@@ -92,13 +133,9 @@ def check_mode(kv_mode: str, arguments: Mapping[str, Any]) -> None:
 
     Raises
     ------
-    OptionError
-        Flash attention is off, but the cache needs it.
     UnsupportedError
         The setting is not for text generation, which an xkv cache is limited to.
     """
-    if kv_mode != "f16" and not arguments.get("flash_attn", True):
-        raise OptionError(f"flash_attn: False, but kv_mode {kv_mode} needs flash attention; leave it out")
     if kv_mode != "xkv":
         return
     if arguments.get("embedding"):
@@ -109,6 +146,24 @@ def check_mode(kv_mode: str, arguments: Mapping[str, Any]) -> None:
         raise UnsupportedError("attention_type: non-causal, but an xkv cache is causal; use kv_mode='f16'")
 
 
+def takes_flash(architecture: str, kv_mode: str, asked: bool | None) -> bool:
+    """Whether flash attention is on: unless it is off by wish, or cannot be.
+
+    Raises
+    ------
+    UnsupportedError
+        The cache needs it, or it is asked for, and the architecture cannot have it.
+    """
+    if architecture not in WITHOUT_FLASH:
+        return asked is not False
+    if kv_mode != "f16" or asked:
+        what = "flash_attn" if kv_mode == "f16" else f"kv_mode {kv_mode}"
+        raise UnsupportedError(
+            f"{what}: architecture {architecture} does not run with flash attention; use kv_mode='f16' without it"
+        )
+    return False
+
+
 def warn_untested(architecture: str) -> None:
     """Warn that an xkv cache was never held against a plain one for an architecture."""
     warnings.warn(
@@ -117,6 +172,17 @@ def warn_untested(architecture: str) -> None:
         XkvWarning,
         stacklevel=5,
     )
+
+
+def warn_beyond_training(n_ctx: int, arguments: Mapping[str, Any], model: ModelFile) -> None:
+    """Warn of a context that is longer than what the model has learnt, unless its RoPE is scaled for that."""
+    if 0 < model.n_ctx_train < n_ctx and not any(arguments.get(name, 0) > 0 for name in SCALING):
+        warnings.warn(
+            f"n_ctx: {n_ctx} is beyond the {model.n_ctx_train} tokens that {model.path.name} was trained with; answers "
+            "get worse there unless RoPE is scaled (rope_scaling_type, rope_freq_base, rope_freq_scale)",
+            XkvWarning,
+            stacklevel=4,
+        )
 
 
 def resolve_ctx(n_ctx: int | None, model: ModelFile) -> int:
@@ -148,23 +214,4 @@ def check_ctx_for_xkv(layout: CacheLayout) -> None:
         raise OptionError(
             f"n_ctx: {layout.n_ctx}, expected more than sinks + window + chunk = {layout.n_sink} + {layout.n_window} + "
             f"{layout.frame}; raise n_ctx or lower the xkv options"
-        )
-
-
-def check_memory(n_bytes: int, n_ctx: int, kv_mode: str) -> None:
-    """Refuse a cache that is larger than the machine's memory.
-
-    Raises
-    ------
-    OutOfMemoryError
-        Says how much would be needed.
-    """
-    try:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return
-    if n_bytes > there:
-        raise OutOfMemoryError(
-            f"n_ctx: {n_ctx} tokens of a {kv_mode} cache take {format_bytes(n_bytes)}, this machine has "
-            f"{format_bytes(there)}; lower n_ctx"
         )

@@ -89,7 +89,7 @@ def _load() -> Library:
     if path.parent != LIB_DIR:
         raise LibraryError(
             f"llama_cpp runs on {path}, expected a library in {LIB_DIR}: "
-            "import Llama from xkv_gguf before llama_cpp is imported"
+            "import xkv_gguf before llama_cpp (with isort: `import xkv_gguf  # isort: skip`)"
         )
     found = _build_id(handle, path)
     if found != expected:
@@ -157,9 +157,14 @@ def _dyld_images() -> Iterator[str]:
             yield os.fsdecode(name)
 
 
+def has_library() -> bool:
+    """Whether the package has its library."""
+    return any((LIB_DIR / f"libllama{suffix}").is_file() for suffix in SUFFIXES)
+
+
 def _expected_build_id() -> str:
     """Build id that the library has to have, once its sources are found to be those of the checkout, if this is one."""
-    if not any((LIB_DIR / f"libllama{suffix}").is_file() for suffix in SUFFIXES):
+    if not has_library():
         raise LibraryError(f"no libllama in {LIB_DIR}: install the package (`make build` or `pip install .`)")
     try:
         info = runpy.run_path(str(PACKAGE_DIR / "_build_info.py"))
@@ -184,7 +189,7 @@ def native_id(folder: Path) -> str:
 def _import_llama_cpp() -> ctypes.CDLL:
     """Import llama_cpp with our library folder; returns the library that it calls."""
     try:
-        with _library_path(LIB_DIR):
+        with library_path(LIB_DIR):
             module = importlib.import_module("llama_cpp.llama_cpp")
     except ModuleNotFoundError as error:
         raise LibraryError(f"the Python package {error.name} is missing: `pip install llama-cpp-python`") from error
@@ -196,7 +201,7 @@ def _import_llama_cpp() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def _library_path(folder: Path) -> Iterator[None]:
+def library_path(folder: Path) -> Iterator[None]:
     """Set the variable that llama_cpp reads at import, and put the user's value back."""
     before = os.environ.get(LIB_PATH_VARIABLE)
     os.environ[LIB_PATH_VARIABLE] = str(folder)

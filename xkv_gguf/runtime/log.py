@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import interrupt
 from .api import internals, llama_cpp, llama_cpp_logger, llama_cpp_module, suppress_stdout_stderr
 
 # of enum ggml_log_level; llama_cpp's own table is of another version of it
@@ -77,7 +78,15 @@ def collect(quiet: bool) -> Iterator[list[str]]:
     ------
     list of str
         Grows while the library logs errors; one line each.
+
+    An interruption (Ctrl-C) comes at the end: in the callback, it would be lost.
     """
+    with interrupt.held(), _collected(quiet) as lines:
+        yield lines
+
+
+@contextmanager
+def _collected(quiet: bool) -> Iterator[list[str]]:
     collector = _Collector(quiet)
     with _lock:
         installed = _installed()

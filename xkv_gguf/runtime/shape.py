@@ -17,6 +17,10 @@ LOAD_MODE_NONE = 0
 """Of enum llama_load_mode: weights are read, not mapped, and then without memory for them not at all."""
 
 
+MOST_NUMBERS = 1 << 17
+"""Of K or V per token and layer, some ten times what models have: a plan of more would take hours."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer that the cache holds. Sizes are numbers per token, or of a head.
@@ -124,8 +128,16 @@ def model_shape(model: int) -> ModelShape:
     ------
     UnsupportedError
         An xkv cache cannot be used with the model; the text says why.
+    ModelError
+        A layer is wider than any.
     """
     held = {one.layer: one for one in held_layers(model)}
+    for one in held.values():
+        if max(one.embd_k, one.embd_v) > MOST_NUMBERS:
+            raise ModelError(
+                f"layer {one.layer}: {one.embd_k} numbers of K and {one.embd_v} of V per token, expected at most "
+                f"{MOST_NUMBERS}; the file is damaged"
+            )
     n_layer = int(lib.llama_model_n_layer(model))
     first = next(iter(held.values()))
     layers = [held.get(il) for il in range(n_layer)]

@@ -306,7 +306,7 @@ def read_sidecar(path: str | Path) -> Sidecar:
     except FileNotFoundError as err:
         raise SidecarError(f"sidecar {path}: no such file; make it with `xkv-gguf convert MODEL`") from err
     except OSError as err:
-        raise SidecarError(f"sidecar {path}: cannot be read ({err.strerror})") from err
+        raise SidecarError(f"sidecar {path}: cannot be read ({err.strerror or err})") from err
     except (GgufFormatError, ValueError) as err:
         raise SidecarError(f"sidecar {path}: {err}; {REMAKE}") from err
     return Sidecar(path, info, digest, header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -109,6 +110,7 @@ def write_sidecar(path: str | Path, info: SidecarInfo, arrays: Mapping[str, Arra
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as err:
-        raise SidecarError(f"sidecar {path}: cannot be written ({err.strerror})") from err
+        raise SidecarError(f"sidecar {path}: cannot be written ({err.strerror or err})") from err
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # what is left in its buffers finds no room either
+            writer.close()
