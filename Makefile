@@ -1,4 +1,4 @@
-# make demo | test | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
+# make demo | test | test-property | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-property test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -41,6 +41,11 @@ demo: $(STAMP)/package $(STAMP)/model
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 	@$(VENV)/bin/pytest $(PYTEST)
+
+# random operations, seed by seed; a run that was stopped goes on with SEED=<what it printed last>
+test-property: $(STAMP)/package $(STAMP)/extras
+	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
+	@$(PY) -m tests.property.run --count $(or $(COUNT),10000) --seed $(or $(SEED),0)
 
 # with nvcc, for each architecture of the list that it knows
 test-kernels:
