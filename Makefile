@@ -83,7 +83,7 @@ refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(STAMP)/package $(STAMP)/sources
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)/package $(STAMP)/sources
 
 distclean: clean
 	rm -rf $(VENV) .cache
