@@ -1,4 +1,4 @@
-# make demo | test | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
+# make demo | test | test-property | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
@@ -30,7 +30,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-property test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -43,6 +43,11 @@ demo: $(STAMP)/package $(STAMP)/model
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 	@$(BUILD_TESTS)
 	@$(VENV)/bin/pytest $(PYTEST)
+
+# random operations, seed by seed; a run that was stopped goes on with SEED=<what it printed last>
+test-property: $(STAMP)/package $(STAMP)/extras
+	@$(BUILD_TESTS)
+	@$(PY) -m tests.property.run --count $(or $(COUNT),10000) --seed $(or $(SEED),0)
 
 # kernels for devices: all cases in the shims, and with nvcc a build for each architecture of the list that it knows
 test-kernels: $(STAMP)/package
@@ -84,7 +89,7 @@ refresh-patches: $(STAMP)/venv
 	@$(PY) native/cmake/refresh.py $(if $(CONTINUE),--continue)
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(STAMP)/package $(STAMP)/sources
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)/package $(STAMP)/sources
 
 distclean: clean
 	rm -rf $(VENV) .cache

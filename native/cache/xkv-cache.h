@@ -172,6 +172,7 @@ private:
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
+    void drop_copies(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
 };
 
 class llama_kv_cache_xkv_context : public llama_kv_cache_context {

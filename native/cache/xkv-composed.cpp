@@ -105,6 +105,12 @@ bool xkv_composed::has_window(llama_seq_id seq_id, llama_pos p0) const {
     return first < 0 || first <= std::max<llama_pos>(0, p0 - (llama_pos) n_swa + 1);
 }
 
+// what follows p0 looks at a window that may be forgotten; the caller begins anew
+bool xkv_composed::is_forgotten(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const llama_pos last = attn->seq_pos_max(seq_id);
+    return (p1 < 0 || p1 > last) && last >= p0 && !has_window(seq_id, p0);
+}
+
 bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept {
     const llama_seq_id n_seq = attn->n_seq_max;
     if (seq_id < 0 && p0 <= 0 && p1 < 0) {
@@ -112,16 +118,16 @@ bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexc
         return true;
     }
     if (seq_id < 0) {
-        bool res = true;
+        // of all or of none; a recurrent state says one by one whether it can forget a part
         for (llama_seq_id s = 0; s < n_seq; ++s) {
-            res = seq_rm(s, p0, p1) && res;
+            if (recurrent || is_forgotten(s, p0, p1)) {
+                return false;
+            }
         }
-        return res;
+        return attn->seq_rm(seq_id, p0, p1) && (!windowed || windowed->seq_rm(seq_id, p0, p1));
     }
     if (seq_id < n_seq) {
-        // what follows p0 looks at a window that may be forgotten; the caller begins anew
-        const llama_pos last = attn->seq_pos_max(seq_id);
-        if ((p1 < 0 || p1 > last) && last >= p0 && !has_window(seq_id, p0)) {
+        if (is_forgotten(seq_id, p0, p1)) {
             return false;
         }
         // a recurrent state would go back before the cache could refuse

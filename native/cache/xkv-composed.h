@@ -47,6 +47,7 @@ private:
 
     // whether windowed layers still have what tokens from p0 on look at
     bool has_window(llama_seq_id seq_id, llama_pos p0) const;
+    bool is_forgotten(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     // all parts, as far as they are there
     template <typename F> void each(F && f) const {

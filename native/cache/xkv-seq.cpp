@@ -139,6 +139,7 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 void llama_kv_cache_xkv::seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     auto & table = tables[get_stream(seq_id_src)];
 
+    drop_copies(seq_id_src, seq_id_dst, p0, p1);
     get_window()->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     for (uint32_t ic : table.find(seq_id_src, p0, p1)) {
         const auto & chunk = table[ic];
@@ -149,8 +150,32 @@ void llama_kv_cache_xkv::seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id 
             table.seq_add(ic, seq_id_dst);
             continue;
         }
-        get_window()->seq_rm(seq_id_dst, std::max(p0, chunk.pos), std::min(p1, chunk.end())); // of an earlier copy
         flow->restore(lctx, get_stream(seq_id_src), ic, seq_id_dst, p0, p1);
+    }
+}
+
+// An earlier copy may have given a sequence the same tokens in other places, of a chunk that was cut.
+void llama_kv_cache_xkv::drop_copies(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    const auto & table = tables[get_stream(seq_id_src)];
+
+    std::vector<llama_pos> list;
+    for (const auto & token : window->tokens(seq_id_src)) {
+        if (token.pos >= p0 && token.pos < p1 && !token.seqs.test(seq_id_dst)) {
+            list.push_back(token.pos);
+        }
+    }
+    for (uint32_t ic : table.find(seq_id_src, p0, p1)) {
+        for (uint16_t off : table[ic].offsets) {
+            if (table[ic].pos + off >= p0 && table[ic].pos + off < p1 && !table[ic].seqs.test(seq_id_dst)) {
+                list.push_back(table[ic].pos + off);
+            }
+        }
+    }
+    std::sort(list.begin(), list.end());
+    for (size_t i = 0, n; i < list.size(); i += n) {
+        for (n = 1; i + n < list.size() && list[i + n] == list[i] + (llama_pos) n; ++n) {
+        }
+        seq_rm_one(seq_id_dst, list[i], list[i] + n);
     }
 }
 

@@ -182,6 +182,18 @@ def test_a_cut_that_windows_have_forgotten(name: str, arch: Make) -> None:
             assert deviation(ctx.feed(tokens[480:], 10), expected[480:]) <= 10 * TOL_F32
 
 
+def test_a_cut_of_all_sequences_is_one_of_all_or_none(arch: Make) -> None:
+    """Where one of them has forgotten what the cut needs, the others keep their tokens."""
+    with (
+        loaded(arch("gemma3")) as one,
+        open_context(one.model, n_ctx=1024, n_seq_max=2, unified=False, swa_full=False, xkv=one.bases.params()) as ctx,
+    ):
+        for seq, n in ((0, 40), (1, 500)):
+            ctx.feed((TOKENS * 2)[:n], 50, seq)
+        assert not ctx.seq_rm(-1, 30)
+        assert [sum(native.seq_tokens(ctx.ptr, seq)) for seq in range(2)] == [40, 500]
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_state_goes_on(name: str, arch: Make) -> None:
     """Saved and loaded into a new context, windowed layers and recurrent state with it."""

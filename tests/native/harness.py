@@ -132,6 +132,7 @@ def open_context(
     window: int | None = None,
     flash_attn: bool = True,
     swa_full: bool = True,
+    n_rs_seq: int = 0,
     xkv: native.ScopeParams | None = None,
     on_node: Callable[[], None] | None = None,
 ) -> Iterator[Context]:
@@ -147,6 +148,7 @@ def open_context(
     params.n_threads = params.n_threads_batch = n_threads
     params.kv_unified = unified
     params.swa_full = swa_full
+    params.n_rs_seq = n_rs_seq
     params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = window if window is not None else GGML_F32 if exact else GGML_F16
     if on_node:

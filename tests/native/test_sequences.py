@@ -188,3 +188,19 @@ def test_sequence_that_does_not_exist(tiny: Callable[[str], Tiny], tokens: list[
             ctx.decode((2, tokens[:3]))
         assert not ctx.seq_rm(2, 0)
         ctx.decode((1, tokens[:3]))
+
+
+@pytest.mark.parametrize("flushed", [8, 120])
+@pytest.mark.parametrize("p1", [50, 100])
+def test_copy_over_an_earlier_copy(p1: int, flushed: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """A part first, cut inside a chunk, then more: no token is there twice, in the window or in a chunk of its own."""
+    with open_pair(tiny("llama"), n_ctx=1024, n_seq_max=2, unified=True) as (plain, xkv):
+        for ctx in (plain, xkv):
+            ctx.feed(tokens[:200], N_BATCH)
+            lib.llama_memory_seq_cp(ctx.memory, 0, 1, 0, p1)
+            ctx.feed(tokens[200 : 200 + flushed], N_BATCH)
+            lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+            ctx.n_past[1] = 200 + flushed
+        assert sum(native.seq_tokens(xkv.ptr, 1)) == 200 + flushed
+        for seq in range(2):
+            check(plain, xkv, tokens[400 + seq : 450], seq)
