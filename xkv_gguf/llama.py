@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -16,7 +15,6 @@ from .errors import (
     ModelError,
     OptionError,
     OutOfMemoryError,
-    StateError,
     UnsupportedError,
     XkvError,
 )
@@ -36,6 +34,7 @@ from .runtime.sampling import check_grammar
 from .runtime.shape import find_shape
 from .runtime.threads import default_decode_threads, default_threads
 from .sidecar.read import Sidecar
+from .states import Stateful
 
 PARENT_ARGUMENTS = tuple(
     name
@@ -49,7 +48,7 @@ CACHE_TYPES = {
 }
 
 
-class Llama(llama_cpp.Llama):
+class Llama(Stateful):
     """A GGUF model with its context, as in llama-cpp-python, on a KV cache of choice.
 
     Everything that `llama_cpp.Llama` offers works as it does there, unless an error says otherwise. Flash attention
@@ -203,7 +202,9 @@ class Llama(llama_cpp.Llama):
 
         if not opening.has_sidecar(model, options):
             planned(None)  # what is out of reach is so with any spectra: it is refused before minutes of calibration
-        found = planned(opening.open_sidecar(model.path, options, settings["n_threads_batch"]))
+        sidecar = opening.open_sidecar(model.path, options, settings["n_threads_batch"])
+        self.sidecar_digest = sidecar.digest if sidecar is not None else None
+        found = planned(sidecar)
         plan, self._scope, self.xkv_device_bytes = found.plan, found.params, found.device_bytes
         placing.apply(found, settings)
         settings["n_ubatch"] = plan.layout.n_ubatch
@@ -333,38 +334,6 @@ class Llama(llama_cpp.Llama):
         for token in (min(tokens), max(tokens)) if len(tokens) > 0 else ():
             if not 0 <= token < self._n_vocab:
                 raise OptionError(f"{what}: token {token}, expected 0 to {self._n_vocab - 1}")
-
-    def load_state(self, state: Any) -> None:
-        """Put a saved state back, into an object with the same model, cache options and n_ctx.
-
-        Raises
-        ------
-        StateError
-            The state is damaged or of another cache; this one is as it was before, unless the text says otherwise.
-        """
-        size = int(state.llama_state_size)
-        if size > len(state.llama_state):
-            raise StateError(f"a saved state: {len(state.llama_state)} bytes, expected {size}")
-        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
-        native.clear_last_error()
-        with log.collect(quiet=not self.verbose) as errors:
-            done = llama_cpp.llama_state_set_data(self._ctx.ctx, data, size)
-        if done != size:
-            why = native.last_error() or log.reason(errors) or f"llama.cpp took {done} of {size} bytes"
-            # a plain cache loses its tokens by a state that it does not take
-            last = int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx.ctx), 0))
-            self.n_tokens = min(self.n_tokens, last + 1)
-            self._requires_eval = True
-            raise StateError(f"a saved state: {why}")
-        # as the parent does, which would have changed them before a failure
-        n = state.n_tokens
-        rows = min(n, len(self.scores), len(state.scores))
-        self.scores[:] = 0.0
-        self.scores[:rows, :] = state.scores[:rows, :]
-        self.input_ids = state.input_ids.copy()
-        self.n_tokens = n
-        self._requires_eval = True
-        self._seed = state.seed
 
     def close(self) -> None:
         """Free the model and its context; whatever is done with the object then raises ClosedError."""

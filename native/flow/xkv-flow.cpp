@@ -185,31 +185,6 @@ void xkv_flow::reset(uint32_t stream) {
     xkv_trim();
 }
 
-void xkv_flow::save(uint32_t stream, xkv_bytes_out & out) const {
-    const bool own = store.has_own_bases(stream);
-    out.put((uint8_t) own);
-    if (own) {
-        store.get_bases(stream, out.more(store.basis_bytes()));
-    }
-    out.put((uint8_t) (online != nullptr));
-    if (online) {
-        online->save(stream, out);
-    }
-}
-
-void xkv_flow::load(uint32_t stream, xkv_bytes_in & in) {
-    if (in.get<uint8_t>()) {
-        store.set_bases(stream, in.take(store.basis_bytes()));
-    }
-    if ((in.get<uint8_t>() != 0) != (online != nullptr)) {
-        xkv_throw(XKV_STATUS_FORMAT, "a saved state is of a cache with online %s, expected %s", online ? "off" : "on",
-                  online ? "on" : "off");
-    }
-    if (online) {
-        online->load(stream, in);
-    }
-}
-
 void xkv_flow::copy(uint32_t src, uint32_t dst) {
     store.copy_stream(src, dst);
     if (online) {
