@@ -1,4 +1,4 @@
-"""Saved states of a `Llama`: as objects, for caches of prompts, and as files that say what they are of. See docs/states.md."""
+"""Saved states of a `Llama`: as objects, for caches of prompts, and as files that name their origin: docs/states.md."""
 
 from __future__ import annotations
 
@@ -185,7 +185,9 @@ class Stateful(llama_cpp.Llama):
             data = (ctypes.c_uint8 * size)()
             done = int(llama_cpp.llama_state_get_data(self._ctx.ctx, data, size))
         if not 0 < done <= size:
-            raise StateError(f"a state cannot be saved: {native.last_error() or log.reason(errors) or 'no reason given'}")
+            raise StateError(
+                f"a state cannot be saved: {native.last_error() or log.reason(errors) or 'no reason given'}"
+            )
         n = self.n_tokens
         state = State(
             input_ids=self.input_ids[:n].copy(),
@@ -232,7 +234,8 @@ class Stateful(llama_cpp.Llama):
         # as the parent does, which would have changed them before a failure
         rows = min(n, len(self.scores), len(state.scores))
         self.scores[:] = 0.0
-        self.scores[:rows, :] = state.scores[:rows, :]
+        if rows > 0:
+            self.scores[:rows, :] = state.scores[:rows, :]
         self.input_ids[:n] = state.input_ids[:n]
         self.n_tokens = n
         self._requires_eval = True

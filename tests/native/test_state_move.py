@@ -1,4 +1,4 @@
-"""States in caches of another n_ctx, stage, plan, device path or window: exact at full rank, refused where they do not fit."""
+"""States in caches of another n_ctx, stage, plan or window: exact at full rank, refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cache(bases: Bases, place: str, how: str, types: Any = FULL) -> dict[str, An
 
 
 def plain_logits(one: Tiny, tokens: list[int]) -> tuple[Any, Any]:
-    """Of what follows: a cache in f32 without flash attention, and one with it, whose error is what a cache may have."""
+    """Of what follows: an f32 cache without flash attention, and one with it, whose error is what a cache may have."""
     found = []
     for kind in ({"flash_attn": False}, {"exact": False}):
         with open_context(one.model, n_ctx=1024, **kind) as ctx:
@@ -105,13 +105,13 @@ def test_one_sequence_beside_another(how: str, unified: bool, tiny: Callable[[st
         state = save(ctx, 0)
     kind: Any = {"n_seq_max": 2, "unified": unified, "xkv": cache(bases, "plain", how)["xkv"]}
     with open_context(one.model, n_ctx=2048 if unified else 4096, **kind) as ctx:
-        ctx.feed(tokens[300:700], 50)
-        other = save(ctx, 0)
+        ctx.feed(tokens[:N_TOKEN], 50)
         assert load(ctx, state, 1), native.last_error()
-        assert save(ctx, 0) == other
+        assert [sum(native.seq_tokens(ctx.ptr, seq)) for seq in (0, 1)] == [N_TOKEN, N_TOKEN]
         ctx.n_past[1] = N_TOKEN
-        found = ctx.feed(tokens[N_TOKEN : N_TOKEN + 120], 8, seq=1)
-    assert deviation(found, expected) <= TOL_FLASH * deviation(flash, expected) + TOL_F32
+        for seq in (1, 0):
+            found = ctx.feed(tokens[N_TOKEN : N_TOKEN + 120], 8, seq=seq)
+            assert deviation(found, expected) <= TOL_FLASH * deviation(flash, expected) + TOL_F32
 
 
 def test_a_window_with_less_room(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
@@ -148,7 +148,7 @@ def test_few_directions(how: str, tiny: Callable[[str], Tiny], tokens: list[int]
     """A state that moves loses about what the coarser of both caches loses."""
     one = tiny("llama")
     bases = one.bases(4, 64)
-    coarse, fine = ((64, "q8_0"), (32, "q4_0")), ((96, "q8_0"), (32, "q8_0"))
+    coarse, fine = ((64, "q8_0"), (32, "q4_0")), ((96, "q8_0"), (32, "q5_0"))
     expected, _ = plain_logits(one, tokens)
     lost: dict[tuple[str, str], float] = {}
     caches = {"coarse": coarse, "fine": fine}
@@ -193,7 +193,7 @@ def test_what_does_not_fit(tiny: Callable[[str], Tiny], tokens: list[int]) -> No
 def test_a_move_needs_the_context(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     one = tiny("llama")
     bases = one.bases(4, 64)
-    with open_context(one.model, **cache(bases, "last", "online")) as ctx:
+    with open_context(one.model, **cache(bases, "stage", "online")) as ctx:
         ctx.feed(tokens[:N_TOKEN], 50)
         state = save(ctx)
     with open_context(one.model, **cache(bases, "plain", "online")) as ctx:
@@ -217,7 +217,7 @@ def test_a_state_is_no_larger_than_what_is_in_use(
         parts = dict(native.report(ctx.ptr))
         size = len(save(ctx))
         own = native.online_info(ctx.ptr, 0).n_update > 0
-    row = parts["sinks and window"] / (4 + 40 + 64)  # cells that tokens stay in
+    row = 4 * (128 + 128)  # K and V of all layers in f32
     n_chunk = -(-n_stored // 64)
     slots = -(-(n_ctx - 4 - 40) // 64) * 64 + 64
     slots += -slots % 256
