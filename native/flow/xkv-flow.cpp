@@ -147,7 +147,11 @@ std::vector<uint32_t> xkv_flow::restore(llama_context * lctx, uint32_t stream, u
 void xkv_flow::start_over(llama_context * lctx, uint32_t stream) {
     auto &     table = tables[stream];
     const auto used  = table.used();
-    if (tables.size() > 1 || used.empty() || xkv_select_stage(store.stage_slots(), 0, store.n_chunk, used.size()) >= store.stage() ||
+    if (tables.size() == 1 && used.empty()) {
+        reset(stream); // bases that followed what was removed
+        return;
+    }
+    if (tables.size() > 1 || xkv_select_stage(store.stage_slots(), 0, store.n_chunk, used.size()) >= store.stage() ||
         table.n_token() + window.n_used(stream) > window.size()) {
         return;
     }

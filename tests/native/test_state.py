@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,37 @@ def test_one_sequence(how: str, unified: bool, tiny: Callable[[str], Tiny], toke
         assert load(ctx, state, 1), native.last_error()
         ctx.n_past[1] = 400
         assert same(goes_on(ctx, tokens[400:], 1), expected)
+
+
+def test_a_file_of_one_sequence(tiny: Callable[[str], Tiny], tokens: list[int], tmp_path: Path) -> None:
+    """By llama_state_seq_save_file, into another sequence of a context whose own bases have moved on."""
+    one = tiny("llama")
+    path = str(tmp_path / "seq.bin").encode()
+    kind: Any = {"n_ctx": 2 * N_CTX, "n_seq_max": 2, "xkv": given(one, "online", staged=False)}
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:400], 50)
+        given_tokens = (lib.llama_token * 400)(*tokens[:400])
+        assert lib.llama_state_seq_save_file(ctx.ptr, path, 0, given_tokens, 400) > 0
+        expected = goes_on(ctx, tokens[400:])
+    found, n = (lib.llama_token * 500)(), ctypes.c_size_t()
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[500:], 50, seq=1)
+        other = ctx.feed(tokens[300:900], 50)
+        before = save(ctx, 0)
+        assert lib.llama_state_seq_load_file(ctx.ptr, path, 1, found, 500, ctypes.byref(n)) > 0, native.last_error()
+        assert list(found[: n.value]) == tokens[:400]
+        assert save(ctx, 0) == before
+        ctx.n_past[1] = 400
+        assert same(goes_on(ctx, tokens[400:], 1), expected)
+    assert np.isfinite(other).all()
+    data = (tmp_path / "seq.bin").read_bytes()
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:100], 50)
+        before = save(ctx, 0)
+        for wrong in (data[:-100], data[:2000] + b"x" + data[2001:]):
+            (tmp_path / "seq.bin").write_bytes(wrong)
+            assert lib.llama_state_seq_load_file(ctx.ptr, path, 0, found, 500, ctypes.byref(n)) == 0
+            assert save(ctx, 0) == before
 
 
 def test_beside_another_sequence(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
