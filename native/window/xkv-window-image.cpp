@@ -43,13 +43,15 @@ void xkv_window::save(uint32_t stream, llama_seq_id seq_id, xkv_bytes_out & out)
 
     std::vector<xkv_saved_token> tokens;
     for (uint32_t i : list) {
-        tokens.push_back({ wcells.pos_get(i), sinks[stream][i], wcells.ext_get(i), wcells.seq_get_all(i) });
+        tokens.push_back({ i, wcells.pos_get(i), sinks[stream][i], wcells.ext_get(i), wcells.seq_get_all(i) });
         if (seq_id >= 0) {
             tokens.back().seqs = xkv_seq_set().set(seq_id);
         }
     }
     out.put((uint32_t) tokens.size());
+    out.put(list.size() == n_used(stream) ? kv->v_heads[stream] : 0u); // of a window that others use, it is not the sequence's
     for (const auto & token : tokens) {
+        out.put(token.cell);
         out.put(token.pos);
         out.put((uint8_t) token.sink);
         out.put(token.ext);
@@ -68,8 +70,10 @@ void xkv_window::save(uint32_t stream, llama_seq_id seq_id, xkv_bytes_out & out)
 xkv_saved_tokens xkv_window::parse(xkv_bytes_in & in, uint32_t n_seq_max) const {
     xkv_saved_tokens res;
     const auto       n = in.get<uint32_t>();
+    res.head           = in.get<uint32_t>();
     for (uint32_t i = 0; i < n; ++i) {
         xkv_saved_token token;
+        token.cell = in.get<uint32_t>();
         token.pos  = in.get<llama_pos>();
         token.sink = in.get<uint8_t>() != 0;
         token.ext  = in.get<llama_kv_cell_ext>();
@@ -95,9 +99,23 @@ xkv_saved_tokens xkv_window::parse(xkv_bytes_in & in, uint32_t n_seq_max) const 
     return res;
 }
 
+bool xkv_window::has_places(uint32_t stream, const xkv_saved_tokens & saved, const std::vector<uint32_t> & which) const {
+    std::vector<bool> taken(size(), false);
+    return std::all_of(which.begin(), which.end(), [&](uint32_t i) {
+        const uint32_t cell             = saved.tokens[i].cell;
+        const bool     free             = cell < size() && cells(stream).is_empty(cell) && !taken[cell];
+        taken[cell < size() ? cell : 0] = true;
+        return free;
+    });
+}
+
 void xkv_window::load(uint32_t stream, const xkv_saved_tokens & saved, const std::vector<uint32_t> & which, llama_seq_id seq_id) {
-    const auto list   = free_cells(stream, which.size());
+    const bool same   = has_places(stream, saved, which);
+    auto       list   = same ? std::vector<uint32_t>() : free_cells(stream, which.size());
     auto &     wcells = cells(stream);
+    for (size_t j = 0; same && j < which.size(); ++j) {
+        list.push_back(saved.tokens[which[j]].cell);
+    }
 
     size_t i = 0;
     each_tensor(stream, [&](uint32_t, ggml_tensor * t) {
@@ -131,5 +149,5 @@ void xkv_window::load(uint32_t stream, const xkv_saved_tokens & saved, const std
             set_sink(stream, list[j]);
         }
     }
-    kv->v_heads[stream] = 0;
+    kv->v_heads[stream] = same && saved.head < size() ? saved.head : 0;
 }

@@ -13,6 +13,7 @@
 
 // a token of a saved state
 struct xkv_saved_token {
+    uint32_t          cell;
     llama_pos         pos;
     bool              sink;
     llama_kv_cell_ext ext;
@@ -29,6 +30,7 @@ struct xkv_saved_tokens {
 
     std::vector<xkv_saved_token> tokens;
     std::vector<row_list>        rows;
+    uint32_t                     head = 0; // cell from which room is looked for
 };
 
 // Sinks and recent tokens, exact: a plain llama_kv_cache. Nothing else knows how that keeps its cells and tensors.
@@ -74,7 +76,8 @@ public:
     void             save(uint32_t stream, llama_seq_id seq_id, xkv_bytes_out & out) const;
     xkv_saved_tokens parse(xkv_bytes_in & in, uint32_t n_seq_max) const;
 
-    // those that are listed, into empty cells, for their sequences or for another one
+    // Those that are listed, for their sequences or for another one: into the cells that they had, where these are empty, so that what
+    // follows is placed and summed in the same order; else into the first empty ones.
     void load(uint32_t stream, const xkv_saved_tokens & saved, const std::vector<uint32_t> & which, llama_seq_id seq_id);
 
 private:
@@ -83,6 +86,8 @@ private:
     std::vector<std::vector<bool>> sinks; // per stream and cell
 
     llama_kv_cells & cells(uint32_t stream) const;
+
+    bool has_places(uint32_t stream, const xkv_saved_tokens & saved, const std::vector<uint32_t> & which) const;
 
     // f(layer, K or V) for all that is kept
     template <typename F> void each_tensor(uint32_t stream, F && f) const;

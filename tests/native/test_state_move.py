@@ -227,3 +227,24 @@ def test_a_state_is_no_larger_than_what_is_in_use(
     assert size <= used + about
     assert size >= 0.9 * (row * n_exact + coef * n_chunk)
     assert np.isclose(fill, (n_exact + n_stored) / n_ctx, atol=0.01)
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_what_follows_is_the_same_to_the_last_bit(how: str, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Through flushes, changes of stage and renewals: tokens have the cells that they had."""
+    one = tiny("llama")
+    types, stages = ((64, "q8_0"), (64, "q4_0")), {256: "q8_0", 512: ((96, "q8_0"), (32, "q5_0"))}
+    kind: Any = {"n_ctx": 1024, "xkv": params(one.bases(4, 64), types, stages, **KINDS[how])}
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:230], 50)
+        state = save(ctx)
+        expected = ctx.feed(tokens[230:900], 50)
+        info = native.online_info(ctx.ptr, 0)
+        last = save(ctx)
+    with open_context(one.model, **kind) as ctx:
+        assert load(ctx, state), native.last_error()
+        ctx.n_past[0] = 230
+        np.testing.assert_array_equal(ctx.feed(tokens[230:900], 50), expected)
+        again = native.online_info(ctx.ptr, 0)
+        assert (again.n_check, again.n_update) == (info.n_check, info.n_update)
+        assert len(save(ctx)) == len(last)
