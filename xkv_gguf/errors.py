@@ -60,7 +60,7 @@ class ClosedError(XkvError, RuntimeError):
 
 
 class StateError(XkvError, RuntimeError):
-    """A saved state is damaged, or is of another model, sidecar or plan."""
+    """A saved state is damaged, is of another model or sidecar, or does not fit into the context."""
 
 
 class OutOfMemoryError(XkvError, MemoryError, ValueError, RuntimeError):

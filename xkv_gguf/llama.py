@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import os
 import warnings
@@ -18,7 +17,6 @@ from .errors import (
     ModelError,
     OptionError,
     OutOfMemoryError,
-    StateError,
     UnsupportedError,
     XkvError,
     XkvWarning,
@@ -36,6 +34,7 @@ from .runtime.api import internals, llama_cpp
 from .runtime.context import CheckedContext
 from .runtime.threads import default_decode_threads, default_threads
 from .sidecar.read import Sidecar
+from .states import Stateful
 
 PARENT_ARGUMENTS = tuple(
     name
@@ -44,7 +43,7 @@ PARENT_ARGUMENTS = tuple(
 )
 
 
-class Llama(Completions):
+class Llama(Completions, Stateful):
     """A GGUF model with its context, as in llama-cpp-python, on a KV cache of choice.
 
     Everything that `llama_cpp.Llama` offers works as it does there, unless an error says otherwise. Flash attention
@@ -206,7 +205,9 @@ class Llama(Completions):
 
         if not opening.has_sidecar(model, options):
             planned(None)  # what is out of reach is so with any spectra: it is refused before minutes of calibration
-        found = planned(opening.open_sidecar(model.path, options, settings["n_threads_batch"]))
+        sidecar = opening.open_sidecar(model.path, options, settings["n_threads_batch"])
+        self.sidecar_digest = sidecar.digest if sidecar is not None else None
+        found = planned(sidecar)
         plan, self._scope, self.xkv_device_bytes = found.plan, found.params, found.device_bytes
         placing.apply(found, settings)
         settings["n_ubatch"] = plan.layout.n_ubatch
@@ -295,38 +296,6 @@ class Llama(Completions):
         if not texts or not all(self.tokenize(text.encode()) for text in texts):
             raise OptionError("input: no text or an empty one, expected at least one token each")
         return super().embed(input, *args, **kwargs)
-
-    def load_state(self, state: Any) -> None:
-        """Put a saved state back, into an object with the same model, cache options and n_ctx.
-
-        Raises
-        ------
-        StateError
-            The state is damaged or of another cache; this one is as it was before, unless the text says otherwise.
-        """
-        size = int(state.llama_state_size)
-        if size > len(state.llama_state):
-            raise StateError(f"a saved state: {len(state.llama_state)} bytes, expected {size}")
-        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
-        native.clear_last_error()
-        with log.collect(quiet=not self.verbose) as errors:
-            done = llama_cpp.llama_state_set_data(self._ctx.ctx, data, size)
-        if done != size:
-            why = native.last_error() or log.reason(errors) or f"llama.cpp took {done} of {size} bytes"
-            # a plain cache loses its tokens by a state that it does not take
-            last = int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx.ctx), 0))
-            self.n_tokens = min(self.n_tokens, last + 1)
-            self._requires_eval = True
-            raise StateError(f"a saved state: {why}")
-        # as the parent does, which would have changed them before a failure
-        n = state.n_tokens
-        rows = min(n, len(self.scores), len(state.scores))
-        self.scores[:] = 0.0
-        self.scores[:rows, :] = state.scores[:rows, :]
-        self.input_ids = state.input_ids.copy()
-        self.n_tokens = n
-        self._requires_eval = True
-        self._seed = state.seed
 
     def close(self) -> None:
         """Free the model and its context; whatever is done with the object then raises ClosedError."""

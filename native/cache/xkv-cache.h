@@ -18,6 +18,7 @@
 struct llama_cparams;
 struct llama_model;
 
+class xkv_bytes_in;
 class xkv_bytes_out;
 class xkv_flow;
 struct xkv_online_info;
@@ -160,15 +161,13 @@ private:
     void start_over();
 
     // saved states (xkv-state.cpp)
-    std::vector<uint32_t> window_signature() const;
-    void                  write_stream(llama_seq_id seq_id, uint32_t stream, xkv_bytes_out & out) const;
-    void                  read_state(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
-    void                  check_shared(llama_seq_id seq_id, uint32_t stage, const uint8_t * bases, size_t n_byte) const;
-    void                  check_shared_room(llama_seq_id seq_id, size_t n_chunk) const;
-    void check_members(uint32_t stream, llama_seq_id seq_id, const std::vector<llama_seq_id> & sinks, const xkv_seq_set & chunks) const;
-    bool is_alone(llama_seq_id seq_id) const; // in its stream
-    void take_stream(uint32_t stream, uint32_t stage, bool alone, const uint8_t * data, size_t n_byte);
-    void mark_sink(uint32_t stream, llama_seq_id seq_id, llama_pos pos);
+    void   read_state(llama_io_read_i & io, llama_seq_id seq_id);
+    void   check_origin(xkv_bytes_in & in, llama_seq_id seq_id) const;
+    void   check_members(uint32_t stream, llama_seq_id seq_id, const xkv_seq_set & seqs) const;
+    void   check_room(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const;
+    size_t n_stay(llama_seq_id seq_id, uint32_t stream) const; // chunks that others have
+    bool   is_alone(llama_seq_id seq_id) const;                // in its stream
+    void   take_exact(uint32_t stream, llama_seq_id seq_id, xkv_saved_tokens & exact);
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);

@@ -147,7 +147,11 @@ std::vector<uint32_t> xkv_flow::restore(llama_context * lctx, uint32_t stream, u
 void xkv_flow::start_over(llama_context * lctx, uint32_t stream) {
     auto &     table = tables[stream];
     const auto used  = table.used();
-    if (tables.size() > 1 || used.empty() || xkv_select_stage(store.stage_slots(), 0, store.n_chunk, used.size()) >= store.stage() ||
+    if (tables.size() == 1 && used.empty()) {
+        reset(stream); // bases that followed what was removed
+        return;
+    }
+    if (tables.size() > 1 || xkv_select_stage(store.stage_slots(), 0, store.n_chunk, used.size()) >= store.stage() ||
         table.n_token() + window.n_used(stream) > window.size()) {
         return;
     }
@@ -183,31 +187,6 @@ void xkv_flow::reset(uint32_t stream) {
         online->reset(stream);
     }
     xkv_trim();
-}
-
-void xkv_flow::save(uint32_t stream, xkv_bytes_out & out) const {
-    const bool own = store.has_own_bases(stream);
-    out.put((uint8_t) own);
-    if (own) {
-        store.get_bases(stream, out.more(store.basis_bytes()));
-    }
-    out.put((uint8_t) (online != nullptr));
-    if (online) {
-        online->save(stream, out);
-    }
-}
-
-void xkv_flow::load(uint32_t stream, xkv_bytes_in & in) {
-    if (in.get<uint8_t>()) {
-        store.set_bases(stream, in.take(store.basis_bytes()));
-    }
-    if ((in.get<uint8_t>() != 0) != (online != nullptr)) {
-        xkv_throw(XKV_STATUS_FORMAT, "a saved state is of a cache with online %s, expected %s", online ? "off" : "on",
-                  online ? "on" : "off");
-    }
-    if (online) {
-        online->load(stream, in);
-    }
 }
 
 void xkv_flow::copy(uint32_t src, uint32_t dst) {

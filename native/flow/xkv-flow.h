@@ -3,6 +3,7 @@
 #include "base/xkv-bytes.h"
 #include "base/xkv-error.h"
 #include "flow/xkv-flush.h"
+#include "flow/xkv-saved.h"
 #include "flow/xkv-select.h"
 #include "store/xkv-carry.h"
 #include "store/xkv-config.h"
@@ -44,9 +45,20 @@ public:
     // the stream has no tokens any more
     void reset(uint32_t stream);
 
-    // bases of a stream and what is known of its tokens, for saved states; throws xkv_error
-    void save(uint32_t stream, xkv_bytes_out & out) const;
-    void load(uint32_t stream, xkv_bytes_in & in);
+    //
+    // for saved states (xkv-move.cpp); all but save throw xkv_error
+    //
+
+    // chunks of all sequences or of one, the stream's bases and what is known of its tokens
+    void            save(uint32_t stream, llama_seq_id seq_id, xkv_bytes_out & out) const;
+    xkv_saved_store parse(xkv_bytes_in & in, uint32_t n_seq_max) const;
+
+    // Whether there is room, and for which stage: for a stream that nothing is left in, or in the present stage beside n_stay chunks
+    // of others. n_more chunks are going to follow. Changes nothing.
+    void prepare(llama_context * lctx, uint32_t stream, bool alone, size_t n_stay, size_t n_more, xkv_saved_store & saved) const;
+
+    // what was prepared; the stream's tokens, or those of the sequence, are gone
+    void take(llama_context * lctx, uint32_t stream, bool alone, const xkv_saved_store & saved);
 
     // stream dst gets the coefficients and bases of stream src
     void copy(uint32_t src, uint32_t dst);
@@ -81,6 +93,15 @@ private:
     // moves the store to the stage that has chunks for the jobs, and gives them free ones
     void make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
     void enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs);
+
+    // whether the stream's bases are those of a saved state
+    bool has_bases(uint32_t stream, const xkv_saved_store & saved) const;
+
+    // coefficients of a saved state into chunks of this store, whose stage or bases are others
+    void move(llama_context * lctx, uint32_t stream, bool alone, const xkv_saved_store & saved, const std::vector<uint32_t> & chunks);
+
+    // what becomes of the coefficients of a store that has bases of its own or not; sets the bases of a stream that is alone
+    xkv_recode turn_from(const xkv_store & image, xkv_store::kind kd, uint32_t ig, uint32_t stream, bool alone, bool own, int n_thread);
 
     // the calibrated bases in the next stage
     xkv_recodes keep_calibrated(uint32_t stream, const xkv_store::layout & next, uint32_t ig, int n_thread);

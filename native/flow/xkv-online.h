@@ -53,6 +53,14 @@ public:
     // what is known of a stream's tokens, for saved states; throws xkv_error
     void save(uint32_t stream, xkv_bytes_out & out) const;
     void load(uint32_t stream, xkv_bytes_in & in);
+    void load_moved(uint32_t stream, xkv_bytes_in & in, bool own); // into a basis of other ranks, made from the stream's own or not
+
+    // takes what another one, of the same groups, knows of its only stream
+    void adopt(uint32_t stream, const xkv_online_bases & other);
+
+    // Rows [rank, dim] of a stream that came from a basis of fewer: the rest become directions of the calibration that these leave
+    // out, those with the most variance.
+    void fill_up(uint32_t stream, xkv_store::kind kd, uint32_t ig, xkv_floats & rows);
 
     // most bytes of its graphs and problems
     size_t peak() const { return graph.peak() + problem_peak; }
@@ -110,6 +118,8 @@ private:
     xkv_store &                          store;
     const std::vector<xkv_chunk_table> & tables; // per stream
     const xkv_flush &                    flush;
+
+    static state read_state(state st, const xkv_store & store, xkv_bytes_in & in);
 
     xkv_graph graph;
 

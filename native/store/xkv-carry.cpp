@@ -116,3 +116,20 @@ size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, co
     }
     return peak + xkv_n_byte(turns);
 }
+
+void xkv_carry_into(const xkv_store & from, const xkv_store & to, xkv_store::kind kd, uint32_t ig, uint32_t stream,
+                    const std::vector<uint32_t> & chunks, const xkv_recode & turn, int n_thread) {
+    const size_t rank    = to.groups()[ig].rank[kd];
+    const size_t n_block = std::max<size_t>(1, XKV_CARRY_BLOCK / to.n_chunk);
+
+    std::vector<uint32_t> list(chunks.size());
+    std::iota(list.begin(), list.end(), 0);
+    xkv_parallel((chunks.size() + n_block - 1) / n_block, n_thread, [&](size_t ib) {
+        const size_t first = ib * n_block;
+        const size_t n     = std::min(n_block, chunks.size() - first);
+        const auto   coef  = xkv_turned(from, kd, ig, 0, list.data() + first, n, turn, rank);
+        for (size_t j = 0; j < n; ++j) {
+            to.set_coef(kd, ig, stream, chunks[first + j], coef.data() + j * to.n_chunk * rank);
+        }
+    });
+}

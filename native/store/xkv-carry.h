@@ -36,3 +36,7 @@ void xkv_carry_over(const xkv_store & store, xkv_store::kind kd, uint32_t ig, ui
 // and the most of chunks that waited for their place.
 size_t xkv_carry_stage(const xkv_store & store, uint32_t ig, uint32_t stream, const std::vector<uint32_t> & chunks,
                        const xkv_recodes & turns, const xkv_store::layout & next, int n_thread);
+
+// Makes coefficients of one kind of one group of store `to` from those of the chunks 0, 1, ... of another store's only stream.
+void xkv_carry_into(const xkv_store & from, const xkv_store & to, xkv_store::kind kd, uint32_t ig, uint32_t stream,
+                    const std::vector<uint32_t> & chunks, const xkv_recode & turn, int n_thread);

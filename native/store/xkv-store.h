@@ -183,16 +183,28 @@ public:
     // what those bytes mean in a stage: two stages with the same one can exchange them
     std::vector<uint32_t> signature(uint32_t stage) const;
 
+    // An empty store in host memory, of one stream and stage, that has this signature and room for n chunks: bytes of another
+    // plan are read in it. Throws xkv_error.
+    std::unique_ptr<xkv_store> image(const std::vector<uint32_t> & signature, size_t n) const;
+
+    // the present stage, for bases and coefficients that come from another store
+    const layout & present() const { return now; }
+
     // of the coefficients of a chunk, all groups
-    size_t chunk_bytes() const;
+    size_t chunk_bytes(uint32_t stage) const;
+    size_t chunk_bytes() const { return chunk_bytes(now.stage); }
     void   get_chunk(uint32_t stream, uint32_t ic, uint8_t * data) const;
     void   set_chunk(uint32_t stream, uint32_t ic, const uint8_t * data) const;
 
     // whether a stream's bases are not the calibrated ones; of all bases
     bool   has_own_bases(uint32_t stream) const;
-    size_t basis_bytes() const;
+    size_t basis_bytes(uint32_t stage) const;
+    size_t basis_bytes() const { return basis_bytes(now.stage); }
     void   get_bases(uint32_t stream, uint8_t * data) const;
     void   set_bases(uint32_t stream, const uint8_t * data);
+
+    // bases of a single stream were written by way of present()
+    void set_changed() { changed = true; }
 
     // where a layer's tensors are
     ggml_backend_buffer_type_t buft(uint32_t il) const;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "base/xkv-bytes.h"
 #include "base/xkv-layers.h"
 #include "window/xkv-chunks.h"
 
@@ -9,6 +10,28 @@
 #include <cstdint>
 #include <memory>
 #include <vector>
+
+// a token of a saved state
+struct xkv_saved_token {
+    uint32_t          cell;
+    llama_pos         pos;
+    bool              sink;
+    llama_kv_cell_ext ext;
+    xkv_seq_set       seqs;
+};
+
+// and their rows in the bytes of the state: K and V of each layer
+struct xkv_saved_tokens {
+    struct row_list {
+        ggml_type       type;
+        size_t          n_byte; // of a row
+        const uint8_t * data;
+    };
+
+    std::vector<xkv_saved_token> tokens;
+    std::vector<row_list>        rows;
+    uint32_t                     head = 0; // cell from which room is looked for
+};
 
 // Sinks and recent tokens, exact: a plain llama_kv_cache. Nothing else knows how that keeps its cells and tensors.
 class xkv_window {
@@ -49,10 +72,23 @@ public:
     // all of a sequence, into the stream of another one
     void copy(llama_context * lctx, llama_seq_id src, llama_seq_id dst);
 
+    // for saved states (xkv-window-image.cpp): tokens of all sequences or of one; parse throws xkv_error
+    void             save(uint32_t stream, llama_seq_id seq_id, xkv_bytes_out & out) const;
+    xkv_saved_tokens parse(xkv_bytes_in & in, uint32_t n_seq_max) const;
+
+    // Those that are listed, for their sequences or for another one: into the cells that they had, where these are empty, so that what
+    // follows is placed and summed in the same order; else into the first empty ones.
+    void load(uint32_t stream, const xkv_saved_tokens & saved, const std::vector<uint32_t> & which, llama_seq_id seq_id);
+
 private:
     std::unique_ptr<llama_kv_cache> kv;
 
     std::vector<std::vector<bool>> sinks; // per stream and cell
 
     llama_kv_cells & cells(uint32_t stream) const;
+
+    bool has_places(uint32_t stream, const xkv_saved_tokens & saved, const std::vector<uint32_t> & which) const;
+
+    // f(layer, K or V) for all that is kept
+    template <typename F> void each_tensor(uint32_t stream, F && f) const;
 };

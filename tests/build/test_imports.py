@@ -17,7 +17,7 @@ ROOMS = (
     ("sidecar",),
     ("runtime",),
     ("convert",),
-    ("options", "report", "opening", "placing", "fitting", "describe"),
+    ("options", "report", "opening", "placing", "fitting", "describe", "states"),
     ("completion",),
     ("llama",),
     ("lab",),

@@ -194,6 +194,19 @@ def test_few_tokens_that_are_left_start_over(tiny: Callable[[str], Tiny], tokens
         assert deviation(ctx.feed(after, 8), plain) <= TOL_F32
 
 
+def test_exact_tokens_that_are_left_start_over(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Where a cut leaves exact tokens only, bases that followed the others go, too."""
+    one = tiny("llama")
+    found = []
+    for before in ([], tokens[300:900]):
+        with open_context(one.model, n_ctx=N_CTX, xkv=params(one.bases(4, 64), COARSE, {}, online=True)) as ctx:
+            ctx.feed(tokens[:4], 4)
+            ctx.feed(before, 50) if before else None
+            assert ctx.seq_rm(0, 4)
+            found.append(ctx.feed(tokens[4:300], 50))
+    assert deviation(found[1], found[0]) <= TOL_F32
+
+
 def test_sequences_that_are_left_start_over(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """What sequences share stays shared on its way back."""
     one = tiny("llama")

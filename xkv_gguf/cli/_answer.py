@@ -134,29 +134,44 @@ def sampling(args: argparse.Namespace, max_tokens: int | None) -> dict[str, Any]
 
 
 def answer_chat(
-    llm: Llama, messages: list[dict[str, str]], settings: dict[str, Any], show: Callable[[str], None]
+    llm: Llama,
+    messages: list[dict[str, str]],
+    settings: dict[str, Any],
+    show: Callable[[str], None],
+    then: Callable[[], None] | None = None,
 ) -> Answer:
-    """Answer a conversation; `show` gets the text as it comes. Raises as `answer_text`."""
-    return _collect(llm, chat_pieces(llm, messages, **settings), show)
+    """Answer a conversation; `show` gets the text as it comes, `then` is called when the prompt was read.
+
+    Raises as `answer_text`.
+    """
+    return _collect(llm, chat_pieces(llm, messages, **settings), show, then)
 
 
-def answer_text(llm: Llama, prompt: str, settings: dict[str, Any], show: Callable[[str], None]) -> Answer:
-    """Continue a text; `show` gets the continuation as it comes.
+def answer_text(
+    llm: Llama,
+    prompt: str,
+    settings: dict[str, Any],
+    show: Callable[[str], None],
+    then: Callable[[], None] | None = None,
+) -> Answer:
+    """Continue a text; `show` gets the continuation as it comes, `then` is called when the prompt was read.
 
     Raises
     ------
     OptionError
         The prompt does not fit into the context.
     """
-    return _collect(llm, text_pieces(llm, prompt, **settings), show)
+    return _collect(llm, text_pieces(llm, prompt, **settings), show, then)
 
 
-def _collect(llm: Llama, pieces: Iterator[Piece], show: Callable[[str], None]) -> Answer:
+def _collect(
+    llm: Llama, pieces: Iterator[Piece], show: Callable[[str], None], then: Callable[[], None] | None
+) -> Answer:
     text: list[str] = []
     finish_reason = "stop"
     start = first = time.perf_counter()
     try:
-        with reading(llm):
+        with reading(llm, then):
             for piece, reason in pieces:
                 if piece and not text:
                     first = time.perf_counter()

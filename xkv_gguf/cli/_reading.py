@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def reading(llm: Llama) -> Iterator[None]:
-    """Draw a bar on the terminal while the model reads more than a batch, and remove it afterwards."""
+def reading(llm: Llama, then: Callable[[], None] | None = None) -> Iterator[None]:
+    """Draw a bar on the terminal while the model reads more than a batch, and remove it afterwards.
+
+    `then` is called once, when the prompt was read.
+    """
     bar: tqdm[None] | None = None
 
     def show(n_done: int, n_all: int) -> None:
-        nonlocal bar
+        nonlocal bar, then
         if bar is None and n_done < n_all:
             bar = tqdm(total=n_all, initial=n_done, desc="reading", unit="tok", leave=False, disable=None)
         if bar is not None:
@@ -26,6 +29,9 @@ def reading(llm: Llama) -> Iterator[None]:
             if n_done == n_all:
                 bar.close()
                 bar = None
+        if then is not None and n_done == n_all:
+            call, then = then, None
+            call()
 
     llm.on_eval = show
     try:

@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.files import read_text
+from ..base.files import check_writable, read_text
 from ..base.text import clean_text
 from ..errors import OptionError, XkvError
 from ._answer import Answer, add_model_arguments, answer_chat, open_llama, sampling, write
+from ._saved import Session
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -33,6 +35,26 @@ class Chat:
     messages: list[dict[str, str]] = field(default_factory=list)
     attached: str | None = None
     last: Answer | None = None
+    session: Session | None = None
+
+    def resume(self) -> bool:
+        """Take the conversation of the session's file up again; False where there is none yet.
+
+        Raises
+        ------
+        StateError
+            The file cannot be used.
+        OptionError
+            The conversation has another system message than the one that is given.
+        """
+        messages = self.session.load() if self.session else None
+        if messages is None:
+            return False
+        system = next((m["content"] for m in messages if m["role"] == "system"), None)
+        if self.args.system and clean_text(self.args.system) != system:
+            raise OptionError(f"--system: the session {self.args.session} has another one; leave it out")
+        self.messages = messages
+        return True
 
     def start(self) -> None:
         """Forget everything but the system message."""
@@ -54,6 +76,8 @@ class Chat:
         self.attached = None
         self.last = answer
         self.messages.append({"role": "assistant", "content": answer.text})
+        if self.session:
+            self.session.save(self.messages)  # now: a terminal that is closed loses nothing
         if answer.finish_reason == "length" and self.llm.n_tokens >= self.llm.n_ctx() - 1:
             print(f"[the context of {self.llm.n_ctx()} tokens is full: /reset, or start with a larger --n-ctx]")
 
@@ -82,6 +106,10 @@ class Chat:
             return False
         if name == "/reset":
             self.start()
+            if self.session:
+                self.llm.reset()
+                self.llm.eval([])
+                self.session.save(self.messages)
             print("the conversation is forgotten")
         elif name == "/stats":
             self.stats()
@@ -102,6 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--max-tokens", type=int, metavar="N", help="longest answer in tokens (default: no limit)"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's own)")
+    parser.add_argument(
+        "--session",
+        metavar="FILE",
+        help="take up the conversation of this file, if there is one, and write it there after every answer",
+    )
     add_model_arguments(parser, temp=0.7)
 
 
@@ -111,13 +144,19 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"-n: {args.max_tokens}, expected 1 or more")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
+    if args.session is not None:
+        check_writable(Path(args.session))
     llm = open_llama(args)
-    chat = Chat(llm, args)
-    chat.start()
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print(f"{llm.kv_report()}\n/help lists the commands")
     try:
+        chat = Chat(llm, args, session=None if args.session is None else Session(llm, Path(args.session)))
+        resumed = chat.resume()
+        if not resumed:
+            chat.start()
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print(f"{llm.kv_report()}\n/help lists the commands")
+        if interactive and resumed:
+            print(f"[{args.session}: {len(chat.messages)} messages, {llm.n_tokens} tokens]")
         while True:
             try:
                 line = input("> " if interactive else "").strip()
