@@ -1,4 +1,5 @@
-# make demo | test | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
+# make demo | test | test-asan | test-tsan | test-faults | fuzz | test-upstream | test-kernels | test-gpu | bench-gpu
+#      lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
@@ -28,10 +29,10 @@ unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-asan test-tsan test-faults fuzz test-upstream test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 build: $(STAMP)/package
 
@@ -41,6 +42,38 @@ demo: $(STAMP)/package $(STAMP)/model
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 	@$(VENV)/bin/pytest $(PYTEST)
+
+# what the programs below are given
+PROGRAMS = $(firstword $(wildcard build/*/tests))
+SCENE    = build/scene
+
+$(SCENE): tests/native/scene.py tests/native/tiny_models.py tests/native/sidecars.py | $(STAMP)/package $(STAMP)/extras
+	@mkdir -p $@ && $(PY) -m tests.native.scene $@ && touch $@
+
+# a library with sanitizers: sanitize.sh lays it where Python finds it before the installed one
+test-asan: $(SCENE) $(STAMP)/model
+	@sh tests/native/sanitize.sh asan "$(PYTEST)"
+
+test-tsan: $(SCENE)
+	@sh tests/native/sanitize.sh tsan
+
+# all calls of all operations; `make test` takes some
+test-faults: $(SCENE)
+	@$(VENV)/bin/cmake --build $(PROGRAMS:/tests=) --target xkv-test-faults -- --quiet
+	@$(PROGRAMS)/xkv-test-faults $(SCENE)/model.gguf $(SCENE)/model.xkv.gguf $(SCENE) 0
+
+# inputs for each reader
+COUNT ?= 100000
+SEED  ?= 1
+fuzz: $(SCENE)
+	@$(VENV)/bin/cmake --build $(PROGRAMS:/tests=) --target xkv-fuzz-sidecar xkv-fuzz-state -- --quiet
+	@$(PROGRAMS)/xkv-fuzz-sidecar $(SCENE)/model.xkv.gguf $(COUNT) $(SEED)
+	@$(PROGRAMS)/xkv-fuzz-state $(SCENE)/model.gguf $(SCENE)/model.xkv.gguf $(SCENE) $(COUNT) $(SEED)
+	@$(PY) -m tests.fuzz.headers $(COUNT) --seed $(SEED)
+
+# llama.cpp's own tests of what the patches and the cache touch, on the patched build
+test-upstream: $(STAMP)/package $(STAMP)/model
+	@sh tests/native/upstream.sh
 
 # with nvcc, for each architecture of the list that it knows
 test-kernels:
