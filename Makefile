@@ -40,11 +40,11 @@ demo: $(STAMP)/package $(STAMP)/model
 	@$(PY) -m xkv_gguf.demo
 
 test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
-	@for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
+	@for cache in build/py3*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 	@$(VENV)/bin/pytest $(PYTEST)
 
 # what the programs below are given
-PROGRAMS = $(firstword $(wildcard build/*/tests))
+PROGRAMS = $(firstword $(wildcard build/py3*/tests))
 SCENE    = build/scene
 
 $(SCENE): tests/native/scene.py tests/native/tiny_models.py tests/native/sidecars.py | $(STAMP)/package $(STAMP)/extras
