@@ -7,6 +7,7 @@
 
 #include "llama-cparams.h"
 #include "llama-io.h"
+#include "llama-model.h"
 
 #include "ggml-backend.h"
 
@@ -201,6 +202,23 @@ static std::vector<uint8_t> xkv_read_state(llama_io_read_i & io) {
     return data;
 }
 
+// Positions of the window's tokens, in the bytes that llama.cpp's own cache reads and does not check: of the first stream that has any.
+static void xkv_check_cells(xkv_bytes_in in, size_t n_ext) {
+    const auto n_stream = in.get<uint32_t>();
+    uint32_t   n_cell   = 0;
+    for (uint32_t s = 0; s < n_stream && n_cell == 0; ++s) {
+        n_cell = in.get<uint32_t>();
+    }
+    for (uint32_t i = 0; i < n_cell; ++i) {
+        const auto pos   = in.get<llama_pos>();
+        const auto n_seq = in.get<uint32_t>();
+        in.take(n_ext + n_seq * sizeof(llama_seq_id));
+        if (pos < 0 || pos > (1 << 30)) {
+            xkv_throw(XKV_STATUS_FORMAT, "the state has an exact token at position %d, expected 0 to %d", pos, 1 << 30);
+        }
+    }
+}
+
 static span xkv_take_span(xkv_bytes_in & in) {
     const auto n = in.get<uint64_t>();
     return { in.take(n), (size_t) n };
@@ -355,6 +373,8 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id, l
             xkv_throw(XKV_STATUS_MODEL_MISMATCH, "the state has %zu tokens, expected at most %u; raise n_ctx", n, setup.cparams.n_ctx_seq);
         }
     }
+    const auto & hparams = setup.model.hparams;
+    xkv_check_cells(in, hparams.n_pos_per_embd() > 1 || hparams.ple_n_heads > 0 ? sizeof(llama_kv_cell_ext) : 0);
     const bool alone = seq_id < 0 || is_alone(seq_id);
     if (!alone) {
         check_shared(seq_id, streams[0].stage, streams[0].flow.data, streams[0].flow.size);

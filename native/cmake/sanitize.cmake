@@ -9,9 +9,10 @@ if (NOT XKV_SANITIZE)
 endif()
 
 if (NOT TARGET llama)
-    # asserts stay in; line tables name where a report comes from
-    set(CMAKE_C_FLAGS_RELEASE   "-O1 -g1 -fno-omit-frame-pointer")
-    set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g1 -fno-omit-frame-pointer")
+    # without assertions, as the library is released: a state or a model can hold numbers that they end the process for. Line tables
+    # name where a report comes from
+    set(CMAKE_C_FLAGS_RELEASE   "-O1 -g1 -DNDEBUG -fno-omit-frame-pointer")
+    set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g1 -DNDEBUG -fno-omit-frame-pointer")
     add_link_options(-fsanitize=${XKV_SANITIZE})
     return()
 endif()
