@@ -1,4 +1,5 @@
-# make demo | test | test-property | test-kernels | test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
+# make demo | test | test-property | test-asan | test-tsan | test-faults | fuzz | test-upstream | test-kernels
+#      test-gpu | bench-gpu | lint | format | build | refresh-patches | clean
 # Everything lives in .venv/ and build/. CMake options: make build CMAKE_ARGS="-DGGML_CUDA=ON"
 
 PYTHON     ?= python3
@@ -19,7 +20,7 @@ UPSTREAM := $(shell sed -n 's/.*"package": *"\([^"]*\)".*/\1/p' upstream.json)==
 SOURCES := $(shell find CMakeLists.txt pyproject.toml upstream.json LICENSE native \
              -name __pycache__ -prune -o -type f -print | LC_ALL=C sort)
 
-BUILD_TESTS = for cache in build/*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
+BUILD_TESTS = for cache in build/py3*/CMakeCache.txt; do $(VENV)/bin/cmake --build "$${cache%/*}" --target xkv-tests -- --quiet || exit 1; done
 
 # what compiles without ggml-cuda
 KERNELS := $(wildcard native/ops/*/cuda/xkv-attn.cu)
@@ -30,10 +31,11 @@ unexport PYTHONPATH PYTHONHOME
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo test test-property test-kernels gpu-folder test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
+.PHONY: help build demo test test-property test-asan test-tsan test-faults fuzz test-upstream test-kernels gpu-folder \
+    test-gpu bench-gpu lint format refresh-patches clean distclean FORCE
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 build: $(STAMP)/package
 
@@ -44,6 +46,36 @@ test: $(STAMP)/package $(STAMP)/model $(STAMP)/extras
 	@$(BUILD_TESTS)
 	@$(VENV)/bin/pytest $(PYTEST)
 
+# what the programs below are given
+PROGRAMS = $(firstword $(wildcard build/py3*/tests))
+SCENE    = build/scene
+
+$(SCENE): tests/native/scene.py tests/native/tiny_models.py tests/native/sidecars.py | $(STAMP)/package $(STAMP)/extras
+	@mkdir -p $@ && $(PY) -m tests.native.scene $@ && touch $@
+
+# a library with sanitizers: sanitize.sh lays it where Python finds it before the installed one
+test-asan: $(SCENE) $(STAMP)/model
+	@sh tests/native/sanitize.sh asan "$(PYTEST)"
+
+test-tsan: $(SCENE)
+	@sh tests/native/sanitize.sh tsan
+
+# all calls of all operations; `make test` takes some
+test-faults: $(SCENE)
+	@$(VENV)/bin/cmake --build $(PROGRAMS:/tests=) --target xkv-test-faults -- --quiet
+	@$(PROGRAMS)/xkv-test-faults $(SCENE)/model.gguf $(SCENE)/model.xkv.gguf $(SCENE) 0
+
+# inputs for each reader
+fuzz: $(SCENE)
+	@$(VENV)/bin/cmake --build $(PROGRAMS:/tests=) --target xkv-fuzz-sidecar xkv-fuzz-state -- --quiet
+	@$(PROGRAMS)/xkv-fuzz-sidecar $(SCENE)/model.xkv.gguf $(or $(COUNT),100000) $(or $(SEED),1)
+	@$(PROGRAMS)/xkv-fuzz-state $(SCENE)/model.gguf $(SCENE)/model.xkv.gguf $(SCENE) $(or $(COUNT),100000) $(or $(SEED),1)
+	@$(PY) -m tests.fuzz.headers $(or $(COUNT),100000) --seed $(or $(SEED),1)
+
+# llama.cpp's own tests of what the patches and the cache touch, on the patched build
+test-upstream: $(STAMP)/package $(STAMP)/model
+	@sh tests/native/upstream.sh
+
 # random operations, seed by seed; a run that was stopped goes on with SEED=<what it printed last>
 test-property: $(STAMP)/package $(STAMP)/extras
 	@$(BUILD_TESTS)
@@ -52,7 +84,7 @@ test-property: $(STAMP)/package $(STAMP)/extras
 # kernels for devices: all cases in the shims, and with nvcc a build for each architecture of the list that it knows
 test-kernels: $(STAMP)/package
 	@$(BUILD_TESTS)
-	@for program in build/*/tests/xkv-test-attn-cuda build/*/tests/xkv-test-attn-metal; do \
+	@for program in build/py3*/tests/xkv-test-attn-cuda build/py3*/tests/xkv-test-attn-metal; do \
 	    if test -x "$$program"; then echo "test-kernels: $${program##*/}"; "$$program" || exit 1; fi; \
 	done
 	@if ! command -v $(NVCC) > /dev/null; then echo "test-kernels: no $(NVCC), kernels for CUDA are not compiled"; exit 0; fi; \

@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Sizes that are larger for the figures in the docs than for a test run."""
     parser.addoption("--full-rank-tokens", type=int, default=1024, help="prompt of the full-rank test on SmolLM2")
     parser.addoption("--all-depths", action="store_true", help="look for the needle at all ten depths")
+    parser.addoption(
+        "--programs", default="build/py3*/tests", help="folder of the programs of native/cmake/tests.cmake"
+    )
     parser.addoption("--quick-calibration", action=BooleanOptionalAction, default=True, help="of the demo model")
 
 

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,8 +28,8 @@ template <typename F> void xkv_parallel(size_t n, int n_threads, F && f) {
         for (size_t i = 1; i < n && (int) i < n_threads; ++i) {
             threads.emplace_back(work);
         }
-    } catch (const std::system_error &) {
-        // the system has no more threads: those that run do all the work
+    } catch (...) {
+        // the system has no more threads, or no memory for one: those that run do all the work
     }
     work();
     for (auto & thread : threads) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+struct llama_context;
 struct llama_cparams;
 struct llama_model;
 
@@ -20,3 +21,16 @@ llama_memory_i * xkv_check_memory(llama_memory_i * mem);
 
 // graph nodes that an xkv cache needs beyond the model's own
 uint32_t xkv_graph_max_nodes(llama_memory_i * mem);
+
+// Of the exception that is being handled, which a decode of the context threw: -2, and its xkv cache is broken until it is cleared,
+// for what the batch changed is not known. Throws it again where there is no xkv cache.
+int xkv_decode_failed(llama_context * ctx);
+
+// llama_decode's callers are C, which no exception may pass
+template <typename F> int xkv_decode(llama_context * ctx, F && f) {
+    try {
+        return f();
+    } catch (...) {
+        return xkv_decode_failed(ctx);
+    }
+}

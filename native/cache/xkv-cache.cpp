@@ -5,6 +5,7 @@
 #include "flow/xkv-flow.h"
 
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -168,9 +169,10 @@ void llama_kv_cache_xkv::flush(const llama_ubatch & ubatch) {
 llama_memory_context_ptr llama_kv_cache_xkv::init_full() noexcept {
     graph_memory = nullptr;
 
+    // llama.cpp looks for a context here, not at its status
     llama_memory_context_ptr res;
-    return guard("a full cache", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(this); }) ? std::move(res) :
-                                                                                                             failed_context();
+    guard("a full cache", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(this); });
+    return res;
 }
 
 // nothing waits for an update: positions are not shifted, and streams are copied at once
@@ -193,7 +195,14 @@ void llama_kv_cache_xkv::clear(bool data) noexcept {
     guard("clearing the cache", true, [&] { empty(data); });
 }
 
+void llama_kv_cache_xkv::settle() {
+    if (lctx) {
+        lctx->synchronize();
+    }
+}
+
 void llama_kv_cache_xkv::empty(bool data) {
+    settle();
     get_window()->clear(data);
     for (auto & table : tables) {
         table.clear();
@@ -207,6 +216,7 @@ void llama_kv_cache_xkv::empty(bool data) {
 }
 
 void llama_kv_cache_xkv::drop_unused() {
+    settle();
     window->drop_sinks();
     for (uint32_t s = 0; s < tables.size(); ++s) {
         if (tables[s].empty() && window->n_used(s) == 0) {

@@ -78,10 +78,13 @@ llama_memory_context_ptr xkv_composed::init_batch(llama_batch_allocr & balloc, u
 
 llama_memory_context_ptr xkv_composed::init_full() noexcept {
     llama_memory_context_ptr res;
-    const bool               ok = attn->guard("a full cache", false, [&] {
-        res = compose(attn->init_full(), windowed ? windowed->init_full() : nullptr, recurrent ? recurrent->init_full() : nullptr, {});
+    attn->guard("a full cache", false, [&] {
+        auto full = attn->init_full();
+        if (full) {
+            res = compose(std::move(full), windowed ? windowed->init_full() : nullptr, recurrent ? recurrent->init_full() : nullptr, {});
+        }
     });
-    return ok ? std::move(res) : attn->failed_context(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    return res;
 }
 
 llama_memory_context_ptr xkv_composed::init_update(llama_context * lctx, bool optimize) noexcept {

@@ -212,3 +212,12 @@ uint32_t xkv_graph_max_nodes(llama_memory_i * mem) {
     const auto * xkv = xkv_find(mem);
     return xkv ? xkv_attn_max_nodes(*xkv->store, xkv->config) : 0;
 }
+
+int xkv_decode_failed(llama_context * ctx) {
+    auto * xkv = xkv_find(llama_get_memory(ctx));
+    if (!xkv) {
+        throw;
+    }
+    xkv->guard("a batch", true, [] { throw; });
+    return -2;
+}

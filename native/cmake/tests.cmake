@@ -20,6 +20,25 @@ xkv_add_test(xkv-test-layers "${PROJECT_SOURCE_DIR}/tests/native/layers.cpp")
 target_link_libraries(xkv-test-layers PRIVATE llama)
 target_include_directories(xkv-test-layers PRIVATE "${PROJECT_SOURCE_DIR}/native/include")
 
+# calls that fail, damaged files, two threads
+if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    set(xkv_native "${PROJECT_SOURCE_DIR}/tests/native")
+    set(xkv_scenes "${xkv_native}/faults/scenes.cpp")
+    set(xkv_borders xkv-test-threads xkv-fuzz-sidecar xkv-fuzz-state)
+    xkv_add_test(xkv-test-threads "${xkv_native}/threads.cpp" "${xkv_scenes}")
+    xkv_add_test(xkv-fuzz-sidecar "${PROJECT_SOURCE_DIR}/tests/fuzz/sidecar.cpp")
+    xkv_add_test(xkv-fuzz-state "${PROJECT_SOURCE_DIR}/tests/fuzz/state.cpp" "${xkv_scenes}")
+    if (NOT XKV_SANITIZE) # which have memory functions of their own
+        xkv_add_test(xkv-test-faults "${xkv_native}/faults/faults.cpp" "${xkv_native}/faults/hooks.cpp" "${xkv_scenes}")
+        list(APPEND xkv_borders xkv-test-faults)
+    endif()
+    find_package(Threads REQUIRED)
+    foreach(target IN LISTS xkv_borders)
+        target_link_libraries(${target} PRIVATE llama Threads::Threads ${CMAKE_DL_LIBS})
+        target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/native/include")
+    endforeach()
+endif()
+
 # the op of the CPU backend against a plain reference, and its time beside flash attention
 set(xkv_op "${PROJECT_SOURCE_DIR}/native/ops/xkv_attn")
 xkv_add_test(xkv-test-attn "${xkv_op}/test/test.cpp" "${xkv_op}/xkv-tiles.cpp" "${xkv_op}/xkv-attn-op.cpp")

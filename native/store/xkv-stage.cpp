@@ -56,8 +56,8 @@ xkv_store::layout xkv_store::make_layout(uint32_t stage, uint32_t n_used) const 
         }
         const size_t n_tensor = 1 + (1 + gr.layers.size()) * (gr.segments[kind::K].size() + gr.segments[kind::V].size());
         xkv_ask(n_tensor * ggml_tensor_overhead() + 64 * 1024);
-        res.ctxs.emplace_back(
-            ggml_init({ /*.mem_size =*/n_tensor * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true }));
+        res.ctxs.push_back(ggml_context_ptr(
+            ggml_init({ /*.mem_size =*/n_tensor * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true })));
         res.groups.push_back(gr);
     }
     if (!plain) {

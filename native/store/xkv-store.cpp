@@ -78,8 +78,9 @@ xkv_store::pool xkv_store::make_pool(part what, size_t n_tensors, const std::fun
     make([&](uint32_t il) {
         auto & ctx = ctx_map[buft(il)];
         if (!ctx) {
-            ctx = ggml_init({ /*.mem_size =*/n_tensors * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true });
-            res.ctxs.emplace_back(ctx);
+            res.ctxs.push_back(ggml_context_ptr(
+                ggml_init({ /*.mem_size =*/n_tensors * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true })));
+            ctx = res.ctxs.back().get();
         }
         return ctx;
     });

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import struct
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from gguf import GGUFReader
 
 from xkv_gguf.errors import ModelError
 from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
-from xkv_gguf.model.gguf_read import GgufFormatError, read_header
+from xkv_gguf.model.gguf_read import TYPE_SIZES, GgufFormatError, read_header
+from xkv_gguf.runtime import loader
 
 MakeModel = Callable[..., Path]
 
@@ -43,6 +45,40 @@ def test_header_agrees_with_the_reference_reader(make_model: MakeModel) -> None:
         assert (mine.offset, mine.n_bytes, list(mine.shape)) == (t.data_offset, t.n_bytes, list(t.shape))
     assert ours.scalar("general.name") == "toy"
     assert ours.fields["tokenizer.ggml.tokens"].value == 3
+
+
+def retype(path: Path, name: str, ttype: int) -> None:
+    """Give a tensor of two dimensions another type, in the table alone."""
+    data = bytearray(path.read_bytes())
+    at = data.index(name.encode()) + len(name) + 4 + 2 * 8
+    data[at : at + 4] = struct.pack("<I", ttype)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("ttype", [max(TYPE_SIZES) + 1, 31, 0xFFFFFFFF])
+def test_types_that_only_the_library_knows(ttype: int, make_model: MakeModel) -> None:
+    """Whether a tensor's type can be run is llama.cpp's to say: the header is read, and a sidecar can be tied to it."""
+    path = make_model()
+    before = read_header(path)
+    for name, n_bytes in {"blk.1.attn_k.weight": 64 * 64 * 4, "token_embd.weight": 3 * 64 * 2}.items():
+        retype(path, name, ttype)
+        tensor = read_model_header(path).tensors[name]
+        assert (tensor.type, tensor.n_bytes, tensor.offset) == (ttype, n_bytes, before.tensors[name].offset)
+    assert len(model_fingerprint(path)) == 64
+    with path.open("r+b") as file:
+        file.truncate(before.tensors["token_embd.weight"].offset - 1)
+    with pytest.raises(ModelError, match="ends inside the tensor"):
+        read_model_header(path)
+
+
+def test_sizes_of_types_are_the_librarys() -> None:
+    """All that it has, so that a newer gguf package reads no other bytes for a fingerprint."""
+    loader.load()
+    base = ctypes.CDLL(str(next(loader.LIB_DIR.glob("libggml-base.*"))))
+    base.ggml_type_size.restype = ctypes.c_size_t
+    base.ggml_blck_size.restype = ctypes.c_int64
+    sizes = {t: (base.ggml_blck_size(t), base.ggml_type_size(t)) for t in range(max(TYPE_SIZES) + 1)}
+    assert {t: size for t, size in sizes.items() if size[0] > 0} == TYPE_SIZES
 
 
 def test_missing_model(tmp_path: Path) -> None:

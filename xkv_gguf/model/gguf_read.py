@@ -7,7 +7,9 @@ It reads the header only; tensor data is mapped on demand.
 
 from __future__ import annotations
 
+import math
 import struct
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
@@ -21,6 +23,11 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+
+# numbers and bytes of a block, of types that llama.cpp has and a gguf package may not know yet
+_NEWER_SIZES = {34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)}
+TYPE_SIZES: dict[int, tuple[int, int]] = _NEWER_SIZES | {int(t): size for t, size in GGML_QUANT_SIZES.items()}
+"""Numbers and bytes of a block of each type that is known."""
 
 _SCALARS: dict[GGUFValueType, tuple[str, int]] = {
     GGUFValueType.UINT8: ("<B", 1),
@@ -61,10 +68,23 @@ class GgufValue:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` in ggml order (fastest dimension first), `offset` from the file's start."""
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    name : str
+    type : int
+        Of enum ggml_type; need not be known here: only llama.cpp has to know it.
+    shape : tuple of int
+        In ggml order, fastest dimension first.
+    offset : int
+        From the file's start.
+    n_bytes : int
+        Of a type that is not known, all up to the next tensor.
+    """
 
     name: str
-    type: GGMLQuantizationType
+    type: int
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
@@ -155,26 +175,29 @@ def _read_value(cur: _Cursor, key: str) -> GgufValue:
     return GgufValue(etype, values, is_array=True)
 
 
-def _read_tensor(cur: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, int]:
+def _read_tensor(cur: _Cursor) -> tuple[str, int, tuple[int, ...], int, int | None]:
     name = cur.string("a tensor's name")
     what = f"the tensor entry {name!r}"
     n_dims = cur.u32(what)
     if not 1 <= n_dims <= MAX_DIMS:
         raise GgufFormatError(f"{what} has {n_dims} dimensions, 1 to {MAX_DIMS} expected")
     shape = tuple(cur.u64(what) for _ in range(n_dims))
-    raw_type = cur.u32(what)
+    ttype = cur.u32(what)
     offset = cur.u64(what)
-    try:
-        ttype = GGMLQuantizationType(raw_type)
-        block, block_bytes = GGML_QUANT_SIZES[ttype]
-    except (ValueError, KeyError) as err:
-        raise GgufFormatError(f"{what} has the unknown type {raw_type}") from err
-    n_elements = 1
-    for dim in shape:
-        n_elements *= dim
+    if ttype not in TYPE_SIZES:
+        return name, ttype, shape, offset, None
+    block, block_bytes = TYPE_SIZES[ttype]
     if shape[0] % block:
-        raise GgufFormatError(f"{what} has rows of {shape[0]}, a multiple of {block} expected for {ttype.name}")
-    return name, ttype, shape, offset, n_elements // block * block_bytes
+        raise GgufFormatError(f"{what} has rows of {shape[0]}, a multiple of {block} expected for {type_name(ttype)}")
+    return name, ttype, shape, offset, math.prod(shape) // block * block_bytes
+
+
+def type_name(ttype: int) -> str:
+    """Name of a tensor type for people."""
+    try:
+        return GGMLQuantizationType(ttype).name
+    except ValueError:
+        return f"type {ttype}"
 
 
 def _parse(path: Path, data: mmap | bytes) -> GgufHeader:
@@ -206,16 +229,18 @@ def _parse(path: Path, data: mmap | bytes) -> GgufHeader:
     if alignment <= 0 or alignment & (alignment - 1):
         raise GgufFormatError("has an alignment that is not a power of two")
     data_offset = (cur.pos + alignment - 1) // alignment * alignment
+    begins = sorted({data_offset + offset for _, _, _, offset, _ in entries} | {cur.size})
     tensors: dict[str, GgufTensor] = {}
-    for name, ttype, shape, offset, n_bytes in entries:
+    for name, ttype, shape, offset, size in entries:
         if name in tensors:
             raise GgufFormatError(f"has the tensor {name!r} twice")
         if offset % alignment:
             raise GgufFormatError(f"has the tensor {name!r} at an unaligned offset")
         begin = data_offset + offset
-        if begin + n_bytes > cur.size:
+        n_bytes = size if size is not None else begins[min(bisect(begins, begin), len(begins) - 1)] - begin
+        if n_bytes < 0 or begin + n_bytes > cur.size:
             raise GgufFormatError(
-                f"ends inside the tensor {name!r}: {cur.size} bytes, at least {begin + n_bytes} expected"
+                f"ends inside the tensor {name!r}: {cur.size} bytes, at least {begin + max(n_bytes, 0)} expected"
             )
         tensors[name] = GgufTensor(name, ttype, shape, begin, n_bytes)
     return GgufHeader(path, version, fields, tensors, data_offset, cur.size)

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from ..errors import SidecarError, SidecarMismatchError, SidecarVersionError
 from ..model.fingerprint import model_fingerprint
-from ..model.gguf_read import GgufFormatError, GgufHeader, GgufTensor, read_header
+from ..model.gguf_read import GgufFormatError, GgufHeader, GgufTensor, read_header, type_name
 from ..plan.segments import KINDS, Kind, Statistics
 from ..plan.size_target import SizeTarget
 from .info import ARCHITECTURE, FILE_TYPE, FORMAT_VERSION, Calibration, Group, SidecarInfo, check_info, tensor_name
@@ -273,7 +273,7 @@ def _check_tensors(path: Path, header: GgufHeader, info: SidecarInfo) -> None:
             raise ValueError(f"has no tensor {name}")
         if tensor.shape != shape or tensor.type not in types:
             raise ValueError(
-                f"tensor {name} is {tensor.type.name} {list(tensor.shape)}, "
+                f"tensor {name} is {type_name(tensor.type)} {list(tensor.shape)}, "
                 f"{' or '.join(t.name for t in types)} {list(shape)} expected"
             )
         if not name.endswith("basis"):

@@ -97,13 +97,13 @@ static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, in
         max = std::max(max, b.exact.max(k, i));
     }
     for (int64_t k = 0; k < n_part; ++k) {
-        max = b.parts.sum(k, i) > 0.0f ? std::max(max, b.parts.max(k, i)) : max;
+        max = b.parts.sum(k, i) != 0.0f ? std::max(max, b.parts.max(k, i)) : max;
     }
     float * o   = l.out(i, s);
     float   sum = l.sinks ? expf(l.sink(i) - max) : 0.0f;
     memset(o, 0, n_v * sizeof(float));
     for (int64_t k = 0; k < XKV_N_EXACT; ++k) {
-        if (b.exact.sum(k, i) > 0.0f) {
+        if (b.exact.sum(k, i) != 0.0f) { // or not a number, as below
             const float f = expf(b.exact.max(k, i) - max);
             sum += f * b.exact.sum(k, i);
             xkv_add_f32(n_v, f, b.exact.sums(k, i), o);
@@ -113,7 +113,7 @@ static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, in
         float * acc = b.y.row(0); // of the thread, free by now
         memset(acc, 0, b.y.stride * sizeof(float));
         for (int64_t k = 0; k < n_part; ++k) {
-            if (b.parts.sum(k, i) > 0.0f) {
+            if (b.parts.sum(k, i) != 0.0f) {
                 const float f = expf(b.parts.max(k, i) - max);
                 sum += f * b.parts.sum(k, i);
                 xkv_add_f32(b.parts.deep(k, i) ? l.rank[XKV_V] : l.lead[XKV_V], f, b.parts.sums(k, i), acc);
@@ -133,7 +133,7 @@ static void xkv_merge(const xkv_attn_layer & l, const xkv_decode_buffers & b, in
             }
         }
     }
-    xkv_scale_f32(n_v, sum > 0.0f ? 1.0f / sum : 0.0f, o);
+    xkv_scale_f32(n_v, sum == 0.0f ? 0.0f : 1.0f / sum, o);
 }
 
 void xkv_attn_decode(const xkv_attn_layer & l, int ith, int nth, char * work, xkv_barrier_t barrier, void * user) {

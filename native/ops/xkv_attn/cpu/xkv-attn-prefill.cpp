@@ -4,7 +4,9 @@
 
 #include "xkv-prefill.h"
 
-#include <vector>
+static int64_t xkv_n_tile(int64_t n_token) {
+    return (n_token + XKV_TILE_TOKENS - 1) / XKV_TILE_TOKENS;
+}
 
 static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, int ith, int nth) {
     xkv_prefill_buffers b;
@@ -28,6 +30,7 @@ static xkv_prefill_buffers xkv_lay_out(const xkv_attn_layer & l, char * work, in
         b.coef_v = a.take<float>(rv * (XKV_TILE_TOKENS + 128)) + rv * XKV_TILE_TOKENS;
         b.s      = a.take<float>(XKV_MUL_ROWS * XKV_TILE_TOKENS);
         b.q      = a.take<float>(XKV_UNIT_ROWS * dk);
+        b.tiles  = a.take<xkv_tile_of>(l.n_frame * xkv_n_tile(l.n_chunk) + xkv_n_tile(l.n_exact));
         return a.at;
     };
     const size_t size = own({ nullptr }) - (char *) nullptr;
@@ -138,9 +141,11 @@ struct xkv_prefill : xkv_prefill_head {
                     state[i][0] = max;
                     state[i][1] *= f;
                 }
-                f32r sum = {};
+                // a score that is not a number leaves the max alone, and has to show
+                const float from = max == -INFINITY ? 0.0f : max;
+                f32r        sum  = {};
                 for (int64_t t = 0; t < n; t += 16) {
-                    const f32r p = max == -INFINITY ? f32r{} : xkv_exp(xkv_load(c[i] + t) - max);
+                    const f32r p = xkv_exp(xkv_load(c[i] + t) - from);
                     xkv_store(c[i] + t, p);
                     sum += p;
                 }
@@ -151,9 +156,10 @@ struct xkv_prefill : xkv_prefill_head {
     }
 };
 
-// all tiles of a stream: stored tokens that a query sees, then exact ones
-static std::vector<xkv_tile_of> xkv_list_tiles(const xkv_attn_layer & l, int64_t s) {
-    std::vector<xkv_tile_of> res;
+// All tiles of a stream: stored tokens that a query sees, then exact ones; returns how many. Not in memory that is asked for: no
+// exception may leave an op.
+static int64_t xkv_list_tiles(const xkv_attn_layer & l, int64_t s, xkv_tile_of * tiles) {
+    int64_t res = 0;
     for (int64_t ic = 0; ic < l.n_frame; ++ic) {
         int64_t most = 0;
         for (int64_t t = 0; t < l.n_tps; ++t) {
@@ -161,12 +167,12 @@ static std::vector<xkv_tile_of> xkv_list_tiles(const xkv_attn_layer & l, int64_t
         }
         for (int64_t t0 = 0; t0 < most; t0 += XKV_TILE_TOKENS) {
             const int64_t n = std::min(XKV_TILE_TOKENS, l.n_chunk - t0);
-            res.push_back({ ic, t0, n, n });
+            tiles[res++]    = { ic, t0, n, n };
         }
     }
     for (int64_t j = 0; j < l.n_exact; j += XKV_TILE_TOKENS) {
         const int64_t n = std::min(XKV_TILE_TOKENS, l.n_exact - j);
-        res.push_back({ -1, j, n, xkv_pad16(n) });
+        tiles[res++]    = { -1, j, n, xkv_pad16(n) };
     }
     return res;
 }
@@ -177,7 +183,8 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
     const int64_t n_row  = l.n_gqa * l.n_tps;
     const int64_t n_unit = (n_row + XKV_UNIT_ROWS - 1) / XKV_UNIT_ROWS;
     for (int64_t s = 0; s < l.n_stream; ++s) {
-        const auto tiles = xkv_list_tiles(l, s);
+        const xkv_tile_of * tiles   = b.tiles;
+        const int64_t       n_tiles = xkv_list_tiles(l, s, b.tiles);
 
         int64_t u0, u1;
         xkv_share(l.n_query, ith, nth, &u0, &u1);
@@ -186,8 +193,8 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
             b.state[2 * i]     = -INFINITY;
             b.state[2 * i + 1] = 0.0f;
         }
-        for (size_t first = 0; first < tiles.size(); first += XKV_BATCH_TILES) {
-            const int64_t n_tile = std::min<int64_t>(XKV_BATCH_TILES, tiles.size() - first);
+        for (int64_t first = 0; first < n_tiles; first += XKV_BATCH_TILES) {
+            const int64_t n_tile = std::min(XKV_BATCH_TILES, n_tiles - first);
 
             xkv_share(l.n_head_kv * n_tile, ith, nth, &u0, &u1);
             int64_t expanded = -1;
@@ -220,7 +227,7 @@ void xkv_attn_prefill(const xkv_attn_layer & l, int ith, int nth, char * work, x
             const float sum  = kept * b.state[2 * i + 1] + (l.sinks ? expf(l.sink(i) - max) : 0.0f);
             float *     o    = l.out(i, s);
             for (int64_t d = 0; d < l.dim[XKV_V]; ++d) {
-                o[d] *= sum > 0.0f ? kept / sum : 0.0f;
+                o[d] *= sum == 0.0f ? 0.0f : kept / sum;
             }
         }
         barrier(user);

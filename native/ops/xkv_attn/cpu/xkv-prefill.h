@@ -36,6 +36,8 @@ struct xkv_prefill_buffers {
     float * s;      // [rows][tokens]
     float * q;      // [rows of a unit][d_k] times the scale
 
+    xkv_tile_of * tiles; // of the stream
+
     size_t bytes;
 };
 

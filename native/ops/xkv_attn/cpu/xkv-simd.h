@@ -162,6 +162,7 @@ XKV_INLINE f32r xkv_load_i8(const void * p) {
     return res;
 }
 
+// b where one of both is not a number
 XKV_INLINE f32r xkv_max(const f32r & a, const f32r & b) {
     f32r res;
     for (int i = 0; i < f32r::n; ++i) {
@@ -241,9 +242,9 @@ XKV_INLINE f32r xkv_load_f16(const void * p) {
     return res;
 }
 
-// e^x to about 2 units in the last place; 0 below -87
+// e^x to about 2 units in the last place; 0 below -87; what is not a number stays so
 XKV_INLINE f32r xkv_exp(const f32r & x) {
-    const f32r t = xkv_max(x, xkv_set1(-87.0f)) * 1.44269504f;
+    const f32r t = xkv_max(xkv_set1(-87.0f), x) * 1.44269504f;
 #if defined(__AVX512F__)
     f32r n;
     n.v[0] = (f32r::reg) _mm512_roundscale_ps((__m512) t.v[0], _MM_FROUND_TO_NEAREST_INT);
@@ -261,11 +262,11 @@ XKV_INLINE f32r xkv_exp(const f32r & x) {
     f32r res;
     for (int i = 0; i < f32r::n; ++i) {
 #if defined(__AVX512F__)
-        const __mmask16 in = _mm512_cmp_ps_mask((__m512) x.v[i], _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+        const __mmask16 in = _mm512_cmp_ps_mask((__m512) x.v[i], _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
         res.v[i]           = (f32r::reg) _mm512_maskz_scalef_ps(in, (__m512) p.v[i], (__m512) n.v[i]);
 #else
         const i32r::reg e = (__builtin_convertvector(n.v[i], i32r::reg) + 127) << 23;
-        res.v[i]          = x.v[i] >= -87.0f ? p.v[i] * (f32r::reg) e : f32r::reg{};
+        res.v[i]          = x.v[i] < -87.0f ? f32r::reg{} : p.v[i] * (f32r::reg) e;
 #endif
     }
     return res;
@@ -289,7 +290,7 @@ XKV_INLINE f32r xkv_log(const f32r & x) {
 
 // to 1e-7
 XKV_INLINE f32r xkv_tanh(const f32r & x) {
-    const f32r y = xkv_max(xkv_max(x, xkv_set1(-10.0f)) * -1.0f, xkv_set1(-10.0f)) * -2.0f;
+    const f32r y = xkv_max(xkv_set1(-10.0f), xkv_max(xkv_set1(-10.0f), x) * -1.0f) * -2.0f;
     return xkv_set1(1.0f) - xkv_set1(2.0f) / (xkv_exp(y) + 1.0f);
 }
 
