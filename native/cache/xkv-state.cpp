@@ -141,6 +141,10 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
     if (broken) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", refusal.text);
     }
+    if (window->has_shift()) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "positions were shifted before the context's first batch; call xkv_attach, or decode a token first");
+    }
     size_t n_byte = window_bytes() + (1 << 16);
     for (const auto & table : tables) {
         n_byte += table.used().size() * (store->chunk_bytes() + 4 * store->n_chunk) + store->basis_bytes();
@@ -232,9 +236,9 @@ static saved_stream xkv_parse_stream(xkv_bytes_in & in, const xkv_store & store,
         c.chunk.n       = c.chunk.offsets.size();
         c.coef          = { in.take(n_byte), (size_t) n_byte };
         const bool ascend =
-            std::adjacent_find(c.chunk.offsets.begin(), c.chunk.offsets.end(), std::greater_equal<uint16_t>()) == c.chunk.offsets.end();
-        if (c.chunk.n == 0 || c.chunk.n > store.n_chunk || c.chunk.pos < 0 || c.chunk.pos > (1 << 30) || !ascend || c.chunk.seqs.none() ||
-            (c.chunk.seqs >> n_seq_max).any()) {
+            std::adjacent_find(c.chunk.offsets.begin(), c.chunk.offsets.end(), std::greater<uint16_t>()) == c.chunk.offsets.end();
+        if (c.chunk.n == 0 || c.chunk.n > store.n_chunk || c.chunk.first() < 0 || c.chunk.first() > (1 << 30) || !ascend ||
+            c.chunk.seqs.none() || (c.chunk.seqs >> n_seq_max).any()) {
             xkv_throw(XKV_STATUS_FORMAT, "chunk %zu of the state has %u tokens from position %d, expected 1 to %u of sequences below %u", i,
                       c.chunk.n, c.chunk.pos, store.n_chunk, n_seq_max);
         }

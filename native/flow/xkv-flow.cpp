@@ -10,17 +10,6 @@
 
 #include <algorithm>
 
-template <typename F> void xkv_flow::change(const char * what, F && f) {
-    changing = true;
-    try {
-        f();
-    } catch (...) {
-        const auto failure = xkv_caught();
-        throw xkv_error(failure.status, std::string(what) + ": " + failure.text);
-    }
-    changing = false;
-}
-
 xkv_flow::xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables) :
     setup(setup), store(store), window(window), tables(tables), flush(setup, store, window) {
     if (setup.config.online) {
@@ -69,12 +58,15 @@ void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 
     const uint32_t stage = xkv_select_stage(store.stage_slots(), n_used == 0 ? 0 : store.stage(), store.n_chunk, n_used + jobs.size());
     if (stage == store.n_stage()) {
-        xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), n_used, table.size());
-    }
-    if (stage != store.stage()) {
+        // holes have left chunks that are not full
+        if (store.stage() + 1 < store.n_stage()) {
+            change("a change of stage", [&] { enter_stage(lctx, stream, store.n_stage() - 1, jobs); });
+        }
+        make_free(lctx, stream, jobs.size());
+    } else if (stage != store.stage()) {
         change("a change of stage", [&] { n_used == 0 ? restart(stage) : enter_stage(lctx, stream, stage, jobs); });
     }
-    const auto free = table.free(jobs.size());
+    const auto free = free_chunks(stream, jobs.size());
     for (size_t i = 0; i < jobs.size(); ++i) {
         jobs[i].ic = free[i];
     }
@@ -153,15 +145,8 @@ void xkv_flow::start_over(llama_context * lctx, uint32_t stream) {
     }
     change("a return to an earlier stage", [&] {
         for (uint32_t ic : used) {
-            const auto   chunk = table[ic];
-            llama_seq_id first = 0;
-            while (!chunk.seqs.test(first)) {
-                first++;
-            }
-            const auto cells = restore(lctx, stream, ic, first, chunk.pos, chunk.end());
-            window.share(stream, cells, chunk.seqs);
+            to_window(lctx, stream, ic);
         }
-        table.clear();
         restart(0);
     });
     xkv_trim();

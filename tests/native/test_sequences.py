@@ -140,21 +140,6 @@ def test_full_context(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
             xkv.decode((0, tokens[:1]))
 
 
-def test_shift_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    """What is not supported yet is refused by name, and decoding does not go on as if it had worked."""
-    one = tiny("llama")
-    with open_context(one.model, xkv=one.bases().params()) as ctx:
-        ctx.feed(tokens[:200], N_BATCH)
-        assert not lib.llama_memory_can_shift(ctx.memory)
-        lib.llama_memory_seq_add(ctx.memory, 0, 50, -1, -10)
-        assert "shifting positions" in str(native.take_refusal(ctx.ptr))
-        with pytest.raises(AssertionError, match="llama_decode returned -2"):
-            ctx.decode((0, tokens[:1]))
-        lib.llama_memory_clear(ctx.memory, True)
-        ctx.n_past.clear()
-        ctx.decode((0, tokens[:1]))
-
-
 def test_idle_sequence_leaves_room(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """In a unified cache, full micro-batches of one sequence do not crowd out those of another."""
     one = tiny("llama")
