@@ -15,7 +15,7 @@
 #include <limits>
 
 static const uint32_t XKV_STATE_MAGIC   = 0x53564b58; // XKVS
-static const uint32_t XKV_STATE_VERSION = 1;
+static const uint32_t XKV_STATE_VERSION = 2;
 
 namespace {
 
@@ -190,7 +190,8 @@ static std::vector<uint8_t> xkv_read_state(llama_io_read_i & io) {
                   "the state is not one of an xkv cache; load it into a context with the kv_mode that it was saved with");
     }
     if (version != XKV_STATE_VERSION) {
-        xkv_throw(XKV_STATUS_VERSION, "the state has version %u, expected %u; update xkv-gguf", version, XKV_STATE_VERSION);
+        xkv_throw(XKV_STATUS_VERSION, "the state has version %u, expected %u; %s", version, XKV_STATE_VERSION,
+                  version > XKV_STATE_VERSION ? "update xkv-gguf" : "evaluate its prompt again");
     }
     // in pieces, so that a wrong size takes no more memory than there are bytes
     std::vector<uint8_t> data;

@@ -26,6 +26,9 @@ void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
     if (jobs.empty()) {
         return;
     }
+    if (online) {
+        online->count(stream, jobs);
+    }
     make_room(lctx, stream, jobs);
     change("an update of the bases", [&] { adapt(lctx, stream, jobs); });
     flush.compress(lctx, stream, jobs);

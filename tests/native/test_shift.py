@@ -88,6 +88,20 @@ def test_shift_of_each_kind(name: str, tiny: Callable[[str], Tiny], tokens: list
         check(plain, xkv, tokens[300:400])
 
 
+@pytest.mark.parametrize("name", ["llama-yarn", "deepseek2-yarn"])
+def test_shift_keeps_the_magnitude(name: str, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """All positions later by the same: RoPE sees distances only, also where YaRN scales keys."""
+    one = tiny(name)
+    found = []
+    for shift in (0, 50):
+        with open_context(one.model, n_ctx=1024, xkv=one.bases().params(n_absorb=64)) as ctx:
+            ctx.feed(tokens[:270], N_BATCH)
+            for _ in range(shift // 10):
+                add(ctx, 0, -1, 10)
+            found.append(ctx.feed(tokens[300:340], N_BATCH))
+    assert deviation(found[1], found[0]) <= TOL_F32
+
+
 def test_shift_takes_no_graph_where_chunks_are_whole(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """A chunk is moved by its position: shifted and taken back, a store of few bits gives the same logits."""
     one = tiny("llama")
@@ -107,15 +121,16 @@ def test_shift_takes_no_graph_where_chunks_are_whole(tiny: Callable[[str], Tiny]
 def test_full_context_again_and_again(
     n_keep: int, fused: bool, stages: bool, tiny: Callable[[str], Tiny], tokens: list[int]
 ) -> None:
-    """Ten times n_ctx tokens through one context."""
+    """Ten times n_ctx tokens through one context, three times with stock ops."""
     one = tiny("llama")
     n_ctx = 512
+    n_token = (10 if fused else 3) * n_ctx
     given = (
         params(one.bases(2, 32), ((64, "f32"),), {256: "f32"}, online=True, fused=fused)
         if stages
         else one.bases(2, 32).params(n_absorb=64, fused=fused)
     )
-    text = [int(t) for t in np.random.default_rng(2).integers(0, max(tokens), 10 * n_ctx)]
+    text = [int(t) for t in np.random.default_rng(2).integers(0, max(tokens), n_token)]
     with open_pair_with(one, given, n_ctx=n_ctx) as (plain, xkv):
         for i in range(0, len(text), 64):
             part = text[i : i + 64]
@@ -123,6 +138,20 @@ def test_full_context_again_and_again(
                 if ctx.n_past.get(0, 0) + len(part) > n_ctx:
                     discard(ctx, n_keep, (ctx.n_past[0] - n_keep) // 2)
             check(plain, xkv, part)
+
+
+def test_bases_follow_a_context_that_shifts(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """What bases were made for is gone after a while: they are looked at again, although there are no more tokens."""
+    one = tiny("llama")
+    given = one.bases(4, 32).params(rank=64, type_coef="q8_0", online=True, n_prior=300)
+    with open_context(one.model, n_ctx=512, xkv=given) as ctx:
+        n_check = []
+        for i in range(0, 4096, 8):
+            if ctx.n_past.get(0, 0) + 8 > 512:
+                discard(ctx, 4, 254)
+                n_check.append(native.online_info(ctx.ptr, 0).n_check)
+            ctx.feed(tokens[i % 900 : i % 900 + 8], N_BATCH)
+    assert n_check[-1] >= n_check[0] + 3 and n_check[-1] <= len(n_check) + 3
 
 
 def test_one_token_at_a_time(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
@@ -178,7 +207,10 @@ def test_many_holes(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
                 assert ctx.seq_rm(0, p0, p0 + 3)
         for of in (lib.llama_memory_seq_pos_min, lib.llama_memory_seq_pos_max):
             assert of(xkv.memory, 0) == of(plain.memory, 0)
-        check(plain, xkv, tokens[500:600])
+        left = sum(native.seq_tokens(xkv.ptr, 0))
+        assert left < 400
+        check(plain, xkv, tokens[: 512 - left])
+        assert native.seq_tokens(xkv.ptr, 0)[1] > 512 - 120
 
 
 def test_shared_chunks(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
@@ -241,14 +273,14 @@ def test_sequences_shift_on_their_own(unified: bool, tiny: Callable[[str], Tiny]
 def test_a_shift_that_cannot_be(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """One line says why, and decoding does not go on as if it had worked."""
     one = tiny("llama")
-    for call, why in (
-        (lambda m: lib.llama_memory_seq_add(m, 5, 0, -1, 3), "seq_add of sequence 5, expected 0 to n_seq_max - 1 = 0"),
-        (lambda m: lib.llama_memory_seq_add(m, 0, 0, -1, 2**30), "expected at most 1073741824 after it"),
-        (lambda m: lib.llama_memory_seq_div(m, 0, 0, -1, 0), "seq_div of sequence 0 by 0, expected 1 or more"),
+    for call, given, why in (
+        ("add", (5, 0, -1, 3), "seq_add of sequence 5, expected 0 to n_seq_max - 1 = 0"),
+        ("add", (0, 0, -1, 2**30), "expected at most 1073741824 after it"),
+        ("div", (0, 0, -1, 0), "seq_div of sequence 0 by 0, expected 1 or more"),
     ):
         with open_context(one.model, xkv=one.bases().params()) as ctx:
             ctx.feed(tokens[:200], N_BATCH)
-            call(ctx.memory)
+            getattr(lib, f"llama_memory_seq_{call}")(ctx.memory, *given)
             assert why in str(native.take_refusal(ctx.ptr))
             with pytest.raises(AssertionError, match="llama_decode returned -2"):
                 ctx.decode((0, tokens[:1]))
