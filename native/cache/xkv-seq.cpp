@@ -46,7 +46,7 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
                 const uint32_t n = check_room(s, p0, p1);
                 changed          = true;
                 settle();
-                flow->make_free(lctx, get_stream(s), n);
+                flow->need_free(lctx, get_stream(s), n);
                 seq_rm_one(s, p0, p1);
             }
         }
@@ -250,7 +250,9 @@ void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     }
     guard("seq_add", true, [&] {
         if (p0 < -(int64_t) shift) {
-            seq_rm_one(seq_id, p0, std::min<int64_t>(p1, -(int64_t) shift)); // below 0 there is nothing
+            const llama_pos end = std::min<int64_t>(p1, -(int64_t) shift); // below 0 there is nothing
+            flow->need_free(lctx, get_stream(seq_id), check_room(seq_id, p0, end));
+            seq_rm_one(seq_id, p0, end);
         }
         auto & table = tables[get_stream(seq_id)];
         part(seq_id, p0, p1);
@@ -301,7 +303,7 @@ void llama_kv_cache_xkv::part(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         } else if (flow->n_free(stream, false) > 0) {
             flow->split(lctx, stream, *it, p0, p1);
         } else {
-            flow->make_free(lctx, stream, 1);
+            flow->need_free(lctx, stream, 1);
         }
     }
 }

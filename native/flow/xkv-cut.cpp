@@ -92,15 +92,23 @@ std::vector<uint32_t> xkv_flow::find_run(uint32_t stream) const {
     return res;
 }
 
-void xkv_flow::make_free(llama_context * lctx, uint32_t stream, size_t n) {
+size_t xkv_flow::make_free(llama_context * lctx, uint32_t stream, size_t n) {
     while (free_chunks(stream, n).size() < n) {
         const auto run = lctx ? find_run(stream) : std::vector<uint32_t>();
         if (run.empty()) {
-            xkv_throw(XKV_STATUS_UNSUPPORTED,
-                      "%zu chunks of the store are needed for parts of chunks, and %zu are free%s; raise n_ctx, or remove whole sequences",
-                      n, free_chunks(stream, n).size(), lctx ? "" : " before the context's first batch (xkv_attach does for it)");
+            break;
         }
         change("packing chunks", [&] { pack(lctx, stream, run); });
+    }
+    return free_chunks(stream, n).size();
+}
+
+void xkv_flow::need_free(llama_context * lctx, uint32_t stream, size_t n) {
+    const size_t found = make_free(lctx, stream, n);
+    if (found < n) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "%zu chunks of the store are needed for parts of chunks, and %zu are free%s; raise n_ctx, or remove whole sequences", n,
+                  found, lctx ? "" : " before the context's first batch (xkv_attach does for it)");
     }
 }
 

@@ -55,8 +55,9 @@ public:
     // chunks of the present stage that are free, or can be made so
     size_t n_free(uint32_t stream, bool pack) const;
 
-    // packs chunks until so many are free
-    void make_free(llama_context * lctx, uint32_t stream, size_t n);
+    // packs chunks until so many are free, or none can be packed; returns how many of them there are
+    size_t make_free(llama_context * lctx, uint32_t stream, size_t n);
+    void   need_free(llama_context * lctx, uint32_t stream, size_t n); // all of them
 
     // leaves the tokens in these slots of a chunk; no work where they are its first ones, and none that needs the context
     void keep(llama_context * lctx, uint32_t stream, uint32_t ic, const std::vector<uint32_t> & slots);
@@ -136,8 +137,9 @@ private:
     void   adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs);
     void   commit(uint32_t stream, const jobs_t & jobs);
 
-    // moves the store to the stage that has chunks for the jobs, and gives them free ones
-    void make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
+    // moves the store to the stage that has chunks for the jobs, and gives them free ones; returns whether there are some for all,
+    // else jobs are left out, which is for once: those that are stored can be packed then
+    bool make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
     void enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs);
 
     // the calibrated bases in the next stage

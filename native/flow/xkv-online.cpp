@@ -107,7 +107,7 @@ void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush:
     auto & st = states[stream];
     st.n_seen = n_tokens(stream, jobs);
     st.n_next = 2 * st.n_seen;
-    st.n_past = st.n_in;
+    st.n_past = st.n_in + xkv_job_cells(jobs).size();
     st.info.n_check++;
     residual.clear();
     wanted.clear();
@@ -156,7 +156,7 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
     }
     // a stage with a next one checks at its end
     // a context that shifts stays as large as it is, and forgets what its bases were made for
-    const bool other = st.n_in - st.n_past >= std::max(n, n_first());
+    const bool other = st.n_in + xkv_job_cells(jobs).size() >= st.n_past + std::max(n, n_first());
     if ((n < st.n_next && !other) || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
         return;
     }
@@ -310,7 +310,7 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::renew(llama_context * l
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 auto turn = apply(stream, pr, spaces[i], next);
                 applied.push_back(pr);
-                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_in;
+                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_past;
                 if (next) {
                     (*turns)[pr.kd] = std::move(turn);
                 } else if (!turn.rows.empty()) {

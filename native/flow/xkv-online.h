@@ -36,7 +36,7 @@ class xkv_online_bases {
 public:
     xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush);
 
-    // tokens are about to be stored: before all else
+    // the jobs' tokens are stored
     void count(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
 
     // before the jobs' tokens are compressed; throws xkv_error
@@ -69,13 +69,13 @@ private:
         uint32_t        n_next = 0; // tokens at which the next check is due
         uint32_t        n_seen = 0; // tokens at the last check
         uint32_t        n_in   = 0; // tokens that were stored so far, of which some may be gone
-        uint32_t        n_past = 0; // of those, at the last check
+        uint32_t        n_past = 0; // the same after the last check's tokens
         xkv_online_info info   = {};
 
         // per kind and group: directions in use; fewer than the rank only when there was no calibration
         std::vector<uint32_t> n_dir[2];
 
-        std::vector<uint32_t> n_update[2]; // per kind and group: n_in at the last update
+        std::vector<uint32_t> n_update[2]; // per kind and group: n_past of the last update
     };
 
     // one kind of one group

@@ -61,7 +61,7 @@ std::vector<uint32_t> xkv_chunk_table::find(llama_seq_id seq_id, llama_pos p0, l
     std::vector<uint32_t> res;
     for (uint32_t ic = 0; ic < chunks.size(); ++ic) {
         const auto & chunk = chunks[ic];
-        if (chunk.n > 0 && chunk.seqs.test(seq_id) && chunk.end() > p0 && chunk.first() < p1) {
+        if (chunk.n > 0 && chunk.seqs.test(seq_id) && !chunk.slots(p0, p1).empty()) {
             res.push_back(ic);
         }
     }

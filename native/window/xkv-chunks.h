@@ -43,7 +43,7 @@ public:
     uint32_t n_token() const;
     uint32_t n_token(llama_seq_id seq_id) const;
 
-    // chunks of a sequence that reach into positions [p0, p1)
+    // chunks of a sequence with tokens at positions [p0, p1)
     std::vector<uint32_t> find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     // -1 when the sequence has no tokens here
