@@ -288,23 +288,26 @@ void llama_kv_cache_xkv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
 void llama_kv_cache_xkv::part(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     const uint32_t stream = get_stream(seq_id);
-    const auto     is_cut = [&](const xkv_chunk & chunk) {
-        const size_t n = chunk.slots(p0, p1).size();
-        return n > 0 && n < chunk.n;
+    const auto &   table  = tables[stream];
+
+    const auto find_cut = [&] {
+        auto res = table.find(seq_id, p0, p1);
+        res.erase(std::remove_if(res.begin(), res.end(), [&](uint32_t ic) { return table[ic].slots(p0, p1, false).empty(); }), res.end());
+        return res;
     };
-    while (true) {
-        const auto list = tables[stream].find(seq_id, p0, p1);
-        const auto it   = std::find_if(list.begin(), list.end(), [&](uint32_t ic) { return is_cut(tables[stream][ic]); });
-        if (it == list.end()) {
-            return;
+    for (uint32_t ic : find_cut()) {
+        if (lctx && table[ic].n <= window->n_free(seq_id, 0, 0)) {
+            flow->to_window(lctx, stream, ic);
         }
-        if (lctx && tables[stream][*it].n <= window->n_free(seq_id, 0, 0)) {
-            flow->to_window(lctx, stream, *it);
-        } else if (flow->n_free(stream, false) > 0) {
-            flow->split(lctx, stream, *it, p0, p1);
-        } else {
-            flow->need_free(lctx, stream, 1);
-        }
+    }
+    // room for all of them first: packing puts parts together again
+    auto list = find_cut();
+    while (flow->n_free(stream, false) < list.size()) {
+        flow->need_free(lctx, stream, list.size());
+        list = find_cut();
+    }
+    for (uint32_t ic : list) {
+        flow->split(lctx, stream, ic, p0, p1);
     }
 }
 

@@ -142,8 +142,9 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", refusal.text);
     }
     if (window->has_shift()) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED,
-                  "positions were shifted before the context's first batch; call xkv_attach, or decode a token first");
+        const char * why = "positions were shifted before the context's first batch; call xkv_attach, or decode a token first";
+        xkv_set_last_error(why); // llama.cpp keeps what it catches to itself
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", why);
     }
     size_t n_byte = window_bytes() + (1 << 16);
     for (const auto & table : tables) {

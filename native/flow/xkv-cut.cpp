@@ -104,7 +104,11 @@ size_t xkv_flow::make_free(llama_context * lctx, uint32_t stream, size_t n) {
 }
 
 void xkv_flow::need_free(llama_context * lctx, uint32_t stream, size_t n) {
-    const size_t found = make_free(lctx, stream, n);
+    size_t found = make_free(lctx, stream, n);
+    while (found < n && lctx && tables.size() == 1 && store.stage() + 1 < store.n_stage()) {
+        change("a change of stage", [&] { enter_stage(lctx, stream, store.stage() + 1, {}); });
+        found = make_free(lctx, stream, n);
+    }
     if (found < n) {
         xkv_throw(XKV_STATUS_UNSUPPORTED,
                   "%zu chunks of the store are needed for parts of chunks, and %zu are free%s; raise n_ctx, or remove whole sequences", n,
@@ -219,7 +223,11 @@ uint32_t xkv_flow::split(llama_context * lctx, uint32_t stream, uint32_t ic, lla
     if (rest.empty()) {
         return ic;
     }
-    const uint32_t to = free_chunks(stream, 1).at(0);
+    const auto free = free_chunks(stream, 1);
+    if (free.empty()) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "no chunk of the store is free for a part of another; raise n_ctx, or remove whole sequences");
+    }
+    const uint32_t to = free[0];
     write(lctx, stream, to, xkv_sources(ic, part));
     tables[stream].put(to, xkv_chunk(tables[stream][ic]));
     tables[stream].take(to, part);

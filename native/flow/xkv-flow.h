@@ -57,7 +57,8 @@ public:
 
     // packs chunks until so many are free, or none can be packed; returns how many of them there are
     size_t make_free(llama_context * lctx, uint32_t stream, size_t n);
-    void   need_free(llama_context * lctx, uint32_t stream, size_t n); // all of them
+    // all of them, if need be in the next stage
+    void need_free(llama_context * lctx, uint32_t stream, size_t n);
 
     // leaves the tokens in these slots of a chunk; no work where they are its first ones, and none that needs the context
     void keep(llama_context * lctx, uint32_t stream, uint32_t ic, const std::vector<uint32_t> & slots);

@@ -40,7 +40,7 @@ def test_ten_contexts(n_keep: int, open_llama: Open) -> None:
     """As near to the plain cache after ten contexts as in the first one."""
     found = []
     for mode in ("f16", "xkv"):
-        llm = open_llama(mode, n_ctx=N_CTX, n_batch=32, **({"xkv": {"coef_ratio": 4}} if mode == "xkv" else {}))
+        llm = open_llama(mode, n_ctx=N_CTX, n_batch=64, **({"xkv": {"coef_ratio": 4}} if mode == "xkv" else {}))
         words = llm.tokenize(TEXT, add_bos=True)
         found.append(read(llm, (words * (1 + 10 * N_CTX // len(words)))[: 10 * N_CTX], n_keep))
         assert llm.n_tokens <= N_CTX
