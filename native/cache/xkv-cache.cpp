@@ -175,20 +175,25 @@ llama_memory_context_ptr llama_kv_cache_xkv::init_full() noexcept {
     return res;
 }
 
-// nothing waits for an update: positions are not shifted, and streams are copied at once
+// Nothing waits for an update where the context is known: K is turned, and streams are copied at once.
 llama_memory_context_ptr llama_kv_cache_xkv::init_update(llama_context * lctx, bool optimize) noexcept {
     GGML_UNUSED(optimize);
 
     this->lctx = lctx;
 
     llama_memory_context_ptr res;
-    return guard("an update", false, [&] { res = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE); }) ?
+    const bool               shifted = window->has_shift();
+    return guard("an update", shifted,
+                 [&] {
+                     settle();
+                     res = std::make_unique<llama_kv_cache_xkv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
+                 }) ?
                std::move(res) :
                failed_context();
 }
 
-bool llama_kv_cache_xkv::get_can_shift() const noexcept {
-    return false;
+uint32_t llama_kv_cache_xkv::n_ctx_seq() const {
+    return setup.cparams.n_ctx_seq;
 }
 
 void llama_kv_cache_xkv::clear(bool data) noexcept {

@@ -113,8 +113,15 @@ public:
 
     bool is_broken() const { return broken; }
 
-    // throws xkv_error, before anything is changed, when what remains of cut chunks has no room in the window
-    void check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    // Chunks that have to be free before the sequence's tokens at [p0, p1) are removed; throws xkv_error, before anything is changed,
+    // when they cannot be.
+    uint32_t check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // an operation on positions, which a caller cannot see fail, is refused
+    void refuse_positions(const char * what, const char * why) noexcept;
+
+    // tokens that a stream holds
+    uint32_t n_ctx_seq() const;
 
     const xkv_config config;
     const uint32_t   n_seq_max;
@@ -173,6 +180,14 @@ private:
     void   take_exact(uint32_t stream, llama_seq_id seq_id, xkv_saved_tokens & exact);
 
     void seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    bool check_positions(const char * what, llama_seq_id seq_id) noexcept;
+
+    // no chunk of the sequence has tokens both inside and outside of [p0, p1) afterwards
+    void part(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // turns K of the window's tokens whose position was changed, as soon as the context is known
+    void settle();
+
     void seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
     void drop_copies(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
 };

@@ -163,18 +163,45 @@ void xkv_composed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
 void xkv_composed::seq_keep(llama_seq_id seq_id) noexcept {
     attn->seq_keep(seq_id);
     for (llama_memory_i * mem : { (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
-        if (mem && !attn->is_broken()) {
-            mem->seq_keep(seq_id);
+        if (!mem || attn->is_broken()) {
+            continue;
+        }
+        mem->seq_keep(seq_id);
+        // llama.cpp's own keeps the tokens of other streams
+        for (llama_seq_id s = 0; s < (llama_seq_id) attn->n_seq_max; ++s) {
+            if (s != seq_id) {
+                mem->seq_rm(s, -1, -1);
+            }
         }
     }
 }
 
+// Windowed layers that have forgotten tokens miss those that come nearer when others are taken out between.
+bool xkv_composed::get_can_shift() const noexcept {
+    return attn->get_can_shift() && (!windowed || (windowed->get_can_shift() && windowed->get_size() >= attn->n_ctx_seq()));
+}
+
+bool xkv_composed::can_move(const char * what) noexcept {
+    if (attn->get_can_shift() && !get_can_shift()) {
+        attn->refuse_positions(what, "windowed layers have forgotten tokens that would be in their window again; set swa_full");
+    }
+    return !attn->is_broken();
+}
+
 void xkv_composed::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept {
-    each([&](llama_memory_i & mem) { mem.seq_add(seq_id, p0, p1, shift); });
+    each([&](llama_memory_i & mem) {
+        if (can_move("seq_add")) {
+            mem.seq_add(seq_id, p0, p1, shift);
+        }
+    });
 }
 
 void xkv_composed::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) noexcept {
-    each([&](llama_memory_i & mem) { mem.seq_div(seq_id, p0, p1, d); });
+    each([&](llama_memory_i & mem) {
+        if (can_move("seq_div")) {
+            mem.seq_div(seq_id, p0, p1, d);
+        }
+    });
 }
 
 // what all parts know of a sequence

@@ -16,7 +16,7 @@ public:
     llama_memory_context_ptr init_full() noexcept override;
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) noexcept override;
 
-    bool get_can_shift() const noexcept override { return false; }
+    bool get_can_shift() const noexcept override;
 
     void clear(bool data) noexcept override;
 
@@ -44,6 +44,9 @@ private:
     const std::unique_ptr<llama_memory_recurrent> recurrent;
     const uint32_t                                n_swa; // tokens that windowed layers look back
     const bool                                    unified;
+
+    // whether positions can change; refuses where they cannot
+    bool can_move(const char * what) noexcept;
 
     // whether windowed layers still have what tokens from p0 on look at
     bool has_window(llama_seq_id seq_id, llama_pos p0) const;

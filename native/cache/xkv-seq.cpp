@@ -5,11 +5,14 @@
 #include "flow/xkv-flow.h"
 
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include "ggml-backend.h"
 
 #include <algorithm>
 #include <limits>
+
+static const llama_pos XKV_MAX_POS = 1 << 30;
 
 static void xkv_normalize(llama_pos & p0, llama_pos & p1) {
     p0 = p0 < 0 ? 0 : p0;
@@ -40,8 +43,10 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     return guard("seq_rm", changed, [&] {
         for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
             if (seq_id < 0 || s == seq_id) {
-                check_room(s, p0, p1);
-                changed = true;
+                const uint32_t n = check_room(s, p0, p1);
+                changed          = true;
+                settle();
+                flow->need_free(lctx, get_stream(s), n);
                 seq_rm_one(s, p0, p1);
             }
         }
@@ -50,43 +55,62 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     });
 }
 
-void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
-    const auto & table = tables[get_stream(seq_id)];
+uint32_t llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const uint32_t stream = get_stream(seq_id);
+    const auto &   table  = tables[stream];
 
-    const uint32_t n_free = window->n_free(seq_id, p0, p1);
-
-    uint32_t n_rest = 0;
+    // what remains goes back into the window where it can, else stays in its chunk, which others may need as it is
+    size_t   n_cell = lctx ? window->n_free(seq_id, p0, p1) : 0;
+    uint32_t n_new  = 0;
     for (uint32_t ic : table.find(seq_id, p0, p1)) {
-        const auto & chunk = table[ic];
-        n_rest += std::count_if(chunk.offsets.begin(), chunk.offsets.end(),
-                                [&](uint16_t off) { return chunk.pos + off < p0 || chunk.pos + off >= p1; });
+        const size_t n_rest = table[ic].slots(p0, p1, false).size();
+        if (n_rest <= n_cell) {
+            n_cell -= n_rest;
+        } else {
+            n_new += table[ic].seqs.count() > 1;
+        }
     }
-    if (n_rest > 0 && !lctx) {
+    if (n_new > 0 && n_new > flow->n_free(stream, lctx != nullptr)) {
         xkv_throw(XKV_STATUS_UNSUPPORTED,
-                  "a chunk cannot be cut before the context's first batch; call xkv_attach, or decode a token first");
+                  "chunks that sequence %d shares with others are cut at positions %d and %d, and neither window nor store have room for "
+                  "the parts; remove all of a sequence, or raise n_ctx",
+                  seq_id, p0, p1);
     }
-    if (n_rest > n_free) {
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "what remains of the cut chunks is %u tokens, the window has room for %u", n_rest, n_free);
-    }
+    return n_new;
 }
 
 void llama_kv_cache_xkv::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     const uint32_t stream = get_stream(seq_id);
+    auto &         table  = tables[stream];
 
     get_window()->seq_rm(seq_id, p0, p1);
 
-    for (uint32_t ic : tables[stream].find(seq_id, p0, p1)) {
-        const llama_pos pos = tables[stream][ic].pos;
-        const llama_pos end = tables[stream][ic].end();
+    for (uint32_t ic : table.find(seq_id, p0, p1)) {
+        const llama_pos pos  = table[ic].first();
+        const llama_pos end  = table[ic].end();
+        const auto      rest = table[ic].slots(p0, p1, false);
 
-        // what remains of a cut chunk becomes exact again, so that chunks stay whole
-        if (pos < p0) {
+        if (rest.size() == table[ic].n) {
+            continue; // it has a hole there
+        }
+        if (rest.empty()) {
+            table.seq_rm(ic, seq_id);
+        } else if (lctx && rest.size() <= window->n_free(seq_id, 0, 0)) {
+            // exact again, until it leaves together with what follows
             flow->restore(lctx, stream, ic, seq_id, pos, p0);
-        }
-        if (end > p1) {
             flow->restore(lctx, stream, ic, seq_id, p1, end);
+            table.seq_rm(ic, seq_id);
+        } else if (table[ic].seqs.count() == 1) {
+            flow->keep(lctx, stream, ic, rest);
+        } else {
+            table.seq_rm(flow->split(lctx, stream, ic, p0, p1), seq_id);
         }
-        tables[stream].seq_rm(ic, seq_id);
+    }
+}
+
+void llama_kv_cache_xkv::settle() {
+    if (lctx && window->has_shift()) {
+        flow->shift(lctx);
     }
 }
 
@@ -110,18 +134,21 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         return;
     }
 
-    // sequences that have streams of their own are copied whole
-    if (seq_pos_max(seq_id_src) < 0) {
-        guard("seq_cp", true, [&] {
-            seq_rm_one(seq_id_dst, 0, std::numeric_limits<llama_pos>::max());
-            window->drop_sinks();
-        });
+    // sequences that have streams of their own are copied whole, with the bases, and what was not asked for is removed from the copy
+    const llama_pos max   = std::numeric_limits<llama_pos>::max();
+    const bool      whole = p0 <= seq_pos_min(seq_id_src) && p1 > seq_pos_max(seq_id_src);
+    if (!whole && seq_pos_max(seq_id_dst) >= 0) {
+        broken = true;
+        refuse("seq_cp of positions %d to %d of sequence %d to %d, which has tokens: a part can be copied into an empty stream only; "
+               "remove them first, or use kv_unified",
+               p0, p1, seq_id_src, seq_id_dst);
         return;
     }
-    if (p0 > seq_pos_min(seq_id_src) || p1 <= seq_pos_max(seq_id_src)) {
-        broken = true;
-        refuse("seq_cp of positions %d to %d of sequence %d to %d: only whole sequences can be copied between streams; use kv_unified", p0,
-               p1, seq_id_src, seq_id_dst);
+    if (seq_pos_max(seq_id_src) < 0) {
+        guard("seq_cp", true, [&] {
+            seq_rm_one(seq_id_dst, 0, max);
+            window->drop_sinks();
+        });
         return;
     }
     if (!lctx) {
@@ -130,15 +157,23 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         return;
     }
     guard("seq_cp", true, [&] {
+        settle();
         window->copy(lctx, seq_id_src, seq_id_dst);
         tables[s1].copy(tables[s0], seq_id_dst);
         flow->copy(s0, s1);
+        if (!whole) {
+            seq_rm_one(seq_id_dst, 0, p0);
+            seq_rm_one(seq_id_dst, p1, max);
+            drop_unused();
+        }
     });
 }
 
 void llama_kv_cache_xkv::seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    auto & table = tables[get_stream(seq_id_src)];
+    const uint32_t stream = get_stream(seq_id_src);
+    auto &         table  = tables[stream];
 
+    settle();
     drop_copies(seq_id_src, seq_id_dst, p0, p1);
     get_window()->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     for (uint32_t ic : table.find(seq_id_src, p0, p1)) {
@@ -146,11 +181,15 @@ void llama_kv_cache_xkv::seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id 
         if (chunk.seqs.test(seq_id_dst)) {
             continue;
         }
-        if (chunk.pos >= p0 && chunk.end() <= p1) {
+        if (chunk.first() >= p0 && chunk.end() <= p1) {
             table.seq_add(ic, seq_id_dst);
             continue;
         }
-        flow->restore(lctx, get_stream(seq_id_src), ic, seq_id_dst, p0, p1);
+        if (flow->n_free(stream, false) > 0) {
+            table.seq_add(flow->split(lctx, stream, ic, p0, p1), seq_id_dst);
+            continue;
+        }
+        flow->restore(lctx, stream, ic, seq_id_dst, p0, p1);
     }
 }
 
@@ -188,29 +227,113 @@ void llama_kv_cache_xkv::seq_keep(llama_seq_id seq_id) noexcept {
     guard("seq_keep", true, [&] {
         get_window()->seq_keep(seq_id);
         tables[get_stream(seq_id)].seq_keep(seq_id);
+        for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+            if (get_stream(s) != get_stream(seq_id)) {
+                seq_rm_one(s, 0, std::numeric_limits<llama_pos>::max());
+            }
+        }
         drop_unused();
         start_over();
     });
 }
 
+bool llama_kv_cache_xkv::get_can_shift() const noexcept {
+    return get_window()->get_can_shift();
+}
+
+void llama_kv_cache_xkv::refuse_positions(const char * what, const char * why) noexcept {
+    broken = true;
+    refuse("%s: %s; clear the cache and evaluate the prompt again", what, why);
+}
+
+// whether positions of a sequence can change; says why not
+bool llama_kv_cache_xkv::check_positions(const char * what, llama_seq_id seq_id) noexcept {
+    if (seq_id < 0 || seq_id >= (llama_seq_id) n_seq_max) {
+        broken = true;
+        refuse("%s of sequence %d, expected 0 to n_seq_max - 1 = %u", what, seq_id, n_seq_max - 1);
+        return false;
+    }
+    if (!get_can_shift()) {
+        refuse_positions(what, setup.model.hparams.n_pos_per_embd() > 1 ?
+                                   "the model's positions have several parts (M-RoPE), which llama.cpp does not shift" :
+                                   "llama.cpp does not shift positions of this architecture");
+        return false;
+    }
+    return true;
+}
+
 void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept {
-    if (shift == 0) {
+    xkv_normalize(p0, p1);
+    if (shift == 0 || p0 >= p1 || !check_positions("seq_add", seq_id)) {
         return;
     }
-    broken = true;
-    refuse("shifting positions (sequence %d, %d to %d by %d) is not supported yet with an xkv cache; clear the cache and evaluate the "
-           "prompt again",
-           seq_id, p0, p1, shift);
+    const llama_pos last = std::min<int64_t>((int64_t) p1 - 1, seq_pos_max(seq_id));
+    if (last >= 0 && (int64_t) last + shift > XKV_MAX_POS) {
+        broken = true;
+        refuse("seq_add of %d to positions up to %d of sequence %d, expected at most %d after it", shift, last, seq_id, XKV_MAX_POS);
+        return;
+    }
+    guard("seq_add", true, [&] {
+        if (p0 < -(int64_t) shift) {
+            const llama_pos end = std::min<int64_t>(p1, -(int64_t) shift); // below 0 there is nothing
+            flow->need_free(lctx, get_stream(seq_id), check_room(seq_id, p0, end));
+            seq_rm_one(seq_id, p0, end);
+        }
+        auto & table = tables[get_stream(seq_id)];
+        part(seq_id, p0, p1);
+        for (uint32_t ic : table.find(seq_id, p0, p1)) {
+            table.move(ic, shift);
+        }
+        get_window()->seq_add(seq_id, p0, p1, shift);
+        settle();
+        drop_unused();
+    });
 }
 
 void llama_kv_cache_xkv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) noexcept {
-    if (d == 1) {
+    xkv_normalize(p0, p1);
+    if (d == 1 || p0 >= p1 || !check_positions("seq_div", seq_id)) {
         return;
     }
-    broken = true;
-    refuse("dividing positions (sequence %d, %d to %d by %d) is not supported with an xkv cache; clear the cache and evaluate the prompt "
-           "again",
-           seq_id, p0, p1, d);
+    if (d < 1) {
+        broken = true;
+        refuse("seq_div of sequence %d by %d, expected 1 or more", seq_id, d);
+        return;
+    }
+    guard("seq_div", true, [&] {
+        const uint32_t stream = get_stream(seq_id);
+        part(seq_id, p0, p1);
+        for (uint32_t ic : tables[stream].find(seq_id, p0, p1)) {
+            flow->divide(lctx, stream, ic, d);
+        }
+        window->seq_div(seq_id, p0, p1, d);
+        settle();
+    });
+}
+
+void llama_kv_cache_xkv::part(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const uint32_t stream = get_stream(seq_id);
+    const auto &   table  = tables[stream];
+
+    const auto find_cut = [&] {
+        auto res = table.find(seq_id, p0, p1);
+        res.erase(std::remove_if(res.begin(), res.end(), [&](uint32_t ic) { return table[ic].slots(p0, p1, false).empty(); }), res.end());
+        return res;
+    };
+    for (uint32_t ic : find_cut()) {
+        if (lctx && table[ic].n <= window->n_free(seq_id, 0, 0)) {
+            flow->to_window(lctx, stream, ic);
+        }
+    }
+    // room for all of them first: packing puts parts together again
+    auto list = find_cut();
+    while (flow->n_free(stream, false) < list.size()) {
+        flow->need_free(lctx, stream, list.size());
+        list = find_cut();
+    }
+    for (uint32_t ic : list) {
+        flow->split(lctx, stream, ic, p0, p1);
+    }
 }
 
 llama_pos llama_kv_cache_xkv::seq_pos_min(llama_seq_id seq_id) const noexcept {

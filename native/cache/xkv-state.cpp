@@ -72,6 +72,11 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
     if (broken) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", refusal.text);
     }
+    if (window->has_shift()) {
+        const char * why = "positions were shifted before the context's first batch; call xkv_attach, or decode a token first";
+        xkv_set_last_error(why); // llama.cpp keeps what it catches to itself
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", why);
+    }
     xkv_bytes_out out;
     out.put(xkv_identity(*sidecar));
     out.put(xkv_model_identity(setup.model));

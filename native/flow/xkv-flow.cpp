@@ -10,17 +10,6 @@
 
 #include <algorithm>
 
-template <typename F> void xkv_flow::change(const char * what, F && f) {
-    changing = true;
-    try {
-        f();
-    } catch (...) {
-        const auto failure = xkv_caught();
-        throw xkv_error(failure.status, std::string(what) + ": " + failure.text);
-    }
-    changing = false;
-}
-
 xkv_flow::xkv_flow(const xkv_setup & setup, xkv_store & store, xkv_window & window, std::vector<xkv_chunk_table> & tables) :
     setup(setup), store(store), window(window), tables(tables), flush(setup, store, window) {
     if (setup.config.online) {
@@ -33,15 +22,18 @@ xkv_flow::~xkv_flow() = default;
 void xkv_flow::leave(llama_context * lctx, llama_seq_id seq_id) {
     const uint32_t stream = window.get_stream(seq_id);
 
-    auto jobs = select(lctx, seq_id);
-    if (jobs.empty()) {
-        return;
+    bool all = false;
+    while (!all) {
+        auto jobs = select(lctx, seq_id);
+        if (jobs.empty()) {
+            return;
+        }
+        all = make_room(lctx, stream, jobs);
+        change("an update of the bases", [&] { adapt(lctx, stream, jobs); });
+        flush.compress(lctx, stream, jobs);
+        commit(stream, jobs);
+        xkv_trim();
     }
-    make_room(lctx, stream, jobs);
-    change("an update of the bases", [&] { adapt(lctx, stream, jobs); });
-    flush.compress(lctx, stream, jobs);
-    commit(stream, jobs);
-    xkv_trim();
 }
 
 xkv_flow::jobs_t xkv_flow::select(llama_context * lctx, llama_seq_id seq_id) {
@@ -63,21 +55,27 @@ xkv_flow::jobs_t xkv_flow::select(llama_context * lctx, llama_seq_id seq_id) {
     return jobs;
 }
 
-void xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
-    const auto & table  = tables[stream];
-    const size_t n_used = table.used().size();
+bool xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
+    const size_t n_used = tables[stream].used().size();
+    const size_t n_job  = jobs.size();
 
-    const uint32_t stage = xkv_select_stage(store.stage_slots(), n_used == 0 ? 0 : store.stage(), store.n_chunk, n_used + jobs.size());
-    if (stage == store.n_stage()) {
-        xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", jobs.size(), n_used, table.size());
+    const uint32_t stage = xkv_select_stage(store.stage_slots(), n_used == 0 ? 0 : store.stage(), store.n_chunk, n_used + n_job);
+    const uint32_t next  = std::min(stage, store.n_stage() - 1);
+    if (next != store.stage()) {
+        change("a change of stage", [&] { n_used == 0 ? restart(next) : enter_stage(lctx, stream, next, jobs); });
     }
-    if (stage != store.stage()) {
-        change("a change of stage", [&] { n_used == 0 ? restart(stage) : enter_stage(lctx, stream, stage, jobs); });
+    // where holes have left chunks that are not full, there can be more than the last stage has
+    const size_t n = make_free(lctx, stream, n_job);
+    if (n == 0) {
+        xkv_throw(XKV_STATUS_INTERNAL, "no room for %zu more chunks: %zu of %zu are in use", n_job, n_used, tables[stream].size());
     }
-    const auto free = table.free(jobs.size());
-    for (size_t i = 0; i < jobs.size(); ++i) {
+    jobs.resize(n);
+
+    const auto free = free_chunks(stream, n);
+    for (size_t i = 0; i < n; ++i) {
         jobs[i].ic = free[i];
     }
+    return n == n_job;
 }
 
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
@@ -117,6 +115,9 @@ void xkv_flow::commit(uint32_t stream, const jobs_t & jobs) {
         tables[stream].put(job.ic, job.chunk());
     }
     window.remove(stream, xkv_job_cells(jobs));
+    if (online) {
+        online->count(stream, jobs);
+    }
 }
 
 std::vector<uint32_t> xkv_flow::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0,
@@ -157,15 +158,8 @@ void xkv_flow::start_over(llama_context * lctx, uint32_t stream) {
     }
     change("a return to an earlier stage", [&] {
         for (uint32_t ic : used) {
-            const auto   chunk = table[ic];
-            llama_seq_id first = 0;
-            while (!chunk.seqs.test(first)) {
-                first++;
-            }
-            const auto cells = restore(lctx, stream, ic, first, chunk.pos, chunk.end());
-            window.share(stream, cells, chunk.seqs);
+            to_window(lctx, stream, ic);
         }
-        table.clear();
         restart(0);
     });
     xkv_trim();

@@ -13,10 +13,18 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
 class xkv_online_bases;
+
+// where a chunk's token comes from, and how far its K is turned, since its new frame or position is another
+struct xkv_source {
+    uint32_t  ic;
+    uint32_t  slot;
+    llama_pos by;
+};
 
 // How tokens leave the window for the store: select (which ones, into which chunks), adapt (bases), encode (coefficients),
 // commit (tables and cells). And how they come back.
@@ -34,6 +42,34 @@ public:
     // exact copies of the tokens of a chunk at positions inside [p0, p1) go back into the window for one sequence; throws xkv_error
     // returns their cells
     std::vector<uint32_t> restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // all tokens of a chunk go back into the window
+    void to_window(llama_context * lctx, uint32_t stream, uint32_t ic);
+
+    //
+    // chunks that are cut, and positions that change (xkv-cut.cpp); all throw xkv_error
+    //
+
+    // turns K of the window's tokens whose position was changed
+    void shift(llama_context * lctx);
+
+    // chunks of the present stage that are free, or can be made so
+    size_t n_free(uint32_t stream, bool pack) const;
+
+    // packs chunks until so many are free, or none can be packed; returns how many of them there are
+    size_t make_free(llama_context * lctx, uint32_t stream, size_t n);
+    // all of them, if need be in the next stage
+    void need_free(llama_context * lctx, uint32_t stream, size_t n);
+
+    // leaves the tokens in these slots of a chunk; no work where they are its first ones, and none that needs the context
+    void keep(llama_context * lctx, uint32_t stream, uint32_t ic, const std::vector<uint32_t> & slots);
+
+    // The tokens at positions inside [p0, p1) get a chunk of their own, which has to be free; returns it. Chunks where those are all
+    // tokens stay.
+    uint32_t split(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos p0, llama_pos p1);
+
+    // positions over d: K of each token is turned on its own
+    void divide(llama_context * lctx, uint32_t stream, uint32_t ic, int d);
 
     // Where so few stored tokens are left that they would be in an earlier stage, and the window has room for them, they go back
     // there: what follows is stored as finely as after them, with bases that do not know what was removed. Throws xkv_error.
@@ -84,14 +120,39 @@ private:
     size_t carry_peak = 0;     // most bytes of turns, and of chunks that waited for their place
 
     // f changes the store
-    template <typename F> void change(const char * what, F && f);
+    template <typename F> void change(const char * what, F && f) {
+        changing = true;
+        try {
+            f();
+        } catch (...) {
+            const auto failure = xkv_caught();
+            throw xkv_error(failure.status, std::string(what) + ": " + failure.text);
+        }
+        changing = false;
+    }
+
+    // the first free chunks of the present stage
+    std::vector<uint32_t> free_chunks(uint32_t stream, size_t n) const;
+
+    // chunks in use, by their set of sequences and by position
+    std::vector<std::vector<uint32_t>> by_sequences(uint32_t stream) const;
+
+    // the fewest chunks in a row whose tokens fit into one less; none where there are no such
+    std::vector<uint32_t> find_run(uint32_t stream) const;
+    void                  pack(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & run);
+
+    // the coefficients of tokens into the first slots of a chunk
+    void       write(llama_context * lctx, uint32_t stream, uint32_t to, const std::vector<xkv_source> & sources);
+    xkv_floats gather(xkv_store::kind kd, uint32_t ig, uint32_t stream, const std::vector<xkv_source> & sources) const;
+    void       turn_rows(llama_context * lctx, uint32_t ig, uint32_t stream, const std::vector<xkv_source> & sources, xkv_floats & rows);
 
     jobs_t select(llama_context * lctx, llama_seq_id seq_id);
     void   adapt(llama_context * lctx, uint32_t stream, const jobs_t & jobs);
     void   commit(uint32_t stream, const jobs_t & jobs);
 
-    // moves the store to the stage that has chunks for the jobs, and gives them free ones
-    void make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
+    // moves the store to the stage that has chunks for the jobs, and gives them free ones; returns whether there are some for all,
+    // else jobs are left out, which is for once: those that are stored can be packed then
+    bool make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs);
     void enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs);
 
     // whether the stream's bases are those of a saved state

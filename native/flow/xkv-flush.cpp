@@ -20,17 +20,32 @@ static size_t xkv_n_node(const xkv_store::group & gr) {
 
 ggml_tensor * xkv_flush::build_layer(ggml_context * ctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * cells,
                                      ggml_tensor * origin) const {
-    const auto & hparams = setup.model.hparams;
-
     if (kd == xkv_store::kind::V) {
         return ggml_get_rows(ctx, window.v(il, stream), cells); // the window holds centred V
     }
     ggml_tensor * mean = store.layer_of(il).mean_k;
-    ggml_tensor * k    = ggml_get_rows(ctx, window.k(il, stream), cells);
-    k                  = ggml_reshape_3d(ctx, k, hparams.n_embd_head_k(il), hparams.n_head_kv(il), cells->ne[0]);
-    k                  = xkv_rotate(ctx, setup.model, setup.cparams, il, k, origin);
-    k                  = ggml_reshape_2d(ctx, k, mean->ne[0], cells->ne[0]);
-    return ggml_sub(ctx, k, mean);
+    return ggml_sub(ctx, build_turn(ctx, il, ggml_get_rows(ctx, window.k(il, stream), cells), origin), mean);
+}
+
+ggml_tensor * xkv_flush::build_turn(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml_tensor * by) const {
+    const auto &  hparams = setup.model.hparams;
+    const int64_t n_embd  = k->ne[0];
+    const int64_t n       = k->ne[1];
+
+    k = ggml_reshape_3d(ctx, k, hparams.n_embd_head_k(il), hparams.n_head_kv(il), n);
+    k = xkv_rotate(ctx, setup.model, setup.cparams, il, k, by);
+    return ggml_reshape_2d(ctx, k, n_embd, n);
+}
+
+ggml_tensor * xkv_flush::build_decoded(llama_context * lctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * coef) {
+    ggml_context * ctx = graph.ctx();
+    if (store.plain()) {
+        const auto & seg = store.plain_segment(kd, il);
+        return ggml_view_2d(ctx, coef, seg.rank, coef->ne[1], coef->nb[1], seg.first * coef->nb[0]);
+    }
+    const auto    rows  = store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch);
+    ggml_tensor * basis = graph.input(rows.size() / coef->ne[0], coef->ne[0], rows);
+    return ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, basis)), coef);
 }
 
 ggml_tensor * xkv_flush::build_group(xkv_graph & graph, xkv_store::kind kd, uint32_t ig, uint32_t stream, ggml_tensor * cells,
@@ -147,8 +162,6 @@ xkv_floats xkv_flush::project_group(llama_context * lctx, xkv_store::kind kd, ui
 
 void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,
                         const std::vector<uint32_t> & cells) {
-    const auto & hparams = setup.model.hparams;
-
     const uint32_t n = slots.size();
 
     for (uint32_t ig = 0; ig < store.groups().size(); ++ig) {
@@ -166,20 +179,9 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
             coef               = ggml_get_rows(ctx, coef, inp_slots); // [rank, n]
 
             for (uint32_t il : gr.layers) {
-                ggml_tensor * x = nullptr; // [n_embd, n]
-                if (store.plain()) {
-                    const auto & seg = store.plain_segment(kd, il);
-                    x                = ggml_view_2d(ctx, coef, seg.rank, n, coef->nb[1], seg.first * coef->nb[0]);
-                } else {
-                    const auto    rows  = store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch);
-                    ggml_tensor * basis = graph.input(rows.size() / gr.rank[kd], gr.rank[kd], rows);
-                    x                   = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, basis)), coef);
-                }
+                ggml_tensor * x = build_decoded(lctx, kd, il, stream, coef); // [n_embd, n]
                 if (kd == xkv_store::kind::K) {
-                    x = ggml_add(ctx, x, store.layer_of(il).mean_k);
-                    x = ggml_reshape_3d(ctx, x, hparams.n_embd_head_k(il), hparams.n_head_kv(il), n);
-                    x = xkv_rotate(ctx, setup.model, setup.cparams, il, x, inp_origin);
-                    x = ggml_reshape_2d(ctx, x, store.layer_of(il).mean_k->ne[0], n);
+                    x = build_turn(ctx, il, ggml_add(ctx, x, store.layer_of(il).mean_k), inp_origin);
                 }
                 ggml_tensor * dst = kd == xkv_store::kind::K ? window.k(il, stream) : window.v(il, stream);
                 graph.expand(ggml_set_rows(ctx, dst, x, inp_cells));
@@ -188,4 +190,57 @@ void xkv_flush::restore(llama_context * lctx, uint32_t stream, uint32_t ic, llam
         graph.run();
     }
     graph.release();
+}
+
+void xkv_flush::turn(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells, const std::vector<llama_pos> & by) {
+    for (const auto & gr : store.groups()) {
+        graph.begin(lctx, xkv_n_node(gr));
+
+        ggml_context * ctx      = graph.ctx();
+        ggml_tensor *  inp_from = graph.input(GGML_TYPE_I32, std::vector<int64_t>(cells.begin(), cells.end()));
+        ggml_tensor *  inp_to   = graph.input(GGML_TYPE_I64, std::vector<int64_t>(cells.begin(), cells.end()));
+        ggml_tensor *  inp_by   = graph.input(GGML_TYPE_I32, std::vector<int64_t>(by.begin(), by.end()));
+
+        for (uint32_t il : gr.layers) {
+            ggml_tensor * k = window.k(il, stream);
+            graph.expand(ggml_set_rows(ctx, k, build_turn(ctx, il, ggml_get_rows(ctx, k, inp_from), inp_by), inp_to));
+        }
+        graph.run();
+    }
+    graph.release();
+}
+
+xkv_floats xkv_flush::turned(llama_context * lctx, uint32_t ig, uint32_t stream, const xkv_floats & coef,
+                             const std::vector<llama_pos> & by) {
+    const auto     kd   = xkv_store::kind::K;
+    const auto &   gr   = store.groups()[ig];
+    const uint32_t rank = gr.rank[kd];
+
+    // a layer at a time, whose basis is the largest thing here
+    xkv_floats res(coef.size(), 0.0f);
+    for (uint32_t il : gr.layers) {
+        graph.begin(lctx, xkv_n_node(gr));
+
+        ggml_context * ctx    = graph.ctx();
+        ggml_tensor *  inp_by = graph.input(GGML_TYPE_I32, std::vector<int64_t>(by.begin(), by.end()));
+        ggml_tensor *  mean   = store.layer_of(il).mean_k;
+        ggml_tensor *  x      = build_decoded(lctx, kd, il, stream, graph.input(rank, by.size(), coef));
+
+        x = ggml_sub(ctx, build_turn(ctx, il, ggml_add(ctx, x, mean), inp_by), mean); // [n_embd, n]
+        if (!store.plain()) {
+            const auto rows = store.get_basis_layer(kd, il, stream, lctx->get_cparams().n_threads_batch);
+            x               = ggml_mul_mat(ctx, graph.input(x->ne[0], rank, rows), x);
+        }
+        graph.output(x);
+        graph.run();
+
+        const auto   part  = graph.read(x);
+        const size_t first = store.plain() ? store.plain_segment(kd, il).first : 0;
+        const size_t n_row = part.size() / by.size();
+        for (size_t i = 0; i < by.size(); ++i) {
+            float * row = res.data() + i * rank + first;
+            std::transform(row, row + n_row, part.data() + i * n_row, row, std::plus<float>());
+        }
+    }
+    return res;
 }

@@ -28,6 +28,15 @@ public:
     void restore(llama_context * lctx, uint32_t stream, uint32_t ic, llama_pos pos, const std::vector<uint32_t> & slots,
                  const std::vector<uint32_t> & cells);
 
+    // turns K of the tokens in cells of the window by so many positions; throws xkv_error
+    void turn(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells, const std::vector<llama_pos> & by);
+
+    // Coefficients of K of a group's tokens [n, rank], each turned by so many positions within the frame that it is seen in: exact
+    // as far as the bases hold what is turned. Throws xkv_error.
+    xkv_floats turned(llama_context * lctx, uint32_t ig, uint32_t stream, const xkv_floats & coef, const std::vector<llama_pos> & by);
+
+    void release() { graph.release(); }
+
     // Energy of V of the tokens in cells over its mean, in the layer where that is least [cells.size()]. Attention sinks have
     // values near zero (value-state drains, arXiv 2410.13835, section 2).
     std::vector<float> value_drain(llama_context * lctx, uint32_t stream, const std::vector<uint32_t> & cells);
@@ -43,6 +52,12 @@ private:
     const xkv_window & window;
 
     xkv_graph graph;
+
+    // K of a layer [n_embd, n] turned
+    ggml_tensor * build_turn(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml_tensor * by) const;
+
+    // K or V of a layer, centred, from coefficients [rank, n]
+    ggml_tensor * build_decoded(llama_context * lctx, xkv_store::kind kd, uint32_t il, uint32_t stream, ggml_tensor * coef);
 
     void compress_block(llama_context * lctx, uint32_t stream, const job * jobs, size_t n_job);
 

@@ -65,8 +65,9 @@ xkv_saved_store xkv_flow::parse(xkv_bytes_in & in, uint32_t n_seq_max) const {
         c.seqs            = in.get<xkv_seq_set>();
         c.n               = c.offsets.size();
         const auto * coef = in.take(res.chunk_bytes);
-        const bool   rise = std::adjacent_find(c.offsets.begin(), c.offsets.end(), std::greater_equal<uint16_t>()) == c.offsets.end();
-        if (c.n == 0 || c.n > store.n_chunk || c.pos < 0 || c.pos > (1 << 30) || !rise || c.seqs.none() || (c.seqs >> n_seq_max).any()) {
+        const bool   rise = std::adjacent_find(c.offsets.begin(), c.offsets.end(), std::greater<uint16_t>()) == c.offsets.end();
+        if (c.n == 0 || c.n > store.n_chunk || c.first() < 0 || c.first() > (1 << 30) || !rise || c.seqs.none() ||
+            (c.seqs >> n_seq_max).any()) {
             xkv_throw(XKV_STATUS_FORMAT, "chunk %zu of the state has %u tokens from position %d, expected 1 to %u of sequences below %u", i,
                       c.n, c.pos, store.n_chunk, n_seq_max);
         }

@@ -150,7 +150,8 @@ void xkv_online_bases::build_cov(uint32_t stream, const problem & pr, space & sp
     // The tokens that were stored since the last update are known in the old directions only: in the new ones, the tokens
     // at hand stand for them.
     const uint32_t n_stored = tables[stream].n_token();
-    const uint32_t n_since  = store.plain() ? 0 : n_stored - std::min(n_stored, states[stream].n_update[pr.kd][pr.ig]);
+    const uint32_t n_in     = states[stream].n_in;
+    const uint32_t n_since  = store.plain() ? 0 : std::min(n_stored, n_in - std::min(n_in, states[stream].n_update[pr.kd][pr.ig]));
     const float    scale    = n_token > 0 ? sqrtf((float) (n_since + n_token) / n_token) : 1.0f;
     each_block(sp.tokens, dim, [&](const xkv_floats & z, uint32_t n) {
         auto x = xkv_into(z, sp.rows, sp.unit, n, sp.n, dim, sp.n_thread); // [n, sp.n]

@@ -12,6 +12,8 @@ void xkv_online_bases::save(uint32_t stream, xkv_bytes_out & out) const {
     const auto & st = states[stream];
     out.put(st.n_next);
     out.put(st.n_seen);
+    out.put(st.n_in);
+    out.put(st.n_past);
     out.put(st.info);
     for (auto kd : { kind::K, kind::V }) {
         out.put_list(st.n_dir[kd]);
@@ -22,6 +24,8 @@ void xkv_online_bases::save(uint32_t stream, xkv_bytes_out & out) const {
 xkv_online_bases::state xkv_online_bases::read_state(state st, const xkv_store & store, xkv_bytes_in & in) {
     st.n_next = in.get<uint32_t>();
     st.n_seen = in.get<uint32_t>();
+    st.n_in   = in.get<uint32_t>();
+    st.n_past = in.get<uint32_t>();
     st.info   = in.get<xkv_online_info>();
     for (auto kd : { kind::K, kind::V }) {
         for (auto * list : { &st.n_dir[kd], &st.n_update[kd] }) {

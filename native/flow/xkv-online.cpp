@@ -79,8 +79,7 @@ xkv_floats xkv_online_bases::kept(const std::vector<xkv_store::group> & groups, 
 void xkv_online_bases::reset(uint32_t stream) {
     auto & st = states[stream];
     st        = {};
-    // few tokens say little beside the calibration, and an early update costs as much as a later one
-    st.n_next = setup.sidecar.calibrated() ? setup.config.n_prior / 2 : 0;
+    st.n_next = n_first();
     xkv_floats wanted;
     for (const auto & pr : problems) {
         const auto & gr = store.groups()[pr.ig];
@@ -90,6 +89,10 @@ void xkv_online_bases::reset(uint32_t stream) {
         st.n_dir[pr.kd][pr.ig] = setup.sidecar.calibrated() ? std::min(gr.rank[pr.kd], gr.dim[pr.kd]) : 0;
     }
     st.info.expected = xkv_mean(wanted);
+}
+
+void xkv_online_bases::count(uint32_t stream, const std::vector<xkv_flush::job> & jobs) {
+    states[stream].n_in += xkv_job_cells(jobs).size();
 }
 
 uint32_t xkv_online_bases::n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const {
@@ -104,6 +107,7 @@ void xkv_online_bases::begin_stage(uint32_t stream, const std::vector<xkv_flush:
     auto & st = states[stream];
     st.n_seen = n_tokens(stream, jobs);
     st.n_next = 2 * st.n_seen;
+    st.n_past = st.n_in + xkv_job_cells(jobs).size();
     st.info.n_check++;
     residual.clear();
     wanted.clear();
@@ -151,7 +155,9 @@ void xkv_online_bases::observe(llama_context * lctx, uint32_t stream, const std:
         st.n_next = 2 * n; // tokens were removed
     }
     // a stage with a next one checks at its end
-    if (n < st.n_next || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
+    // a context that shifts stays as large as it is, and forgets what its bases were made for
+    const bool other = st.n_in + xkv_job_cells(jobs).size() >= st.n_past + std::max(n, n_first());
+    if ((n < st.n_next && !other) || store.plain() || (!cold && store.stage() + 1 < store.n_stage())) {
         return;
     }
     const xkv_stopwatch watch(st.info.seconds);
@@ -304,7 +310,7 @@ std::vector<xkv_online_bases::problem> xkv_online_bases::renew(llama_context * l
             if (solved[i] && (!next || pays(stream, pr, spaces[i], *next))) {
                 auto turn = apply(stream, pr, spaces[i], next);
                 applied.push_back(pr);
-                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_seen;
+                states[stream].n_update[pr.kd][pr.ig] = states[stream].n_past;
                 if (next) {
                     (*turns)[pr.kd] = std::move(turn);
                 } else if (!turn.rows.empty()) {

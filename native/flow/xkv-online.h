@@ -26,7 +26,7 @@ static const size_t XKV_ONLINE_READ = 256 * 1024;
 
 // Bases that follow the prompt: from the calibrated covariance, the stored coefficients and the tokens that are about to leave
 // the window, onto which stored coefficients are projected. They are looked for at the end of each stage, and in the last one
-// when the number of a stream's stored tokens has doubled, where the bases lose more than calibration made expect: on tokens of
+// when the number of a stream's stored tokens has doubled, or as many as there are have come in place of others, where the bases lose more than calibration made expect: on tokens of
 // all of a plain stage, which were rounded to its type only, else on those about to leave. Between stages with bases they are taken
 // only if that takes away more than rounding once more costs; without calibration always.
 //
@@ -35,6 +35,9 @@ static const size_t XKV_ONLINE_READ = 256 * 1024;
 class xkv_online_bases {
 public:
     xkv_online_bases(const xkv_setup & setup, xkv_store & store, const std::vector<xkv_chunk_table> & tables, const xkv_flush & flush);
+
+    // the jobs' tokens are stored
+    void count(uint32_t stream, const std::vector<xkv_flush::job> & jobs);
 
     // before the jobs' tokens are compressed; throws xkv_error
     void observe(llama_context * lctx, uint32_t stream, const std::vector<xkv_flush::job> & jobs);
@@ -73,12 +76,14 @@ private:
     struct state {
         uint32_t        n_next = 0; // tokens at which the next check is due
         uint32_t        n_seen = 0; // tokens at the last check
+        uint32_t        n_in   = 0; // tokens that were stored so far, of which some may be gone
+        uint32_t        n_past = 0; // the same after the last check's tokens
         xkv_online_info info   = {};
 
         // per kind and group: directions in use; fewer than the rank only when there was no calibration
         std::vector<uint32_t> n_dir[2];
 
-        std::vector<uint32_t> n_update[2]; // per kind and group: tokens at the last update
+        std::vector<uint32_t> n_update[2]; // per kind and group: n_past of the last update
     };
 
     // one kind of one group
@@ -192,6 +197,9 @@ private:
     xkv_floats rows_of(uint32_t stream, const problem & pr, uint32_t n_row, int n_thread) const;
 
     uint32_t rank_of(const problem & pr, const xkv_store::layout * next) const;
+
+    // tokens at which the first check is due: few say little beside the calibration, and an early update costs as much as a later one
+    uint32_t n_first() const { return setup.sidecar.calibrated() ? setup.config.n_prior / 2 : 0; }
 
     // tokens stored and about to be
     uint32_t n_tokens(uint32_t stream, const std::vector<xkv_flush::job> & jobs) const;

@@ -23,7 +23,8 @@ std::vector<xkv_flush_job> xkv_select(const std::vector<xkv_token> & tokens, con
     for (size_t i = 0; i < n_leave;) {
         // a chunk holds tokens of the same sequences
         size_t end = i + 1;
-        while (end < exact.size() && exact[end]->pos < exact[i]->pos + (llama_pos) rule.n_chunk && exact[end]->seqs == exact[i]->seqs) {
+        while (end < exact.size() && end - i < rule.n_chunk && exact[end]->pos < exact[i]->pos + (llama_pos) rule.n_chunk &&
+               exact[end]->seqs == exact[i]->seqs) {
             end++;
         }
         if (end > n_leave) {

@@ -2,6 +2,17 @@
 
 #include <algorithm>
 
+std::vector<uint32_t> xkv_chunk::slots(llama_pos p0, llama_pos p1, bool inside) const {
+    std::vector<uint32_t> res;
+    for (uint32_t i = 0; i < n; ++i) {
+        const llama_pos p = pos + offsets[i];
+        if ((p >= p0 && p < p1) == inside) {
+            res.push_back(i);
+        }
+    }
+    return res;
+}
+
 std::vector<uint32_t> xkv_chunk_table::used() const {
     std::vector<uint32_t> res;
     for (uint32_t ic = 0; ic < chunks.size(); ++ic) {
@@ -50,7 +61,7 @@ std::vector<uint32_t> xkv_chunk_table::find(llama_seq_id seq_id, llama_pos p0, l
     std::vector<uint32_t> res;
     for (uint32_t ic = 0; ic < chunks.size(); ++ic) {
         const auto & chunk = chunks[ic];
-        if (chunk.n > 0 && chunk.seqs.test(seq_id) && chunk.end() > p0 && chunk.pos < p1) {
+        if (chunk.n > 0 && chunk.seqs.test(seq_id) && !chunk.slots(p0, p1).empty()) {
             res.push_back(ic);
         }
     }
@@ -61,8 +72,7 @@ llama_pos xkv_chunk_table::pos_min(llama_seq_id seq_id) const {
     llama_pos res = -1;
     for (const auto & chunk : chunks) {
         if (chunk.n > 0 && chunk.seqs.test(seq_id)) {
-            const llama_pos first = chunk.pos + chunk.offsets.front();
-            res                   = res < 0 ? first : std::min(res, first);
+            res = res < 0 ? chunk.first() : std::min(res, chunk.first());
         }
     }
     return res;
@@ -76,6 +86,18 @@ llama_pos xkv_chunk_table::pos_max(llama_seq_id seq_id) const {
         }
     }
     return res;
+}
+
+void xkv_chunk_table::take(uint32_t ic, const std::vector<uint32_t> & slots) {
+    auto & chunk = chunks[ic];
+
+    std::vector<uint16_t> offsets;
+    for (uint32_t i : slots) {
+        offsets.push_back(chunk.offsets[i]);
+    }
+    chunk.offsets = std::move(offsets);
+    chunk.n       = chunk.offsets.size();
+    chunk         = chunk.n > 0 ? chunk : xkv_chunk();
 }
 
 void xkv_chunk_table::seq_rm(uint32_t ic, llama_seq_id seq_id) {

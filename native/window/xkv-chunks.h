@@ -12,15 +12,19 @@
 using xkv_seq_set = std::bitset<LLAMA_MAX_SEQ>;
 
 // Tokens of one set of sequences whose positions lie within n_chunk of each other, kept as coefficients in the chunk's
-// first n slots. Positions are missing where tokens stayed exact or were removed.
+// first n slots. Positions are missing where tokens stayed exact or were removed, and are the same where they were divided.
 struct xkv_chunk {
-    llama_pos   pos = -1; // position of the first token: the origin of the chunk's RoPE frame
+    llama_pos   pos = -1; // origin of the chunk's RoPE frame: where the first token was; below 0 where that left and others moved
     uint32_t    n   = 0;  // tokens; 0: the chunk is free
     xkv_seq_set seqs;
 
-    std::vector<uint16_t> offsets; // of the tokens' positions from pos, ascending [n]
+    std::vector<uint16_t> offsets; // of the tokens' positions from pos, never descending [n]
 
+    llama_pos first() const { return n > 0 ? pos + offsets.front() : pos; }
     llama_pos end() const { return n > 0 ? pos + offsets.back() + 1 : pos; }
+
+    // slots of the tokens at positions inside [p0, p1), or outside, ascending
+    std::vector<uint32_t> slots(llama_pos p0, llama_pos p1, bool inside = true) const;
 };
 
 // The chunks of one stream; a chunk's index is its place in the store.
@@ -39,7 +43,7 @@ public:
     uint32_t n_token() const;
     uint32_t n_token(llama_seq_id seq_id) const;
 
-    // chunks of a sequence that reach into positions [p0, p1)
+    // chunks of a sequence with tokens at positions [p0, p1)
     std::vector<uint32_t> find(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     // -1 when the sequence has no tokens here
@@ -47,6 +51,11 @@ public:
     llama_pos pos_max(llama_seq_id seq_id) const;
 
     void put(uint32_t ic, xkv_chunk && chunk) { chunks[ic] = std::move(chunk); }
+
+    // leaves the tokens in these slots, which become the first ones
+    void take(uint32_t ic, const std::vector<uint32_t> & slots);
+
+    void move(uint32_t ic, llama_pos delta) { chunks[ic].pos += delta; }
 
     void seq_add(uint32_t ic, llama_seq_id seq_id) { chunks[ic].seqs.set(seq_id); }
     void seq_rm(uint32_t ic, llama_seq_id seq_id); // frees the chunk with its last sequence

@@ -94,6 +94,28 @@ void xkv_window::remove(uint32_t stream, const std::vector<uint32_t> & list) {
     kv->v_heads[stream] = 0;
 }
 
+void xkv_window::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    auto & wcells = cells(get_stream(seq_id));
+    for (uint32_t i = 0; i < wcells.size(); ++i) {
+        if (wcells.pos_in(i, p0, p1) && wcells.seq_has(i, seq_id)) {
+            wcells.pos_add(i, wcells.pos_get(i) / d - wcells.pos_get(i));
+        }
+    }
+}
+
+std::vector<std::pair<uint32_t, llama_pos>> xkv_window::take_shift(uint32_t stream) {
+    auto & wcells = cells(stream);
+
+    std::vector<std::pair<uint32_t, llama_pos>> res;
+    for (uint32_t i = 0; i < wcells.size(); ++i) {
+        if (!wcells.is_empty(i) && wcells.get_shift(i) != 0) {
+            res.emplace_back(i, wcells.get_shift(i));
+        }
+    }
+    wcells.reset_shift();
+    return res;
+}
+
 uint32_t xkv_window::n_sink(llama_seq_id seq_id) const {
     const uint32_t stream = get_stream(seq_id);
 

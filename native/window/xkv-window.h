@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 // a token of a saved state
@@ -63,6 +64,13 @@ public:
     void put(uint32_t stream, uint32_t cell, llama_pos pos, llama_seq_id seq_id);
     void share(uint32_t stream, const std::vector<uint32_t> & list, const xkv_seq_set & seqs); // tokens belong to all of these
     void remove(uint32_t stream, const std::vector<uint32_t> & list);
+
+    // llama.cpp's own would turn K the other way (llama_kv_cells::pos_div)
+    void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d);
+
+    // cells of a stream whose position was changed since the last call, and by how much: their K has to be turned
+    bool                                        has_shift() const { return kv->get_has_shift(); }
+    std::vector<std::pair<uint32_t, llama_pos>> take_shift(uint32_t stream);
 
     // attention sinks in the text, which stay while their cell is used
     void     set_sink(uint32_t stream, uint32_t cell) { sinks[stream][cell] = true; }

@@ -30,6 +30,9 @@ Make = Callable[[str], Path]
 MEAN_SIZE = {"k": 0.02, "v": 0.02}
 """Of random sidecars: these models have small numbers, and flash attention rounds V minus its mean to f16."""
 
+FIXED = ("qwen35",)
+"""Samples whose positions llama.cpp does not shift."""
+
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(0, 128, 250)]
 """As many as models with learnt positions have: tokens leave the window after 140."""
 
@@ -192,6 +195,38 @@ def test_a_cut_of_all_sequences_is_one_of_all_or_none(arch: Make) -> None:
             ctx.feed((TOKENS * 2)[:n], 50, seq)
         assert not ctx.seq_rm(-1, 30)
         assert [sum(native.seq_tokens(ctx.ptr, seq)) for seq in range(2)] == [40, 500]
+
+
+@pytest.mark.parametrize("swa_full", [True, False])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_positions_shift(name: str, swa_full: bool, arch: Make) -> None:
+    """As in llama.cpp's own memory, windowed layers and recurrent state with it, or refused in one line."""
+    tokens = TOKENS * 2
+    with (
+        loaded(arch(name)) as one,
+        open_context(one.model, swa_full=swa_full, xkv=one.bases.params(n_absorb=64)) as ctx,
+    ):
+        ctx.feed(tokens[:200], 8)
+        if not lib.llama_memory_can_shift(ctx.memory):
+            assert name in FIXED or (ARCHS[name] == WINDOWED and not swa_full)
+            lib.llama_memory_seq_add(ctx.memory, 0, 0, -1, 3)
+            why = "M-RoPE" if name in FIXED else "set swa_full"
+            assert why in str(native.take_refusal(ctx.ptr))
+            lib.llama_memory_clear(ctx.memory, True)
+            ctx.n_past.clear()
+            ctx.feed(tokens[:8], 8)
+            return
+        assert name not in FIXED
+        with open_context(one.model, flash_attn=False) as expected:
+            expected.feed(tokens[:200], 8)
+            for both in (expected, ctx):
+                if ARCHS[name] == HYBRID:  # a recurrent state forgets nothing
+                    lib.llama_memory_seq_add(both.memory, 0, 0, -1, 30)
+                else:
+                    assert both.seq_rm(0, 10, 100)
+                    lib.llama_memory_seq_add(both.memory, 0, 100, -1, -90)
+                both.n_past[0] = lib.llama_memory_seq_pos_max(both.memory, 0) + 1
+            assert deviation(ctx.feed(tokens[200:240], 8), expected.feed(tokens[200:240], 8)) <= 10 * TOL_F32
 
 
 @pytest.mark.parametrize("name", SAMPLES)

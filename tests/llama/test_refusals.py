@@ -305,12 +305,12 @@ def test_states_that_cannot_be_taken(open_llama: Open) -> None:
 
 
 @pytest.mark.model
-def test_shifting_an_xkv_cache(open_llama: Open) -> None:
+def test_shifting_a_sequence_that_is_not_there(open_llama: Open) -> None:
     llm = open_llama("xkv")
     tokens = llm.tokenize(b"The capital of France is")
     llm.eval(tokens)
-    why = "shifting positions (sequence 0, 2 to"
-    refused(UnsupportedError, why, lambda: llm._ctx.kv_cache_seq_shift(0, 2, -1, -1))
+    why = "seq_add of sequence 7, expected 0 to n_seq_max - 1 = 0"
+    refused(UnsupportedError, why, lambda: llm._ctx.kv_cache_seq_shift(7, 2, -1, -1))
     # what was refused is not forgotten: the caller may have gone on as if it had worked
     refused(DecodeError, why, lambda: llm.eval(tokens))
     llm.reset()

@@ -63,6 +63,31 @@ static void test_holes() {
     CHECK(jobs[1].pos == 50 && jobs[1].cells.size() == 32);
 }
 
+static void test_same_positions() {
+    auto list = tokens(0, 100);
+    for (auto & token : list) {
+        token.pos /= 4;
+    }
+    const auto jobs = xkv_select(list, { 4, 16, 32 });
+
+    CHECK(jobs.size() == 2); // divided positions: a chunk has room for so many tokens, however close they are
+    CHECK(jobs[0].pos == 4 && jobs[0].cells.size() == 32 && jobs[0].offsets.back() == 7);
+}
+
+static void test_moved_chunks() {
+    xkv_chunk_table table(32, 4);
+    table.put(2, { 40, 4, seqs({ 0 }), { 0, 3, 3, 9 } });
+
+    CHECK(table[2].slots(43, 49) == (ints{ 1, 2 }) && table[2].slots(43, 49, false) == (ints{ 0, 3 }));
+    CHECK(table.find(0, 44, 49).empty() && table.find(0, 49, 50) == (ints{ 2 })); // a hole is no part of the chunk
+    table.take(2, { 2, 3 });
+    CHECK(table[2].n == 2 && table[2].first() == 43 && table[2].end() == 50);
+    table.move(2, -43);
+    CHECK(table[2].pos == -3 && table.pos_min(0) == 0 && table.pos_max(0) == 6); // its frame begins below 0
+    table.take(2, {});
+    CHECK(table.empty());
+}
+
 static void test_sequences() {
     auto list = tokens(0, 100);
     for (int i = 0; i < 20; ++i) {
@@ -147,6 +172,8 @@ int main() {
     test_whole_chunks();
     test_nothing_leaves();
     test_holes();
+    test_same_positions();
+    test_moved_chunks();
     test_sequences();
     test_sinks();
     test_leave_out();

@@ -12,6 +12,7 @@ from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import Context, lib, open_context
+from .state import save
 from .test_full_rank import TOL_F32, TOL_FLASH, deviation
 
 # flash attention never runs: batches are small enough for absorbed attention
@@ -122,14 +123,73 @@ def test_copy_sequence(unified: bool, p1: int, tiny: Callable[[str], Tiny], toke
         check(plain, xkv, tokens[600:700], 1)
 
 
-def test_keep_one_sequence(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    with open_pair(tiny("llama"), n_ctx=1024, n_seq_max=2, unified=True) as (plain, xkv):
+@pytest.mark.parametrize(("p0", "p1"), [(0, 150), (70, 150), (130, -1), (60, 61), (230, 245)])
+def test_copy_a_part_between_streams(p0: int, p1: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """llama.cpp's own copies whole streams, so that the rest is removed from the copy."""
+    with open_pair(tiny("llama"), n_ctx=1024, n_seq_max=2) as (plain, xkv):
         for ctx in (plain, xkv):
-            ctx.feed(tokens[:200], N_BATCH, 0)
-            ctx.feed(tokens[200:400], N_BATCH, 1)
+            ctx.feed(tokens[:250], N_BATCH)
+        lib.llama_memory_seq_cp(xkv.memory, 0, 1, p0, p1)
+        lib.llama_memory_seq_cp(plain.memory, 0, 1, -1, -1)
+        assert plain.seq_rm(1, 0, p0) or p0 == 0
+        assert p1 < 0 or plain.seq_rm(1, p1)
+        assert sum(native.seq_tokens(xkv.ptr, 1)) == (250 if p1 < 0 else p1) - p0
+        for ctx in (plain, xkv):
+            ctx.n_past[1] = 250 if p1 < 0 else p1
+        check(plain, xkv, tokens[300:400], 1)
+        check(plain, xkv, tokens[500:600], 0)
+
+
+def test_a_part_into_a_stream_with_tokens(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Bases and coefficients of two streams do not mix: refused in one line, until the cache is cleared."""
+    one = tiny("llama")
+    with open_context(one.model, n_ctx=1024, n_seq_max=2, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:200], N_BATCH)
+        ctx.feed(tokens[:20], N_BATCH, 1)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, 50, 100)
+        assert "a part can be copied into an empty stream only" in str(native.take_refusal(ctx.ptr))
+        with pytest.raises(AssertionError, match="llama_decode returned -2"):
+            ctx.decode((0, tokens[:1]))
+
+
+def test_copies_share_chunks(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """In one stream a copy takes no room in the store, a part of a chunk neither."""
+    one = tiny("llama")
+    with open_context(one.model, n_ctx=512, n_seq_max=2, unified=True, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:400], N_BATCH)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, 0, 170)
+        assert sum(native.seq_tokens(ctx.ptr, 1)) == 170
+        ctx.n_past[1] = 170
+        ctx.feed(tokens[400:512], N_BATCH, 1)  # the context holds 512 tokens
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_keep_one_sequence(unified: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """All tokens of others are removed, of other streams too, as llama.h says; llama.cpp's own keeps those."""
+    with open_pair(tiny("llama"), n_ctx=1536, n_seq_max=3, unified=unified) as (plain, xkv):
+        for ctx in (plain, xkv):
+            for seq in range(3):
+                ctx.feed(tokens[100 * seq : 100 * seq + 200], N_BATCH, seq)
             lib.llama_memory_seq_keep(ctx.memory, 1)
-        assert native.seq_tokens(xkv.ptr, 0) == (0, 0)
-        check(plain, xkv, tokens[400:450], 1)
+            for seq in (0, 2):
+                assert ctx is plain or native.seq_tokens(xkv.ptr, seq) == (0, 0)
+                assert ctx.seq_rm(seq, 0)
+        for seq in range(3):
+            check(plain, xkv, tokens[400:500], seq)
+
+
+@pytest.mark.parametrize("n_draft", [1, 4, 8])
+def test_a_draft_is_rolled_back(n_draft: int, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Of tokens that are in the window nothing has to be made anew: the cache is as it was, to the last bit."""
+    one = tiny("llama")
+    with open_context(one.model, xkv=one.bases().params(type_coef="q8_0")) as ctx:
+        ctx.feed(tokens[:200], N_BATCH)
+        before = save(ctx, 0)
+        for _ in range(3):
+            ctx.decode((0, tokens[:n_draft]))
+            assert save(ctx, 0) != before
+            assert ctx.seq_rm(0, 200)
+            assert save(ctx, 0) == before
 
 
 def test_full_context(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
@@ -138,21 +198,6 @@ def test_full_context(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
         check(plain, xkv, tokens[:512])
         with pytest.raises(AssertionError, match="llama_decode returned 1"):
             xkv.decode((0, tokens[:1]))
-
-
-def test_shift_is_refused(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
-    """What is not supported yet is refused by name, and decoding does not go on as if it had worked."""
-    one = tiny("llama")
-    with open_context(one.model, xkv=one.bases().params()) as ctx:
-        ctx.feed(tokens[:200], N_BATCH)
-        assert not lib.llama_memory_can_shift(ctx.memory)
-        lib.llama_memory_seq_add(ctx.memory, 0, 50, -1, -10)
-        assert "shifting positions" in str(native.take_refusal(ctx.ptr))
-        with pytest.raises(AssertionError, match="llama_decode returned -2"):
-            ctx.decode((0, tokens[:1]))
-        lib.llama_memory_clear(ctx.memory, True)
-        ctx.n_past.clear()
-        ctx.decode((0, tokens[:1]))
 
 
 def test_idle_sequence_leaves_room(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:

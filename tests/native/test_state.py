@@ -233,9 +233,33 @@ def test_a_state_is_cut_before_the_first_batch(tiny: Callable[[str], Tiny], toke
         expected = ctx.feed(tokens[333:360], 1)
     with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
         assert load(ctx, state)
-        assert not ctx.seq_rm(0, 130)  # inside a chunk
-        assert "xkv_attach" in native.last_error()
-        native.attach(ctx.ptr)
-        assert ctx.seq_rm(0, 333)
+        assert ctx.seq_rm(0, 333)  # inside a chunk
         ctx.n_past[0] = 333
         assert deviation(ctx.feed(tokens[333:360], 1), expected) <= 50 * TOL_F32
+
+
+def test_a_state_after_shifts(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Frames below 0, holes, tokens of one position; and a shift before the first batch, which is made up for there."""
+    one = tiny("llama")
+    xkv = given(one, "static")
+    with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+        ctx.feed(tokens[:400], 50)
+        assert ctx.seq_rm(0, 0, 20)
+        lib.llama_memory_seq_add(ctx.memory, 0, 20, -1, -20)
+        lib.llama_memory_seq_div(ctx.memory, 0, 100, 200, 2)
+        state = save(ctx)
+        lib.llama_memory_seq_add(ctx.memory, 0, 100, -1, 13)
+        ctx.n_past[0] = 393
+        expected = ctx.feed(tokens[400:420], 1)
+    for attached in (True, False):
+        with open_context(one.model, n_ctx=N_CTX, xkv=xkv) as ctx:
+            assert load(ctx, state), native.last_error()
+            if attached:
+                native.attach(ctx.ptr)
+            lib.llama_memory_seq_add(ctx.memory, 0, 100, -1, 13)
+            if not attached:
+                with pytest.raises(AssertionError):
+                    save(ctx)
+                assert "before the context's first batch" in native.last_error()
+            ctx.n_past[0] = 393
+            assert deviation(ctx.feed(tokens[400:420], 1), expected) <= 50 * TOL_F32

@@ -82,7 +82,7 @@ class CheckedContext(internals.LlamaContext):
         self._raise_refusal()
 
     def kv_cache_seq_shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
-        """Move positions; an xkv cache refuses."""
+        """Move positions p0 to p1 - 1 of a sequence, as at a full context after others were removed."""
         super().kv_cache_seq_shift(seq_id, p0, p1, shift)
         self._raise_refusal()
 
