@@ -24,9 +24,9 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 
-# numbers and bytes of a block, of types that llama.cpp has and a gguf package may not know yet
-_NEWER_SIZES = {34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)}
-TYPE_SIZES: dict[int, tuple[int, int]] = _NEWER_SIZES | {int(t): size for t, size in GGML_QUANT_SIZES.items()}
+# numbers and bytes of a block, of types that llama.cpp has and a gguf package may not know yet, or has otherwise (q8_1)
+_NEWER_SIZES = {9: (32, 36), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)}
+TYPE_SIZES: dict[int, tuple[int, int]] = {int(t): size for t, size in GGML_QUANT_SIZES.items()} | _NEWER_SIZES
 """Numbers and bytes of a block of each type that is known."""
 
 _SCALARS: dict[GGUFValueType, tuple[str, int]] = {
