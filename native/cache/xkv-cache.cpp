@@ -200,14 +200,14 @@ void llama_kv_cache_xkv::clear(bool data) noexcept {
     guard("clearing the cache", true, [&] { empty(data); });
 }
 
-void llama_kv_cache_xkv::settle() {
+void llama_kv_cache_xkv::wait() {
     if (lctx) {
         lctx->synchronize();
     }
 }
 
 void llama_kv_cache_xkv::empty(bool data) {
-    settle();
+    wait();
     get_window()->clear(data);
     for (auto & table : tables) {
         table.clear();
@@ -221,7 +221,7 @@ void llama_kv_cache_xkv::empty(bool data) {
 }
 
 void llama_kv_cache_xkv::drop_unused() {
-    settle();
+    wait();
     window->drop_sinks();
     for (uint32_t s = 0; s < tables.size(); ++s) {
         if (tables[s].empty() && window->n_used(s) == 0) {

@@ -154,7 +154,7 @@ private:
     llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch);
 
     // waits for the graph in flight, which reads what is about to be written or freed: devices compute while the host goes on
-    void settle();
+    void wait();
 
     // removes all tokens, and what was refused
     void empty(bool data);
