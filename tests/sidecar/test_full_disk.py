@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,23 @@ from xkv_gguf.errors import OptionError, SidecarError, XkvError
 from xkv_gguf.sidecar.read import read_sidecar
 from xkv_gguf.sidecar.write import write_sidecar
 
+Full = Callable[[], AbstractContextManager[None]]
+
 
 @pytest.fixture(params=[1, 600])
-def full(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Files cannot grow beyond some bytes; Python ignores the signal."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def full(request: pytest.FixtureRequest) -> Full:
+    """Within it, files cannot grow beyond some bytes; Python ignores the signal."""
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, hard))
+        try:
+            yield
+        finally:  # before pytest prints, which may be into a file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def one_line(error: XkvError, path: Path) -> bool:
@@ -29,10 +39,10 @@ def one_line(error: XkvError, path: Path) -> bool:
     return text.count(str(path)) == 1 and "cannot be written (" in text and "None" not in text and "\n" not in text
 
 
-def test_a_sidecar(sidecar_file: Path, full: None) -> None:
+def test_a_sidecar(sidecar_file: Path, full: Full) -> None:
     before = sidecar_file.read_bytes()
     info = small_info()
-    with pytest.raises(SidecarError) as caught:
+    with full(), pytest.raises(SidecarError) as caught:
         write_sidecar(sidecar_file, info, small_arrays(info))
     assert one_line(caught.value, sidecar_file)
     assert sidecar_file.read_bytes() == before
@@ -40,9 +50,9 @@ def test_a_sidecar(sidecar_file: Path, full: None) -> None:
     read_sidecar(sidecar_file)
 
 
-def test_a_text(tmp_path: Path, full: None) -> None:
+def test_a_text(tmp_path: Path, full: Full) -> None:
     path = tmp_path / "rows.json"
-    with pytest.raises(OptionError) as caught:
+    with full(), pytest.raises(OptionError) as caught:
         write_atomic(path, "x" * 10000)
     assert one_line(caught.value, path)
     assert list(tmp_path.iterdir()) == []
