@@ -13,6 +13,7 @@ import pytest
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
 from xkv_gguf import Llama, states
+from xkv_gguf.base.divergence import kl_divergence, log_softmax
 from xkv_gguf.errors import StateError
 
 from ..tiny import weights, write_tiny
@@ -49,6 +50,15 @@ def go_on(llm: Llama, n: int = 24) -> list[int]:
         token = llm.sample(temp=0.0)
         found.append(token)
     return found
+
+
+def read_on(llm: Llama, tokens: list[int]) -> np.ndarray:
+    """Log-probabilities after each of some tokens."""
+    rows = []
+    for token in tokens:
+        llm.eval([token])
+        rows.append(log_softmax(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),))))
+    return np.array(rows)
 
 
 def counts(llm: Llama) -> tuple[int, int, int]:
@@ -240,22 +250,25 @@ def test_more_text_after_a_restored_state(demo_model: Path, sidecar: Path, repo_
         return Llama(demo_model, xkv=options, n_ctx=n_ctx, n_ubatch=64, n_threads=2, verbose=False)
 
     llm = open_one(1536)
-    tokens = llm.tokenize(text.encode())[:1300]
-    llm.eval(tokens[:600])
+    tokens = llm.tokenize(text.encode())[:1332]
+    prompt, rest = tokens[:1300], tokens[1300:]
+    llm.eval(prompt[:600])
     llm.save_file(tmp_path / "a.state")
-    llm.eval(tokens[600:])
-    expected = (counts(llm), llm.kv_report().n_check, go_on(llm))
+    llm.eval(prompt[600:])
+    expected = (counts(llm), llm.kv_report().n_check)
+    rows = read_on(llm, rest)
     llm.close()
     other = open_one(1536)
     other.load_file(tmp_path / "a.state")
     assert counts(other)[0] == 600
-    other.eval(tokens[600:])
-    assert (counts(other), other.kv_report().n_check, go_on(other)) == expected
+    other.eval(prompt[600:])
+    assert (counts(other), other.kv_report().n_check) == expected
+    np.testing.assert_array_equal(read_on(other, rest), rows)
     other.close()
     moved = open_one(2048)
     moved.load_file(tmp_path / "a.state")
-    moved.eval(tokens[600:])
+    moved.eval(prompt[600:])
     assert sum(counts(moved)[1:]) == 1300
-    same = sum(a == b for a, b in zip(go_on(moved), expected[-1], strict=True))
+    moved_rows = read_on(moved, rest)
     moved.close()
-    assert same >= 8  # a token that falls otherwise takes the rest with it
+    assert 0.0 < kl_divergence(rows, moved_rows).mean() < 0.05
