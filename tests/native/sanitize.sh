@@ -12,6 +12,7 @@ tsan) options="-DXKV_SANITIZE=thread -DGGML_OPENMP=OFF" targets="xkv-test-thread
 *) echo "sanitize.sh: $kind is not known, expected asan or tsan" >&2; exit 1 ;;
 esac
 
+mkdir -p "$folder"
 echo "building with sanitizers in $folder (the first time takes some minutes)"
 $venv/cmake -G Ninja -S . -B "$folder" -DCMAKE_MAKE_PROGRAM="$PWD/$venv/ninja" -DPython_EXECUTABLE="$PWD/$venv/python" \
     -DCMAKE_BUILD_TYPE=Release $options > "$folder.log" 2>&1 || { tail -n 20 "$folder.log" >&2; exit 1; }
