@@ -200,6 +200,13 @@ void llama_kv_cache_xkv::clear(bool data) noexcept {
     guard("clearing the cache", true, [&] { empty(data); });
 }
 
+void llama_kv_cache_xkv::attach(llama_context * ctx) noexcept {
+    lctx = ctx;
+
+    const bool shifted = window->has_shift();
+    guard("attaching", shifted, [&] { settle(); });
+}
+
 void llama_kv_cache_xkv::wait() {
     if (lctx) {
         lctx->synchronize();

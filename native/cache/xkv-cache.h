@@ -109,7 +109,8 @@ public:
     llama_kv_cache * get_window() const { return window->get(); }
 
     // the context that the cache is of: known before its first batch, so that states can be loaded and cut
-    void attach(llama_context * ctx) { lctx = ctx; }
+    void            attach(llama_context * ctx) noexcept;
+    llama_context * context() const { return lctx; }
 
     bool is_broken() const { return broken; }
 
