@@ -1,6 +1,7 @@
 #include "cache/xkv-composed.h"
 
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -252,7 +253,22 @@ std::vector<std::pair<std::string, size_t>> xkv_composed::parts() const {
 }
 
 void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+// what llama.cpp leaves for its next batch: windowed K that are not turned yet, and streams that are not copied
+void xkv_composed::settle() const {
+    auto * lctx = attn->context();
+    if (windowed && lctx) {
+        llama_synchronize(lctx);
+        lctx->memory_update(false);
+    }
+    if (windowed && windowed->get_has_shift()) {
+        const char * why = "positions of windowed layers were shifted and their K is not turned; call xkv_attach, or decode a token first";
+        xkv_set_last_error(why);
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", why);
+    }
+}
+
     if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+    settle();
         attn->state_write(io, seq_id, flags);
     }
     if (windowed) {

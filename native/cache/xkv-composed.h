@@ -45,6 +45,9 @@ private:
     const uint32_t                                n_swa; // tokens that windowed layers look back
     const bool                                    unified;
 
+    // throws xkv_error
+    void settle() const;
+
     // whether positions can change; refuses where they cannot
     bool can_move(const char * what) noexcept;
 
