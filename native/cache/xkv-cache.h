@@ -118,6 +118,9 @@ public:
     // when they cannot be.
     uint32_t check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
+    // makes them free; changes says whether what it throws leaves the cache half changed
+    void make_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool & changes);
+
     // an operation on positions, which a caller cannot see fail, is refused
     void refuse_positions(const char * what, const char * why) noexcept;
 

@@ -135,8 +135,9 @@ bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexc
             return false;
         }
         // a recurrent state would go back before the cache could refuse
-        const bool room = !recurrent || attn->guard("seq_rm", false, [&] {
-            attn->check_room(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
+        bool       changes = false;
+        const bool room    = !recurrent || attn->guard("seq_rm", changes, [&] {
+            attn->make_room(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1, changes);
         });
         if (!room) {
             return false;
