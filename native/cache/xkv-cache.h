@@ -175,6 +175,7 @@ private:
     void start_over();
 
     // saved states (xkv-state.cpp)
+    void   write_state(llama_io_write_i & io, llama_seq_id seq_id) const;
     void   read_state(llama_io_read_i & io, llama_seq_id seq_id);
     void   check_origin(xkv_bytes_in & in, llama_seq_id seq_id) const;
     void   check_members(uint32_t stream, llama_seq_id seq_id, const xkv_seq_set & seqs) const;

@@ -67,15 +67,23 @@ static uint64_t xkv_model_identity(const llama_model & model) {
 void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags);
     if (seq_id >= (llama_seq_id) n_seq_max) {
+    try {
+        write_state(io, seq_id);
+    } catch (...) {
+        xkv_set_last_error(xkv_caught().text);
+        throw;
+    }
+}
+
+void llama_kv_cache_xkv::write_state(llama_io_write_i & io, llama_seq_id seq_id) const {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a state of sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
     }
     if (broken) {
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", refusal.text);
     }
     if (window->has_shift()) {
-        const char * why = "positions were shifted before the context's first batch; call xkv_attach, or decode a token first";
-        xkv_set_last_error(why); // llama.cpp keeps what it catches to itself
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", why);
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "positions were shifted before the context's first batch; call xkv_attach, or decode a token first");
     }
     xkv_bytes_out out;
     out.put(xkv_identity(*sidecar));
