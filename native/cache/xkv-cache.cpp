@@ -223,6 +223,7 @@ void llama_kv_cache_xkv::empty(bool data) {
         flow->restart(0); // a change of stage that failed has left bases and coefficients of neither stage
     }
     drop_unused();
+    flow->half_changed(); // as it may be, nothing is left of it
     broken         = false;
     refusal.status = XKV_STATUS_OK;
 }

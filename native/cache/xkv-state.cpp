@@ -229,6 +229,9 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
             clear(true);
         } else {
             seq_rm(seq_id, -1, -1);
+        if (flow->half_changed()) {
+            fail("a state", true, failure);
+        }
         }
         throw xkv_error(failure.status, std::string("the state could not be taken over, and its tokens are gone: ") + failure.text);
     }
