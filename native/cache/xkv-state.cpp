@@ -201,7 +201,10 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
                       "decode a token first",
                       st.exact.tokens.size(), n_cell);
         }
-        const size_t n_more = n_over > 0 ? (n_over + config.n_window) / store->n_chunk + 2 : 0;
+        const size_t n_exact = st.exact.tokens.size();
+        const size_t n_leave = n_exact - std::min<size_t>(n_exact, config.n_sink + config.n_window);
+        // each sequence of a stream can leave one chunk that is not full
+        const size_t n_more = n_over > 0 ? (n_leave + store->n_chunk - 1) / store->n_chunk + (tables.size() == 1 ? n_seq_max - 1 : 0) : 0;
         flow->prepare(lctx, stream, st.alone, n_stay(seq_id, stream), n_more, st.store);
     }
 
