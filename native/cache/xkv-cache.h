@@ -179,7 +179,7 @@ private:
     void   read_state(llama_io_read_i & io, llama_seq_id seq_id);
     void   check_origin(xkv_bytes_in & in, llama_seq_id seq_id) const;
     void   check_members(uint32_t stream, llama_seq_id seq_id, const xkv_seq_set & seqs) const;
-    void   check_room(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const;
+    void   check_size(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const;
     size_t n_stay(llama_seq_id seq_id, uint32_t stream) const; // chunks that others have
     bool   is_alone(llama_seq_id seq_id) const;                // in its stream
     void   take_exact(uint32_t stream, llama_seq_id seq_id, xkv_saved_tokens & exact);

@@ -190,7 +190,7 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
             seqs |= token.seqs;
         }
         check_members(stream, seq_id, seqs);
-        check_room(seq_id, st.alone, stream, st.n_token());
+        check_size(seq_id, st.alone, stream, st.n_token());
 
         // what has no room in the window is going to follow into the store
         const size_t n_cell = seq_id < 0 ? window->size() : window->n_free(seq_id, 0, std::numeric_limits<llama_pos>::max());
@@ -258,7 +258,7 @@ void llama_kv_cache_xkv::check_origin(xkv_bytes_in & in, llama_seq_id seq_id) co
     }
 }
 
-void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const {
+void llama_kv_cache_xkv::check_size(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const {
     size_t n_other = 0;
     if (!alone) {
         const auto both = [&](llama_seq_id s) { return window->n_token(s) + tables[stream].n_token(s); };
