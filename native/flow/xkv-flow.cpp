@@ -79,6 +79,7 @@ bool xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 }
 
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
+    llama_synchronize(lctx);
     auto next = store.begin(stage, tables[stream].n_slot());
 
     if (online) {
