@@ -160,8 +160,6 @@ void xkv_composed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
         attn->refuse_positions("seq_cp", "a recurrent state cannot be copied as it was before its last token");
         return;
     }
-}
-
     attn->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     beside("seq_cp", [&](llama_memory_i & mem) {
         mem.seq_cp(seq_id_src, seq_id_dst, whole ? -1 : p0, whole ? -1 : p1);
@@ -174,6 +172,8 @@ void xkv_composed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
             }
         }
     });
+}
+
 void xkv_composed::seq_keep(llama_seq_id seq_id) noexcept {
     attn->seq_keep(seq_id);
     beside("seq_keep", [&](llama_memory_i & mem) {
@@ -253,7 +253,6 @@ std::vector<std::pair<std::string, size_t>> xkv_composed::parts() const {
     return res;
 }
 
-void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
 // what llama.cpp leaves for its next batch: windowed K that are not turned yet, and streams that are not copied
 void xkv_composed::settle() const {
     auto * lctx = attn->context();
@@ -268,8 +267,9 @@ void xkv_composed::settle() const {
     }
 }
 
-    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     settle();
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
         attn->state_write(io, seq_id, flags);
     }
     if (windowed) {

@@ -65,9 +65,6 @@ private:
         }
     }
 
-    std::vector<llama_ubatch> split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) const;
-
-    llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all);
     // The parts beside the xkv cache, where that refused nothing: what they throw may not leave through C either.
     template <typename F> void beside(const char * what, F && f) noexcept {
         attn->guard(what, true, [&] {
@@ -81,6 +78,9 @@ private:
 
     bool rm_beside(llama_memory_i * mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept;
 
+    std::vector<llama_ubatch> split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) const;
+
+    llama_memory_context_ptr prepare(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all);
 
     // contexts of the parts as one
     llama_memory_context_ptr compose(llama_memory_context_ptr a, llama_memory_context_ptr w, llama_memory_context_ptr r,

@@ -64,9 +64,9 @@ static uint64_t xkv_model_identity(const llama_model & model) {
     return res;
 }
 
+// llama.cpp keeps what it catches to itself
 void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags);
-    if (seq_id >= (llama_seq_id) n_seq_max) {
     try {
         write_state(io, seq_id);
     } catch (...) {
@@ -76,6 +76,7 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 }
 
 void llama_kv_cache_xkv::write_state(llama_io_write_i & io, llama_seq_id seq_id) const {
+    if (seq_id >= (llama_seq_id) n_seq_max) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a state of sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
     }
     if (broken) {
@@ -228,13 +229,13 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
         }
     } catch (...) {
         const auto failure = xkv_caught();
+        if (flow->half_changed()) {
+            fail("a state", true, failure);
+        }
         if (seq_id < 0) {
             clear(true);
         } else {
             seq_rm(seq_id, -1, -1);
-        if (flow->half_changed()) {
-            fail("a state", true, failure);
-        }
         }
         throw xkv_error(failure.status, std::string("the state could not be taken over, and its tokens are gone: ") + failure.text);
     }
