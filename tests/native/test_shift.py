@@ -333,3 +333,23 @@ def test_positions_that_many_tokens_have(tiny: Callable[[str], Tiny], tokens: li
                 divide(ctx, 0, -1, 100)
         assert xkv.n_past == plain.n_past
         check(plain, xkv, tokens[300:400])
+
+
+def test_a_cut_without_room_changes_nothing(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Parts of chunks whose positions overlap are not packed, however few tokens they have: the cache goes on."""
+    one = tiny("llama")
+    with open_context(one.model, n_ctx=512, n_seq_max=2, unified=True, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:512], N_BATCH)
+        add(ctx, 248, -1, -184)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+        for p in range(64, 300, 4):
+            before = [native.seq_tokens(ctx.ptr, seq) for seq in range(2)]
+            if not ctx.seq_rm(1, p, p + 2):
+                break
+        else:
+            pytest.fail("there is room for all parts")
+        assert "chunks of the store are needed for parts of chunks" in str(native.take_refusal(ctx.ptr))
+        assert [native.seq_tokens(ctx.ptr, seq) for seq in range(2)] == before
+        assert native.take_refusal(ctx.ptr) is None
+        assert ctx.seq_rm(1, 0) and ctx.seq_rm(0, 200)
+        ctx.feed(tokens[:50], N_BATCH)

@@ -144,6 +144,22 @@ def test_a_window_with_less_room(tiny: Callable[[str], Tiny], tokens: list[int])
     assert deviation(found, expected) <= 2 * deviation(flash, expected)
 
 
+@pytest.mark.parametrize("n_token", [300, 512, 700, 1024])
+def test_a_full_context_in_a_window_with_less_room(
+    n_token: int, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """The store has room for all that leaves."""
+    one = tiny("llama")
+    kind = {**cache(one.bases(4, 64), "only", "static"), "n_ctx": n_token}
+    with open_context(one.model, n_ubatch=n_token // 2, **kind) as ctx:
+        ctx.feed((tokens * 2)[:n_token], n_token // 2)
+        state = save(ctx)
+    with open_context(one.model, n_ubatch=32, **kind) as ctx:
+        native.attach(ctx.ptr)
+        assert load(ctx, state), native.last_error()
+        assert sum(native.seq_tokens(ctx.ptr, 0)) == n_token
+
+
 @pytest.mark.parametrize("how", ["static", "online"])
 def test_few_directions(how: str, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """A state that moves loses about what the coarser of both caches loses."""
