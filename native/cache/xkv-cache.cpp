@@ -200,6 +200,13 @@ void llama_kv_cache_xkv::clear(bool data) noexcept {
     guard("clearing the cache", true, [&] { empty(data); });
 }
 
+void llama_kv_cache_xkv::attach(llama_context * ctx) noexcept {
+    lctx = ctx;
+
+    const bool shifted = window->has_shift();
+    guard("attaching", shifted, [&] { settle(); });
+}
+
 void llama_kv_cache_xkv::wait() {
     if (lctx) {
         lctx->synchronize();
@@ -216,6 +223,7 @@ void llama_kv_cache_xkv::empty(bool data) {
         flow->restart(0); // a change of stage that failed has left bases and coefficients of neither stage
     }
     drop_unused();
+    flow->half_changed(); // as it may be, nothing is left of it
     broken         = false;
     refusal.status = XKV_STATUS_OK;
 }

@@ -109,13 +109,17 @@ public:
     llama_kv_cache * get_window() const { return window->get(); }
 
     // the context that the cache is of: known before its first batch, so that states can be loaded and cut
-    void attach(llama_context * ctx) { lctx = ctx; }
+    void            attach(llama_context * ctx) noexcept;
+    llama_context * context() const { return lctx; }
 
     bool is_broken() const { return broken; }
 
     // Chunks that have to be free before the sequence's tokens at [p0, p1) are removed; throws xkv_error, before anything is changed,
     // when they cannot be.
     uint32_t check_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // makes them free; changes says whether what it throws leaves the cache half changed
+    void make_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool & changes);
 
     // an operation on positions, which a caller cannot see fail, is refused
     void refuse_positions(const char * what, const char * why) noexcept;
@@ -171,10 +175,11 @@ private:
     void start_over();
 
     // saved states (xkv-state.cpp)
+    void   write_state(llama_io_write_i & io, llama_seq_id seq_id) const;
     void   read_state(llama_io_read_i & io, llama_seq_id seq_id);
     void   check_origin(xkv_bytes_in & in, llama_seq_id seq_id) const;
     void   check_members(uint32_t stream, llama_seq_id seq_id, const xkv_seq_set & seqs) const;
-    void   check_room(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const;
+    void   check_size(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const;
     size_t n_stay(llama_seq_id seq_id, uint32_t stream) const; // chunks that others have
     bool   is_alone(llama_seq_id seq_id) const;                // in its stream
     void   take_exact(uint32_t stream, llama_seq_id seq_id, xkv_saved_tokens & exact);

@@ -1,6 +1,7 @@
 #include "cache/xkv-composed.h"
 
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -127,53 +128,63 @@ bool xkv_composed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexc
                 return false;
             }
         }
-        return attn->seq_rm(seq_id, p0, p1) && (!windowed || windowed->seq_rm(seq_id, p0, p1));
+        return attn->seq_rm(seq_id, p0, p1) && rm_beside(windowed.get(), seq_id, p0, p1);
     }
     if (seq_id < n_seq) {
         if (is_forgotten(seq_id, p0, p1)) {
             return false;
         }
         // a recurrent state would go back before the cache could refuse
-        const bool room = !recurrent || attn->guard("seq_rm", false, [&] {
-            attn->check_room(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
+        bool       changes = false;
+        const bool room    = !recurrent || attn->guard("seq_rm", changes, [&] {
+            attn->make_room(seq_id, std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1, changes);
         });
         if (!room) {
             return false;
         }
     }
     // a recurrent state seldom forgets a part, and says so before it changes anything
-    return (!recurrent || recurrent->seq_rm(seq_id, p0, p1)) && attn->seq_rm(seq_id, p0, p1) &&
-           (!windowed || windowed->seq_rm(seq_id, p0, p1));
+    return rm_beside(recurrent.get(), seq_id, p0, p1) && attn->seq_rm(seq_id, p0, p1) && rm_beside(windowed.get(), seq_id, p0, p1);
+}
+
+bool xkv_composed::rm_beside(llama_memory_i * mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept {
+    bool       res = true;
+    const bool ok  = attn->guard("seq_rm", true, [&] { res = !mem || mem->seq_rm(seq_id, p0, p1); });
+    return ok && res;
 }
 
 void xkv_composed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) noexcept {
-    attn->seq_cp(seq_id_src, seq_id_dst, p0, p1);
-    if (attn->is_broken()) {
-        return; // refused: the next batch says so
-    }
     // between streams, all that there is
     const bool whole = !unified && seq_id_src != seq_id_dst;
-    for (llama_memory_i * mem : { (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
-        if (mem) {
-            mem->seq_cp(seq_id_src, seq_id_dst, whole ? -1 : p0, whole ? -1 : p1);
-        }
+    if (whole && recurrent && p1 >= 0 && p1 <= attn->seq_pos_max(seq_id_src)) {
+        attn->refuse_positions("seq_cp", "a recurrent state cannot be copied as it was before its last token");
+        return;
     }
+    attn->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    beside("seq_cp", [&](llama_memory_i & mem) {
+        mem.seq_cp(seq_id_src, seq_id_dst, whole ? -1 : p0, whole ? -1 : p1);
+        if (whole && &mem == windowed.get()) {
+            if (p0 > 0) {
+                mem.seq_rm(seq_id_dst, 0, p0);
+            }
+            if (p1 >= 0) {
+                mem.seq_rm(seq_id_dst, p1, -1);
+            }
+        }
+    });
 }
 
 void xkv_composed::seq_keep(llama_seq_id seq_id) noexcept {
     attn->seq_keep(seq_id);
-    for (llama_memory_i * mem : { (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
-        if (!mem || attn->is_broken()) {
-            continue;
-        }
-        mem->seq_keep(seq_id);
+    beside("seq_keep", [&](llama_memory_i & mem) {
+        mem.seq_keep(seq_id);
         // llama.cpp's own keeps the tokens of other streams
         for (llama_seq_id s = 0; s < (llama_seq_id) attn->n_seq_max; ++s) {
             if (s != seq_id) {
-                mem->seq_rm(s, -1, -1);
+                mem.seq_rm(s, -1, -1);
             }
         }
-    }
+    });
 }
 
 // Windowed layers that have forgotten tokens miss those that come nearer when others are taken out between.
@@ -189,19 +200,17 @@ bool xkv_composed::can_move(const char * what) noexcept {
 }
 
 void xkv_composed::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) noexcept {
-    each([&](llama_memory_i & mem) {
-        if (can_move("seq_add")) {
-            mem.seq_add(seq_id, p0, p1, shift);
-        }
-    });
+    if (can_move("seq_add")) {
+        attn->seq_add(seq_id, p0, p1, shift);
+        beside("seq_add", [&](llama_memory_i & mem) { mem.seq_add(seq_id, p0, p1, shift); });
+    }
 }
 
 void xkv_composed::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) noexcept {
-    each([&](llama_memory_i & mem) {
-        if (can_move("seq_div")) {
-            mem.seq_div(seq_id, p0, p1, d);
-        }
-    });
+    if (can_move("seq_div")) {
+        attn->seq_div(seq_id, p0, p1, d);
+        beside("seq_div", [&](llama_memory_i & mem) { mem.seq_div(seq_id, p0, p1, d); });
+    }
 }
 
 // what all parts know of a sequence
@@ -244,7 +253,22 @@ std::vector<std::pair<std::string, size_t>> xkv_composed::parts() const {
     return res;
 }
 
+// what llama.cpp leaves for its next batch: windowed K that are not turned yet, and streams that are not copied
+void xkv_composed::settle() const {
+    auto * lctx = attn->context();
+    if (windowed && lctx) {
+        llama_synchronize(lctx);
+        lctx->memory_update(false);
+    }
+    if (windowed && windowed->get_has_shift()) {
+        const char * why = "positions of windowed layers were shifted and their K is not turned; call xkv_attach, or decode a token first";
+        xkv_set_last_error(why);
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", why);
+    }
+}
+
 void xkv_composed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    settle();
     if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
         attn->state_write(io, seq_id, flags);
     }

@@ -45,6 +45,9 @@ private:
     const uint32_t                                n_swa; // tokens that windowed layers look back
     const bool                                    unified;
 
+    // throws xkv_error
+    void settle() const;
+
     // whether positions can change; refuses where they cannot
     bool can_move(const char * what) noexcept;
 
@@ -61,6 +64,19 @@ private:
             }
         }
     }
+
+    // The parts beside the xkv cache, where that refused nothing: what they throw may not leave through C either.
+    template <typename F> void beside(const char * what, F && f) noexcept {
+        attn->guard(what, true, [&] {
+            for (llama_memory_i * mem : { (llama_memory_i *) windowed.get(), (llama_memory_i *) recurrent.get() }) {
+                if (mem && !attn->is_broken()) {
+                    f(*mem);
+                }
+            }
+        });
+    }
+
+    bool rm_beside(llama_memory_i * mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) noexcept;
 
     std::vector<llama_ubatch> split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) const;
 

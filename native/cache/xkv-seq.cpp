@@ -39,14 +39,14 @@ bool llama_kv_cache_xkv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
         refuse("seq_rm: sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
         return false;
     }
-    bool changed = false;
+    bool changed = lctx && window->has_shift();
     return guard("seq_rm", changed, [&] {
+        settle();
+        changed = false;
         for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
             if (seq_id < 0 || s == seq_id) {
-                const uint32_t n = check_room(s, p0, p1);
-                changed          = true;
-                settle();
-                flow->need_free(lctx, get_stream(s), n);
+                make_room(s, p0, p1, changed);
+                changed = true;
                 seq_rm_one(s, p0, p1);
             }
         }
@@ -77,6 +77,19 @@ uint32_t llama_kv_cache_xkv::check_room(llama_seq_id seq_id, llama_pos p0, llama
                   seq_id, p0, p1);
     }
     return n_new;
+}
+
+void llama_kv_cache_xkv::make_room(llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool & changes) {
+    const uint32_t stream = get_stream(seq_id);
+    // what is packed may be cut elsewhere; not all that could be packed by its number can be by its positions
+    for (uint32_t n = check_room(seq_id, p0, p1); n > flow->n_free(stream, false); n = check_room(seq_id, p0, p1)) {
+        try {
+            flow->need_free(lctx, stream, n);
+        } catch (...) {
+            changes = flow->half_changed() || changes;
+            throw;
+        }
+    }
 }
 
 void llama_kv_cache_xkv::seq_rm_one(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -175,6 +188,7 @@ void llama_kv_cache_xkv::seq_cp_in_stream(llama_seq_id seq_id_src, llama_seq_id 
 
     settle();
     drop_copies(seq_id_src, seq_id_dst, p0, p1);
+    window->drop_sinks(); // before their cells are others'
     get_window()->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     for (uint32_t ic : table.find(seq_id_src, p0, p1)) {
         const auto & chunk = table[ic];
@@ -214,6 +228,8 @@ void llama_kv_cache_xkv::drop_copies(llama_seq_id seq_id_src, llama_seq_id seq_i
     for (size_t i = 0, n; i < list.size(); i += n) {
         for (n = 1; i + n < list.size() && list[i + n] == list[i] + (llama_pos) n; ++n) {
         }
+        bool changes = true;
+        make_room(seq_id_dst, list[i], list[i] + n, changes);
         seq_rm_one(seq_id_dst, list[i], list[i] + n);
     }
 }
@@ -275,8 +291,9 @@ void llama_kv_cache_xkv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     }
     guard("seq_add", true, [&] {
         if (p0 < -(int64_t) shift) {
-            const llama_pos end = std::min<int64_t>(p1, -(int64_t) shift); // below 0 there is nothing
-            flow->need_free(lctx, get_stream(seq_id), check_room(seq_id, p0, end));
+            const llama_pos end     = std::min<int64_t>(p1, -(int64_t) shift); // below 0 there is nothing
+            bool            changes = true;
+            make_room(seq_id, p0, end, changes);
             seq_rm_one(seq_id, p0, end);
         }
         auto & table = tables[get_stream(seq_id)];

@@ -64,8 +64,18 @@ static uint64_t xkv_model_identity(const llama_model & model) {
     return res;
 }
 
+// llama.cpp keeps what it catches to itself
 void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags);
+    try {
+        write_state(io, seq_id);
+    } catch (...) {
+        xkv_set_last_error(xkv_caught().text);
+        throw;
+    }
+}
+
+void llama_kv_cache_xkv::write_state(llama_io_write_i & io, llama_seq_id seq_id) const {
     if (seq_id >= (llama_seq_id) n_seq_max) {
         xkv_throw(XKV_STATUS_INVALID_ARGUMENT, "a state of sequence %d, expected below n_seq_max = %u", seq_id, n_seq_max);
     }
@@ -73,9 +83,8 @@ void llama_kv_cache_xkv::state_write(llama_io_write_i & io, llama_seq_id seq_id,
         xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", refusal.text);
     }
     if (window->has_shift()) {
-        const char * why = "positions were shifted before the context's first batch; call xkv_attach, or decode a token first";
-        xkv_set_last_error(why); // llama.cpp keeps what it catches to itself
-        xkv_throw(XKV_STATUS_UNSUPPORTED, "%s", why);
+        xkv_throw(XKV_STATUS_UNSUPPORTED,
+                  "positions were shifted before the context's first batch; call xkv_attach, or decode a token first");
     }
     xkv_bytes_out out;
     out.put(xkv_identity(*sidecar));
@@ -182,7 +191,7 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
             seqs |= token.seqs;
         }
         check_members(stream, seq_id, seqs);
-        check_room(seq_id, st.alone, stream, st.n_token());
+        check_size(seq_id, st.alone, stream, st.n_token());
 
         // what has no room in the window is going to follow into the store
         const size_t n_cell = seq_id < 0 ? window->size() : window->n_free(seq_id, 0, std::numeric_limits<llama_pos>::max());
@@ -193,7 +202,10 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
                       "decode a token first",
                       st.exact.tokens.size(), n_cell);
         }
-        const size_t n_more = n_over > 0 ? (n_over + config.n_window) / store->n_chunk + 2 : 0;
+        const size_t n_exact = st.exact.tokens.size();
+        const size_t n_leave = n_exact - std::min<size_t>(n_exact, config.n_sink + config.n_window);
+        // each sequence of a stream can leave one chunk that is not full
+        const size_t n_more = n_over > 0 ? (n_leave + store->n_chunk - 1) / store->n_chunk + (tables.size() == 1 ? n_seq_max - 1 : 0) : 0;
         flow->prepare(lctx, stream, st.alone, n_stay(seq_id, stream), n_more, st.store);
     }
 
@@ -217,6 +229,9 @@ void llama_kv_cache_xkv::read_state(llama_io_read_i & io, llama_seq_id seq_id) {
         }
     } catch (...) {
         const auto failure = xkv_caught();
+        if (flow->half_changed()) {
+            fail("a state", true, failure);
+        }
         if (seq_id < 0) {
             clear(true);
         } else {
@@ -244,7 +259,7 @@ void llama_kv_cache_xkv::check_origin(xkv_bytes_in & in, llama_seq_id seq_id) co
     }
 }
 
-void llama_kv_cache_xkv::check_room(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const {
+void llama_kv_cache_xkv::check_size(llama_seq_id seq_id, bool alone, uint32_t stream, size_t n_token) const {
     size_t n_other = 0;
     if (!alone) {
         const auto both = [&](llama_seq_id s) { return window->n_token(s) + tables[stream].n_token(s); };

@@ -75,10 +75,12 @@ std::vector<uint32_t> xkv_flow::find_run(uint32_t stream) const {
     std::vector<uint32_t> res;
     for (const auto & list : by_sequences(stream)) {
         for (size_t i = 0; i < list.size(); ++i) {
-            size_t n = table[list[i]].n;
+            size_t    n   = table[list[i]].n;
+            llama_pos low = table[list[i]].pos; // any of them may give a chunk its frame
             for (size_t j = i + 1; j < list.size() && (res.empty() || j - i + 1 < res.size()); ++j) {
                 const auto & chunk = table[list[j]];
-                if (chunk.first() + 1 < table[list[j - 1]].end() || chunk.end() - table[list[i]].pos > XKV_MAX_SPAN) {
+                low                = std::min(low, chunk.pos);
+                if (chunk.first() + 1 < table[list[j - 1]].end() || chunk.end() - low > XKV_MAX_SPAN) {
                     break;
                 }
                 n += chunk.n;

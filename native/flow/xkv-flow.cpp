@@ -79,6 +79,7 @@ bool xkv_flow::make_room(llama_context * lctx, uint32_t stream, jobs_t & jobs) {
 }
 
 void xkv_flow::enter_stage(llama_context * lctx, uint32_t stream, uint32_t stage, const jobs_t & jobs) {
+    llama_synchronize(lctx);
     auto next = store.begin(stage, tables[stream].n_slot());
 
     if (online) {
@@ -128,13 +129,7 @@ std::vector<uint32_t> xkv_flow::restore(llama_context * lctx, uint32_t stream, u
                   "a chunk cannot be cut before the context's first batch; call xkv_attach, or decode a token first");
     }
 
-    std::vector<uint32_t> slots;
-    for (uint32_t i = 0; i < chunk.n; ++i) {
-        const llama_pos p = chunk.pos + chunk.offsets[i];
-        if (p >= p0 && p < p1) {
-            slots.push_back(i);
-        }
-    }
+    const auto slots = chunk.slots(p0, p1);
     const auto cells = window.free_cells(stream, slots.size());
 
     flush.restore(lctx, stream, ic, chunk.pos, slots, cells);

@@ -131,6 +131,13 @@ void xkv_flow::prepare(llama_context * lctx, uint32_t stream, bool alone, size_t
     }
     saved.stage = alone ? xkv_select_stage(slots, 0, store.n_chunk, n) : store.stage();
     saved.image = store.image(saved.signature, n);
+    // the bases that a plain stage ends with are made where nothing else is stored
+    const bool first = alone && tables.size() == 1;
+    const bool bases = setup.sidecar.calibrated() || (!alone && store.has_own_bases(stream));
+    if (saved.image->plain() && !store.plain() && !first && !bases) {
+        xkv_throw(XKV_STATUS_UNSUPPORTED, "a state of a plain stage cannot be taken into one of several streams, or beside sequences that "
+                                          "have none of their own bases yet, without calibration; evaluate the prompt again");
+    }
     if (saved.chunk_bytes != saved.image->chunk_bytes() || (saved.bases.size > 0 && saved.bases.size != saved.image->basis_bytes())) {
         xkv_throw(XKV_STATUS_FORMAT, "the state has chunks of %zu bytes and %zu bytes of bases, expected %zu and %zu", saved.chunk_bytes,
                   saved.bases.size, saved.image->chunk_bytes(), saved.image->basis_bytes());

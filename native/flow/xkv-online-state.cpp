@@ -46,7 +46,17 @@ xkv_online_bases::state xkv_online_bases::read_state(state st, const xkv_store &
 }
 
 void xkv_online_bases::load(uint32_t stream, xkv_bytes_in & in) {
-    states[stream] = read_state(states[stream], store, in);
+    auto st = read_state(states[stream], store, in);
+    for (auto kd : { kind::K, kind::V }) {
+        for (size_t ig = 0; !store.plain() && ig < st.n_dir[kd].size(); ++ig) {
+            const auto & gr = store.groups()[ig];
+            if (st.n_dir[kd][ig] > std::min(gr.rank[kd], gr.dim[kd])) {
+                xkv_throw(XKV_STATUS_FORMAT, "a saved state has %u directions of group %zu, whose stage has %u", st.n_dir[kd][ig], ig,
+                          std::min(gr.rank[kd], gr.dim[kd]));
+            }
+        }
+    }
+    states[stream] = std::move(st);
 }
 
 void xkv_online_bases::load_moved(uint32_t stream, xkv_bytes_in & in, bool own) {

@@ -9,8 +9,11 @@ static const float XKV_TEXT_SINK = 0.05f;
 
 std::vector<xkv_flush_job> xkv_select(const std::vector<xkv_token> & tokens, const xkv_select_rule & rule) {
     std::vector<const xkv_token *> exact; // those that may leave
+    uint32_t                       n_first = 0;
     for (const auto & token : tokens) {
-        if (token.pos >= (llama_pos) rule.n_sink && !token.sink) {
+        // after positions were divided or shifted, more tokens can have the first ones
+        const bool first = token.pos < (llama_pos) rule.n_sink && n_first++ < rule.n_sink;
+        if (!first && !token.sink) {
             exact.push_back(&token);
         }
     }

@@ -242,3 +242,51 @@ def test_a_state_goes_on(name: str, arch: Make) -> None:
             assert load(ctx, state), native.last_error()
             ctx.n_past[0] = 200
             assert deviation(ctx.feed(TOKENS[200:], 5), expected) <= 10 * TOL_F32
+
+
+@pytest.mark.parametrize(("p0", "p1"), [(0, 150), (70, 150), (130, -1)])
+def test_a_part_is_copied_between_streams(p0: int, p1: int, arch: Make) -> None:
+    """Windowed layers are copied whole, and forget what was not asked for."""
+    shape = {"n_ctx": 1024, "n_seq_max": 2}
+    with (
+        loaded(arch("gemma4")) as one,
+        open_context(one.model, flash_attn=False, **shape) as expected,
+        open_context(one.model, xkv=one.bases.params(n_absorb=64), **shape) as ctx,
+    ):
+        for both in (expected, ctx):
+            both.feed(TOKENS[:200], 8)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, p0, p1)
+        lib.llama_memory_seq_cp(expected.memory, 0, 1, -1, -1)
+        assert expected.seq_rm(1, 0, p0) or p0 == 0
+        assert p1 < 0 or expected.seq_rm(1, p1)
+        for both in (expected, ctx):
+            both.n_past[1] = 200 if p1 < 0 else p1
+        for seq in (1, 0):
+            found = ctx.feed(TOKENS[200:240], 8, seq)
+            assert deviation(found, expected.feed(TOKENS[200:240], 8, seq)) <= 10 * TOL_F32
+
+
+def test_a_recurrent_state_is_not_copied_in_part(arch: Make) -> None:
+    with (
+        loaded(arch("qwen35")) as one,
+        open_context(one.model, n_ctx=1024, n_seq_max=2, xkv=one.bases.params()) as ctx,
+    ):
+        ctx.feed(TOKENS[:200], 50)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, 0, 150)
+        assert "a recurrent state cannot be copied as it was before its last token" in str(native.take_refusal(ctx.ptr))
+
+
+def test_a_shift_is_saved(arch: Make) -> None:
+    """K of windowed layers, which llama.cpp turns with its next batch, is turned in the state."""
+    with loaded(arch("gemma4")) as one:
+        with open_context(one.model, xkv=one.bases.params()) as ctx:
+            ctx.feed(TOKENS[:200], 50)
+            assert ctx.seq_rm(0, 10, 100)
+            lib.llama_memory_seq_add(ctx.memory, 0, 100, -1, -90)
+            ctx.n_past[0] = 110
+            state = save(ctx)
+            expected = ctx.feed(TOKENS[200:], 5)
+        with open_context(one.model, xkv=one.bases.params()) as ctx:
+            assert load(ctx, state), native.last_error()
+            ctx.n_past[0] = 110
+            assert deviation(ctx.feed(TOKENS[200:], 5), expected) <= 10 * TOL_F32

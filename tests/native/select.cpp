@@ -71,7 +71,13 @@ static void test_same_positions() {
     const auto jobs = xkv_select(list, { 4, 16, 32 });
 
     CHECK(jobs.size() == 2); // divided positions: a chunk has room for so many tokens, however close they are
-    CHECK(jobs[0].pos == 4 && jobs[0].cells.size() == 32 && jobs[0].offsets.back() == 7);
+    CHECK(jobs[0].pos == 1 && jobs[0].cells.size() == 32 && jobs[0].offsets.back() == 7);
+    CHECK(jobs[0].cells.front() == 104); // four stay, as many as there are sinks
+
+    for (auto & token : list) {
+        token.pos = 3;
+    }
+    CHECK(xkv_select(list, { 4, 16, 32 }).size() == 2 && xkv_select(list, { 4, 16, 32 })[0].cells.front() == 104);
 }
 
 static void test_moved_chunks() {

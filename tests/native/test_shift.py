@@ -12,6 +12,7 @@ from xkv_gguf.runtime import native
 
 from .conftest import Tiny
 from .harness import GGML_Q8_0, Context, lib, open_context
+from .state import load, save
 from .test_full_rank import TOL_F32, deviation
 from .test_segments import error
 from .test_sequences import N_BATCH, check, open_pair
@@ -287,3 +288,68 @@ def test_a_shift_that_cannot_be(tiny: Callable[[str], Tiny], tokens: list[int]) 
             lib.llama_memory_clear(ctx.memory, True)
             ctx.n_past.clear()
             ctx.decode((0, tokens[:1]))
+
+
+def test_a_shift_before_the_first_batch(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """It waits for the context to be known, and is not saved before."""
+    one = tiny("llama")
+    given = one.bases().params(n_absorb=64)
+    with open_context(one.model, xkv=given) as ctx:
+        ctx.feed(tokens[:90], N_BATCH)
+        state = save(ctx)
+        add(ctx, 0, -1, 7)
+        expected = ctx.feed(tokens[90:130], N_BATCH)
+    with open_context(one.model, xkv=given) as ctx:
+        assert load(ctx, state), native.last_error()
+        add(ctx, 0, -1, 7)
+        assert lib.llama_state_get_size(ctx.ptr) == 0
+        assert "positions were shifted before the context's first batch" in native.last_error()
+        native.attach(ctx.ptr)
+        state = save(ctx)
+    with open_context(one.model, xkv=given) as ctx:
+        assert load(ctx, state), native.last_error()
+        settle_past(ctx)
+        assert deviation(ctx.feed(tokens[90:130], N_BATCH), expected) <= TOL_F32
+
+
+def test_a_broken_cache_has_no_state(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    with open_context(one.model, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:90], N_BATCH)
+        lib.llama_memory_seq_div(ctx.memory, 0, 0, -1, 0)
+        native.clear_last_error()
+        assert lib.llama_state_get_size(ctx.ptr) == 0
+        assert "seq_div of sequence 0 by 0, expected 1 or more" in native.last_error()
+        assert lib.llama_state_seq_get_size(ctx.ptr, 3) == 0
+        assert "a state of sequence 3, expected below n_seq_max = 1" in native.last_error()
+
+
+def test_positions_that_many_tokens_have(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Of the tokens at the first positions those few stay that are sinks; the window has no room for all."""
+    with open_pair(tiny("llama")) as (plain, xkv):
+        for _ in range(3):
+            for ctx in (plain, xkv):
+                ctx.feed(tokens[:100], N_BATCH)
+                divide(ctx, 0, -1, 100)
+        assert xkv.n_past == plain.n_past
+        check(plain, xkv, tokens[300:400])
+
+
+def test_a_cut_without_room_changes_nothing(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Parts of chunks whose positions overlap are not packed, however few tokens they have: the cache goes on."""
+    one = tiny("llama")
+    with open_context(one.model, n_ctx=512, n_seq_max=2, unified=True, xkv=one.bases().params()) as ctx:
+        ctx.feed(tokens[:512], N_BATCH)
+        add(ctx, 248, -1, -184)
+        lib.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+        for p in range(64, 300, 4):
+            before = [native.seq_tokens(ctx.ptr, seq) for seq in range(2)]
+            if not ctx.seq_rm(1, p, p + 2):
+                break
+        else:
+            pytest.fail("there is room for all parts")
+        assert "chunks of the store are needed for parts of chunks" in str(native.take_refusal(ctx.ptr))
+        assert [native.seq_tokens(ctx.ptr, seq) for seq in range(2)] == before
+        assert native.take_refusal(ctx.ptr) is None
+        assert ctx.seq_rm(1, 0) and ctx.seq_rm(0, 200)
+        ctx.feed(tokens[:50], N_BATCH)

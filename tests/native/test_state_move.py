@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,22 @@ def test_a_window_with_less_room(tiny: Callable[[str], Tiny], tokens: list[int])
     assert deviation(found, expected) <= 2 * deviation(flash, expected)
 
 
+@pytest.mark.parametrize("n_token", [300, 512, 700, 1024])
+def test_a_full_context_in_a_window_with_less_room(
+    n_token: int, tiny: Callable[[str], Tiny], tokens: list[int]
+) -> None:
+    """The store has room for all that leaves."""
+    one = tiny("llama")
+    kind = {**cache(one.bases(4, 64), "only", "static"), "n_ctx": n_token}
+    with open_context(one.model, n_ubatch=n_token // 2, **kind) as ctx:
+        ctx.feed((tokens * 2)[:n_token], n_token // 2)
+        state = save(ctx)
+    with open_context(one.model, n_ubatch=32, **kind) as ctx:
+        native.attach(ctx.ptr)
+        assert load(ctx, state), native.last_error()
+        assert sum(native.seq_tokens(ctx.ptr, 0)) == n_token
+
+
 @pytest.mark.parametrize("how", ["static", "online"])
 def test_few_directions(how: str, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
     """A state that moves loses about what the coarser of both caches loses."""
@@ -248,3 +265,47 @@ def test_what_follows_is_the_same_to_the_last_bit(how: str, tiny: Callable[[str]
         again = native.online_info(ctx.ptr, 0)
         assert (again.n_check, again.n_update) == (info.n_check, info.n_update)
         assert len(save(ctx)) == len(last)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_plain_stage_needs_bases(unified: bool, tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    """Without calibration they are made at the end of a plain stage, of a cache that has nothing else."""
+    one = tiny("llama")
+    bases = one.bases(4, 64)
+    with open_context(one.model, **cache(bases, "plain", "cold")) as ctx:
+        ctx.feed(tokens[:N_TOKEN], 50)
+        state = save(ctx, 0)
+    kind: Any = {"n_ctx": 2048, "n_seq_max": 2, "unified": unified, "xkv": cache(bases, "only", "cold")["xkv"]}
+    with open_context(one.model, **kind) as ctx:
+        ctx.feed(tokens[:20], 50)
+        ctx.feed(tokens[:30], 50, seq=1)
+        before = save(ctx)
+        assert not load(ctx, state, 1)
+        assert "without calibration; evaluate the prompt again" in native.last_error()
+        assert save(ctx) == before
+
+
+def hashed(data: bytes) -> int:
+    """FNV-1a."""
+    res = 0xCBF29CE484222325
+    for byte in data:
+        res = ((res ^ byte) * 0x100000001B3) % 2**64
+    return res
+
+
+def test_more_directions_than_the_stage_has(tiny: Callable[[str], Tiny], tokens: list[int]) -> None:
+    one = tiny("llama")
+    xkv = params(one.bases(4, 64), ((64, "q8_0"), (32, "q4_0")), {}, **KINDS["online"])
+    with open_context(one.model, n_ctx=1024, xkv=xkv) as ctx:
+        ctx.feed(tokens[:300], 50)
+        state = save(ctx)
+    begin = state.index(b"XKVS") + 8
+    size = struct.unpack_from("<Q", state, begin)[0]
+    data = state[begin + 16 : begin + 16 + size]
+    found = data.replace(struct.pack("<QI", 1, 96), struct.pack("<QI", 1, 128), 1)
+    assert found != data
+    found = state[:begin] + struct.pack("<QQ", size, hashed(found)) + found + state[begin + 16 + size :]
+    with open_context(one.model, n_ctx=1024, xkv=xkv) as ctx:
+        assert not load(ctx, found)
+        assert "a saved state has 128 directions of group 0, whose stage has 96" in native.last_error()
+        assert load(ctx, state), native.last_error()

@@ -205,6 +205,13 @@ int main(int argc, char ** argv) {
     const scenes   all(argv[1], argv[2], argv[3]);
     const uint64_t n_most = strtoull(argv[4], nullptr, 10);
 
+    llama_context * other = all.open(2);
+    if (!other || all.decode(other, 0, 600) != 0 || !llama_state_save_file(other, all.moved_path().c_str(), nullptr, 0)) {
+        fprintf(stderr, "the context of twice n_ctx: %s\n", xkv_last_error());
+        return 1;
+    }
+    llama_free(other);
+
     llama_context *    first    = all.open();
     std::vector<float> expected = first ? all.prompt(first) : std::vector<float>();
     if (expected.empty() || all.decode(first, 320, 380) != 0 || !llama_state_save_file(first, all.state_path().c_str(), nullptr, 0)) {

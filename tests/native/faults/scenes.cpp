@@ -18,7 +18,7 @@ scenes::scenes(const char * model, const char * sidecar, std::string folder) :
     }
 }
 
-llama_context * scenes::open() const {
+llama_context * scenes::open(int32_t n_times) const {
     std::vector<xkv_segment> middle;
     std::vector<xkv_segment> last;
     std::vector<xkv_stage>   stages;
@@ -28,13 +28,13 @@ llama_context * scenes::open() const {
         for (uint32_t g = 0; g < file.groups.size(); ++g) {
             for (uint32_t kd = 0; kd < 2; ++kd) {
                 const uint32_t dim = file.groups[g].dim[kd];
-                middle.push_back({ g, kd, dim, GGML_TYPE_Q8_0, GGML_TYPE_F16, 0.0f });
+                middle.push_back({ g, kd, dim / 2, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, 0.0f }); // more would not fit into the last one
                 last.push_back({ g, kd, dim / 2, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, 0.01f });
             }
         }
         stages = {
-            { 256, nullptr, 0, GGML_TYPE_Q8_0, 0.0f },
-            { 512, middle.data(), (uint32_t) middle.size(), GGML_TYPE_F32, 0.0f },
+            { 256u * n_times, nullptr, 0, GGML_TYPE_Q8_0, 0.0f },
+            { 512u * n_times, middle.data(), (uint32_t) middle.size(), GGML_TYPE_F32, 0.0f },
         };
     } catch (...) {
         return nullptr;
@@ -54,12 +54,12 @@ llama_context * scenes::open() const {
     params.n_lead      = 32;
     params.n_keep      = 128;
     params.n_cell      = 256;
-    params.n_slot      = N_CTX;
+    params.n_slot      = N_CTX * n_times;
     if (xkv_scope_begin(&params) != XKV_STATUS_OK) {
         return nullptr;
     }
     auto cparams            = llama_context_default_params();
-    cparams.n_ctx           = N_CTX;
+    cparams.n_ctx           = N_CTX * n_times;
     cparams.n_batch         = N_BATCH;
     cparams.n_ubatch        = N_BATCH;
     cparams.n_threads       = 1;
@@ -114,6 +114,18 @@ std::vector<scene> list_scenes() {
             return llama_memory_seq_rm(llama_get_memory(ctx), 0, pos, -1);
         };
     };
+    const auto seq_rm_inside = [](const scenes &, llama_context *& ctx, llama_batch_ext *) {
+        return llama_memory_seq_rm(llama_get_memory(ctx), 0, 300, 400);
+    };
+    // these have no other way to say it
+    const auto seq_add = [](const scenes &, llama_context *& ctx, llama_batch_ext *) {
+        llama_memory_seq_add(llama_get_memory(ctx), 0, 150, -1, -50);
+        return xkv_context_refusal(ctx) == XKV_STATUS_OK;
+    };
+    const auto seq_div = [](const scenes &, llama_context *& ctx, llama_batch_ext *) {
+        llama_memory_seq_div(llama_get_memory(ctx), 0, 150, -1, 2);
+        return xkv_context_refusal(ctx) == XKV_STATUS_OK;
+    };
     const auto save = [](const scenes &, llama_context *& ctx, llama_batch_ext *) {
         std::vector<uint8_t> data;
         try {
@@ -123,14 +135,17 @@ std::vector<scene> list_scenes() {
         }
         return !data.empty() && llama_state_get_data(ctx, data.data(), data.size()) == data.size();
     };
-    const auto load = [](const scenes & all, llama_context *& ctx, llama_batch_ext *) {
-        llama_token tokens[4];
-        size_t      n = 0;
-        try {
-            return llama_state_load_file(ctx, all.state_path().c_str(), tokens, 4, &n);
-        } catch (...) {
-            return false; // upstream's, for the path's text
-        }
+    const auto load_from = [](std::string (scenes::*path)() const) {
+        return [path](const scenes & all, llama_context *& ctx, llama_batch_ext *) {
+            llama_token tokens[4];
+            size_t      n = 0;
+            try {
+                xkv_attach(ctx);
+                return llama_state_load_file(ctx, (all.*path)().c_str(), tokens, 4, &n);
+            } catch (...) {
+                return false; // upstream's, for the path's text
+            }
+        };
     };
     const auto open  = [](const scenes & all, llama_context *& ctx, llama_batch_ext *) { return (ctx = all.open()) != nullptr; };
     const auto clear = [](const scenes &, llama_context *& ctx, llama_batch_ext *) {
@@ -147,8 +162,12 @@ std::vector<scene> list_scenes() {
         { "last stage by two threads", 640, 2, decode },
         { "seq_rm", 700, 1, seq_rm_from(333) },
         { "seq_rm of most", 700, 1, seq_rm_from(150) },
+        { "seq_rm inside", 700, 1, seq_rm_inside },
+        { "seq_add", 700, 1, seq_add },
+        { "seq_div", 700, 1, seq_div },
         { "clear", 700, 1, clear },
         { "state write", 700, 1, save },
-        { "state read", 300, 1, load },
+        { "state read", 300, 1, load_from(&scenes::state_path) },
+        { "state read of another n_ctx", 0, 1, load_from(&scenes::moved_path) },
     };
 }

@@ -15,8 +15,8 @@ class scenes {
 public:
     scenes(const char * model, const char * sidecar, std::string folder);
 
-    // nullptr with a text in xkv_last_error()
-    llama_context * open() const;
+    // with so many times the usual n_ctx and stages; nullptr with a text in xkv_last_error()
+    llama_context * open(int32_t n_times = 1) const;
 
     // n tokens from position pos on; nullptr where there is no context
     llama_batch_ext * batch(llama_context * ctx, int32_t pos, int32_t n) const;
@@ -31,6 +31,7 @@ public:
     std::vector<float> logits(llama_context * ctx) const;
 
     std::string state_path() const { return folder + "/faults.state"; }
+    std::string moved_path() const { return folder + "/faults.moved"; } // of a context of twice n_ctx
 
 private:
     const std::string sidecar;
