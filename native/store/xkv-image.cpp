@@ -40,11 +40,12 @@ public:
     }
 
     ggml_type type(std::initializer_list<ggml_type> allowed) {
-        const auto t = (ggml_type) next();
-        if (std::find(allowed.begin(), allowed.end(), t) == allowed.end()) {
-            xkv_throw(XKV_STATUS_FORMAT, "a saved state has numbers of type %u, which no store has", (uint32_t) t);
+        const uint32_t t     = next(); // no enumerator before it is known to be one
+        const auto     known = std::find_if(allowed.begin(), allowed.end(), [&](ggml_type a) { return (uint32_t) a == t; });
+        if (known == allowed.end()) {
+            xkv_throw(XKV_STATUS_FORMAT, "a saved state has numbers of type %u, which no store has", t);
         }
-        return t;
+        return *known;
     }
 
 private:

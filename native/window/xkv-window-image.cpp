@@ -86,7 +86,8 @@ xkv_saved_tokens xkv_window::parse(xkv_bytes_in & in, uint32_t n_seq_max) const 
     }
     each_tensor(0, [&](uint32_t il, const ggml_tensor * t) {
         const auto layer  = in.get<uint32_t>();
-        const auto type   = (ggml_type) in.get<uint32_t>();
+        const auto number = in.get<uint32_t>();
+        const auto type   = number < GGML_TYPE_COUNT ? (ggml_type) number : GGML_TYPE_COUNT;
         const auto n_byte = in.get<uint64_t>();
         const bool known  = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0;
         if (layer != il || !known || t->ne[0] % xkv_block_size(type) != 0 || n_byte != ggml_row_size(type, t->ne[0])) {
