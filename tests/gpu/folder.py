@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_BYTES = 60 << 20
 
 # of this repository
-SOURCES = ("CMakeLists.txt", "upstream.json", "LICENSE", "native", "tests/gpu", "tests/native", "tests/shims")
+SOURCES = (
+    "CMakeLists.txt",
+    "upstream.json",
+    "LICENSE",
+    "native",
+    "tests/fuzz",
+    "tests/gpu",
+    "tests/native",
+    "tests/shims",
+)
 PYTHON = ("xkv_gguf", "benchmarks", "tests/gpu", "tests/native")
 # of llama.cpp; backends of other devices and what needs llama-common are left out
 UPSTREAM = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor", "ggml")
