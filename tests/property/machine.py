@@ -18,6 +18,8 @@ PLACE = st.integers(0, 255)
 
 MOST_SAVED = 3
 
+EMPTY_OVER_OTHERS = False
+"""Whether a stream without tokens is copied to one that has some."""
 PARTS_OF_WINDOWED = False
 """Whether parts of sequences are copied between streams of windowed layers."""
 
@@ -162,6 +164,8 @@ class Machine(RuleBasedStateMachine):
         dst = (src + 1 + (to - 1) % (self.n_seq - 1)) % self.n_seq
         # a recurrent state takes the place of another one
         empty = empty or self.hybrid or not self.pair.can_copy(src, dst, 0, END)
+        # of nothing, which between streams is refused as if it were a part
+        empty = empty or (not EMPTY_OVER_OTHERS and not self.pair.held.seqs[src])
         if not empty or self.pair.remove(dst, -1, -1):
             self.pair.copy(src, dst)
 
