@@ -221,7 +221,9 @@ def _too_small(memory: int, n_ctx: int, last: Context, reason: str) -> str:
 
 
 def check_memory(model: ModelFile, settings: Mapping[str, Any], kv_mode: str, found: Planned | None = None) -> None:
-    """Refuse a context on the host that is larger than the memory that is free, with the model's weights.
+    """Refuse a context on the host that is larger than the memory that is free.
+
+    The model's weights count where they are read into memory or locked there: a mapped file's pages are given back.
 
     Parameters
     ----------
@@ -245,18 +247,26 @@ def check_memory(model: ModelFile, settings: Mapping[str, Any], kv_mode: str, fo
     else:
         shape = find_shape(model.path)
         cache = int(shape.numbers * bytes_per_coef(kv_mode)) * n_ctx if shape else 0
+    weights = 0 if _is_mapped(settings) else model.n_bytes
     compute = 0
-    if cache + model.n_bytes <= free < cache + model.n_bytes + _most_compute(n_ctx, settings):
+    if cache + weights <= free < cache + weights + _most_compute(n_ctx, settings):
         # near the limit, what llama.cpp says counts: to ask it takes about a second
         with Fitting(model, settings) as fitting:
             compute = fitting.compute_bytes(kv_mode, found)
-    needed = cache + model.n_bytes + compute
+    needed = cache + weights + compute
     if needed > free:
+        beside = f" beside weights of {format_bytes(weights)}" if weights else ""
         buffers = f", buffers {format_bytes(compute)}" if compute else ""
         raise OutOfMemoryError(
-            f"n_ctx: {n_ctx} tokens of a {kv_mode} cache take {format_bytes(cache)} beside weights of "
-            f"{format_bytes(model.n_bytes)}{buffers}, {format_bytes(free)} of memory are free; lower n_ctx"
+            f"n_ctx: {n_ctx} tokens of a {kv_mode} cache take {format_bytes(cache)}{beside}{buffers}, "
+            f"{format_bytes(free)} of memory are free; lower n_ctx"
         )
+
+
+def _is_mapped(settings: Mapping[str, Any]) -> bool:
+    """Whether the model's file is mapped and not locked; llama_cpp maps none that has an adapter."""
+    mapped = settings.get("use_mmap", True) and settings.get("lora_path") is None
+    return bool(mapped and not settings.get("use_mlock"))
 
 
 def _most_compute(n_ctx: int, settings: Mapping[str, Any]) -> int:

@@ -140,6 +140,15 @@ def read_state(path: Path) -> SavedFile:
         raise StateError(
             f"state {path}: is damaged or cut short ({len(data)} bytes, whose checksum is another); remove it"
         )
+    try:
+        return _parse(body, n_text)
+    except (ValueError, KeyError, TypeError) as error:  # the head itself has no checksum
+        raise StateError(
+            f"state {path}: is damaged or cut short (its header is no header of a state); remove it"
+        ) from error
+
+
+def _parse(body: memoryview, n_text: int) -> SavedFile:
     header = json.loads(bytes(body[:n_text]))
     n_tokens = int(header["n_tokens"])
     at = n_text + 4 * n_tokens

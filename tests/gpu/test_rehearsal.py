@@ -177,12 +177,16 @@ def test_the_folder_has_what_a_build_needs(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (out / "native/include/xkv.h").stat().st_mtime == 1000 < time.time() - 60 < (out / "LICENSE").stat().st_mtime
     upstream = out / "build/upstream/llama.cpp/ggml/src"
     assert (upstream / "ggml-cuda" / "ggml-cuda.cu").is_file() and not (upstream / "ggml-vulkan").exists()
-    for cmake in ("install", "tests", "llama-target"):
-        text = (repo_root / f"native/cmake/{cmake}.cmake").read_text()
+    for cmake in (repo_root / "CMakeLists.txt", *(repo_root / "native/cmake").glob("*.cmake")):
+        text = cmake.read_text()
         for name in re.findall(r"\$\{XKV_UPSTREAM_DIR\}/([\w./-]+)", text):
             assert (out / "build/upstream/llama.cpp" / name).exists(), name
         for name in re.findall(r"\$\{PROJECT_SOURCE_DIR\}/([\w./-]+\.cpp)", text):
             assert (out / name).is_file(), name
+    for source in out.glob("tests/**/*.cpp"):
+        for name in re.findall(r'#include "([\w./-]+)"', source.read_text()):
+            if (repo_root / source.relative_to(out).parent / name).is_file():
+                assert (source.parent / name).is_file(), (source, name)
     # CMake there finds the tree up to date: it has no network
     check = [sys.executable, repo_root / "native/cmake/upstream.py", "--pin", out / "upstream.json"]
     check += ["--patches", out / "native/patches", "--cache", tmp_path / "none", "--out", out / "build/upstream"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from xkv_gguf import Llama
 from xkv_gguf.errors import OutOfMemoryError, XkvWarning
+from xkv_gguf.model.file import open_model
 
 ALONE = {"calibrate": False}
 
@@ -164,3 +166,22 @@ def test_buffers_count_beside_the_cache(tiny_model: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("xkv_gguf.fitting.free_memory", lambda: free)
     with pytest.warns(XkvWarning, match="beyond"), pytest.raises(OutOfMemoryError, match=r"buffers [0-9.]+ [GM]iB"):
         Llama(tiny_model, kv_mode="f16", n_ctx=n_ctx, verbose=False, n_threads=1)
+
+
+@pytest.mark.parametrize("mode", ["xkv", "f16"])
+@pytest.mark.parametrize("kwargs", [{}, {"use_mmap": False}, {"use_mlock": True}])
+def test_weights_count_unless_their_file_is_mapped(
+    kwargs: dict[str, Any], mode: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"xkv": ALONE} if mode == "xkv" else {}
+
+    def make() -> Any:
+        return Llama(tiny_model, kv_mode=mode, n_ctx=512, verbose=False, n_threads=1, **options, **kwargs).close()
+
+    monkeypatch.setattr("xkv_gguf.llama.open_model", lambda path: replace(open_model(path), n_bytes=8 * GIB))
+    monkeypatch.setattr("xkv_gguf.fitting.free_memory", lambda: 4 * GIB)
+    if not kwargs:
+        make()
+        return
+    with pytest.raises(OutOfMemoryError, match=r"beside weights of 8192\.0 MiB, 4096\.0 MiB of memory are free"):
+        make()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,7 @@ def test_another_n_ctx(open_tiny: Open, tmp_path: Path) -> None:
 def wrong_files(data: bytes) -> list[tuple[bytes, str]]:
     rng = np.random.default_rng(0)
     found = [(data[:n], "no saved state|damaged or cut short") for n in (0, 10, 40, len(data) // 2, len(data) - 1)]
-    for at in (24, 30, 60, *rng.integers(56, len(data), 20)):
+    for at in (20, 21, 23, 24, 30, 60, *rng.integers(56, len(data), 20)):
         flipped = bytearray(data)
         flipped[at] ^= 1 << int(rng.integers(8))
         found.append((bytes(flipped), "damaged"))
@@ -172,19 +174,31 @@ def test_files_of_others(open_tiny: Open, tmp_path: Path) -> None:
     assert held(llm) == before
 
 
-def test_a_file_is_replaced_when_the_next_one_is_complete(open_tiny: Open, tmp_path: Path) -> None:
+@contextmanager
+def files_of(room: int) -> Iterator[None]:
+    """Within it, files cannot grow beyond some bytes; Python ignores the signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:  # before pytest prints, which may be into a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [1, 600])
+def test_a_file_is_replaced_when_the_next_one_is_complete(room: int, open_tiny: Open, tmp_path: Path) -> None:
     llm = open_tiny()
     llm.eval([5, 6, 7])
     path = tmp_path / "a.state"
-    state = llm.save_file(path)
+    llm.save_file(path)
     before = path.read_bytes()
-
-    broken = pickle.loads(pickle.dumps(state))
-    broken.llama_state = memoryview(b"x" * 64)[::2]  # hashed or written: neither is possible
-    with pytest.raises((StateError, BufferError)):
-        states.write_state(path, broken)
+    llm.eval([8, 9])
+    with files_of(room), pytest.raises(StateError, match=r"a\.state: cannot be written \(File too large\)$"):
+        llm.save_file(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
+    state = llm.save_file(path)
+    assert path.read_bytes() != before
     with pytest.raises(StateError, match="cannot be written"):
         states.write_state(tmp_path / "no" / "a.state", state)
 

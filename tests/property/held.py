@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 END = sys.maxsize
 
 
 class Held:
-    """Of each sequence, the numbers of its tokens by position; a token that sequences share has one number."""
+    """Of each sequence, the positions of its tokens by their numbers; a token that sequences share has one number.
+
+    Several tokens have one position where positions were divided.
+    """
 
     def __init__(self, n_seq: int, n_stream: int) -> None:
         self.seqs: list[dict[int, int]] = [{} for _ in range(n_seq)]
@@ -28,14 +31,14 @@ class Held:
         return [seq for seq, tokens in enumerate(self.seqs) if tokens]
 
     def first(self, seq: int) -> int:
-        return min(self.seqs[seq], default=-1)
+        return min(self.seqs[seq].values(), default=-1)
 
     def last(self, seq: int) -> int:
-        return max(self.seqs[seq], default=-1)
+        return max(self.seqs[seq].values(), default=-1)
 
     def n_used(self, stream: int) -> int:
         """Cells of a plain cache."""
-        return len({n for seq, held in enumerate(self.seqs) if self.stream(seq) == stream for n in held.values()})
+        return len({n for seq, held in enumerate(self.seqs) if self.stream(seq) == stream for n in held})
 
     def number(self) -> int:
         """Of a new token."""
@@ -43,17 +46,17 @@ class Held:
         return self.n_number - 1
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
-        self.seqs[seq] = {p: n for p, n in self.seqs[seq].items() if not p0 <= p < p1}
+        self.seqs[seq] = {n: p for n, p in self.seqs[seq].items() if not p0 <= p < p1}
 
     def part(self, seq: int, p0: int, p1: int) -> dict[int, int]:
-        return {p: n for p, n in self.seqs[seq].items() if p0 <= p < p1}
+        return {n: p for n, p in self.seqs[seq].items() if p0 <= p < p1}
 
-    def is_shared(self, seq: int, numbers: Iterable[int]) -> bool:
+    def is_shared(self, seq: int, p0: int, p1: int = END) -> bool:
         """Whether other sequences have some of these tokens."""
-        others = {n for s, held in enumerate(self.seqs) if s != seq for n in held.values()}
-        return not others.isdisjoint(numbers)
+        others = {n for s, held in enumerate(self.seqs) if s != seq for n in held}
+        return not others.isdisjoint(self.part(seq, p0, p1))
 
     def renumbered(self, seqs: Sequence[dict[int, int]]) -> list[dict[int, int]]:
         """The same tokens as others of their own, as a saved state has them."""
         new: dict[int, int] = {}
-        return [{p: new.setdefault(n, self.number()) for p, n in held.items()} for held in seqs]
+        return [{new.setdefault(n, self.number()): p for n, p in held.items()} for held in seqs]

@@ -18,6 +18,11 @@ PLACE = st.integers(0, 255)
 
 MOST_SAVED = 3
 
+EMPTY_OVER_OTHERS = False
+"""Whether a stream without tokens is copied to one that has some."""
+PARTS_OF_WINDOWED = False
+"""Whether parts of sequences are copied between streams of windowed layers."""
+
 
 def any_options(family: str) -> st.SearchStrategy[Options]:
     """All combinations."""
@@ -130,16 +135,20 @@ class Machine(RuleBasedStateMachine):
         if self.place(seq, at) > 0:
             self.pair.remove(seq, -1, self.place(seq, at))
 
-    @rule(seq=SEQ, what=st.sampled_from(("one", "others", "all", "clear", "clear data")))
+    @rule(seq=SEQ, what=st.sampled_from(("one", "all", "clear", "clear data")))
     def remove(self, seq: int, what: str) -> None:
         """Whole sequences."""
         seq %= self.n_seq
         if what in ("one", "all"):
             self.pair.remove(seq if what == "one" else -1, -1, -1)
-        elif what == "others":
-            self.pair.keep(seq)
         else:
             self.pair.clear(what == "clear data")
+
+    @precondition(lambda self: len(self.pair.held.filled()) > 0)
+    @rule(seq=SEQ)
+    def keep(self, seq: int) -> None:
+        """One sequence alone."""
+        self.pair.keep(seq % self.n_seq)
 
     @precondition(lambda self: self.n_seq > 1 and not self.hybrid)
     @rule(seq=SEQ, a=PLACE, b=PLACE)
@@ -155,19 +164,26 @@ class Machine(RuleBasedStateMachine):
         dst = (src + 1 + (to - 1) % (self.n_seq - 1)) % self.n_seq
         # a recurrent state takes the place of another one
         empty = empty or self.hybrid or not self.pair.can_copy(src, dst, 0, END)
+        # of nothing, which between streams is refused as if it were a part
+        empty = empty or (not EMPTY_OVER_OTHERS and not self.pair.held.seqs[src])
         if not empty or self.pair.remove(dst, -1, -1):
             self.pair.copy(src, dst)
 
-    @precondition(lambda self: self.n_seq > 1 and self.pair.given.unified and not self.hybrid)
+    @precondition(lambda self: self.n_seq > 1 and not self.hybrid and (PARTS_OF_WINDOWED or self.in_one_cache()))
     @rule(src=SEQ, to=st.integers(1, 3), a=PLACE, b=PLACE, empty=st.booleans())
     def copy_part(self, src: int, to: int, a: int, b: int, empty: bool) -> None:
         src %= self.n_seq
         dst = (src + 1 + (to - 1) % (self.n_seq - 1)) % self.n_seq
         forgotten = self.pair.windowed and self.pair.first_looked_at(src) > self.pair.held.first(src)
         p0, p1 = self.span(src, a, 255 if forgotten else b)
-        if p0 == p1 or ((empty or not self.pair.can_copy(src, dst, p0, p1)) and not self.pair.remove(dst, -1, -1)):
-            return
-        self.pair.copy(src, dst, p0, p1)
+        # a stream takes a part while it is empty
+        empty = empty or not self.pair.given.unified or not self.pair.can_copy(src, dst, p0, p1)
+        if p0 < p1 and (not empty or self.pair.remove(dst, -1, -1)):
+            self.pair.copy(src, dst, p0, p1)
+
+    def in_one_cache(self) -> bool:
+        """Without copies between streams of windowed layers."""
+        return self.pair.given.unified or not self.pair.windowed
 
     @precondition(lambda self: self.pair.can_shift())
     @rule(seq=SEQ, a=PLACE, b=PLACE)
@@ -175,8 +191,7 @@ class Machine(RuleBasedStateMachine):
         """Remove a part and move what follows to its place."""
         seq %= self.n_seq
         p0, p1 = self.span(seq, a, b)
-        held = self.pair.held
-        if p0 < p1 and not held.is_shared(seq, held.part(seq, p1, END).values()) and self.pair.remove(seq, p0, p1):
+        if p0 < p1 and not self.pair.held.is_shared(seq, p1) and self.pair.remove(seq, p0, p1):
             self.pair.shift(seq, p1, -1, p0 - p1)
 
     @precondition(lambda self: self.pair.can_shift())
@@ -184,8 +199,18 @@ class Machine(RuleBasedStateMachine):
     def make_a_gap(self, seq: int, at: int, by: int) -> None:
         seq %= self.n_seq
         p0 = self.place(seq, at)
-        if not self.pair.held.is_shared(seq, self.pair.held.part(seq, p0, END).values()):
+        if not self.pair.held.is_shared(seq, p0):
             self.pair.shift(seq, p0, -1, by)
+
+    # the shifts in place of it let a plain cache forget early what windowed layers do not see
+    @precondition(lambda self: self.pair.can_shift() and not self.pair.windowed)
+    @rule(seq=SEQ, a=PLACE, b=PLACE, d=st.integers(2, 4))
+    def divide(self, seq: int, a: int, b: int, d: int) -> None:
+        """Several tokens have one position afterwards, as with self-extend."""
+        seq %= self.n_seq
+        p0, p1 = self.span(seq, a, b)
+        if p0 < p1 and not self.pair.held.is_shared(seq, p0, p1):
+            self.pair.divide(seq, p0, p1, d)
 
     # states
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,13 +21,13 @@ TOLERANCE, TOLERANCE_FLASH = 1e-3, 0.15
 """Of a difference in a logit, as a share of the largest one: in f32, and where flash attention rounds to f16."""
 
 LIMITS = {
-    "rest of cut chunks": r"what remains of the cut chunks is \d+ tokens, the window has room for \d+",
-    "rest of copied chunks": r"the window of \d+ tokens has no room for the rest of a cut chunk",
-    "state beside others": r"shares a stream with others, whose stage and bases are not those of the state",
-    "chunks of a state": r"the state has \d+ chunks, the stage has room for \d+",
-    "exact tokens of a state": r"the state has \d+ exact tokens, the window has room for \d+",
+    "rest of cut chunks": ("chunks that sequence ", " shares with others are cut at positions "),
+    "parts of chunks": (" chunks of the store are needed for parts of chunks, and ",),
+    "part of a chunk": ("no chunk of the store is free for a part of another; ",),
+    "rest of copied chunks": ("the window of ", " tokens has no room for the rest of a cut chunk"),
+    "chunks of a state": ("the state takes ", " chunks of ", " tokens, this cache has room for "),
 }
-"""What an xkv cache alone refuses, by the text that says so; anything else fails."""
+"""What an xkv cache alone refuses, by the words that its text has in this order; anything else fails."""
 
 FORGOTTEN = "windowed layers have forgotten"
 FULL = "cells of tokens that were shared"
@@ -56,6 +55,7 @@ class Snapshot:
     plain: bytes
     xkv: bytes
     held: list[dict[int, int]]
+    """As `Held.seqs`."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Pair:
             return False
         for row in rows:
             for seq in row.seqs:
-                self.held.seqs[seq][row.pos] = row.number
+                self.held.seqs[seq][row.number] = row.pos
         self.pending = False
         self._compare(found, expected)
         self.check("decode")
@@ -222,36 +222,40 @@ class Pair:
         return int(lib.llama_memory_seq_pos_min(self.plain.memory, seq)) if self.windowed else 0
 
     def copy(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
-        """Share a sequence's tokens, or a part of them, with another one; between streams, in place of its tokens."""
-        for ctx in self.both:
-            lib.llama_memory_seq_cp(ctx.memory, src, dst, p0, p1)
+        """Share a sequence's tokens, or a part of them, with another one; between streams, in place of its tokens.
+
+        A plain cache copies whole streams alone, so that the rest is removed from its copy.
+        """
+        apart = self.held.stream(src) != self.held.stream(dst)
+        lib.llama_memory_seq_cp(self.xkv.memory, src, dst, p0, p1)
+        lib.llama_memory_seq_cp(self.plain.memory, src, dst, *((-1, -1) if apart else (p0, p1)))
         if self._broke("copy"):
             return
         part = self.held.part(src, max(p0, 0), p1 if p1 >= 0 else END)
-        if self.held.stream(src) != self.held.stream(dst):
+        if apart:
+            for rest in ((0, max(p0, 0)), (p1, -1)):
+                if rest[0] >= 0 and rest[0] != rest[1]:
+                    lib.llama_memory_seq_rm(self.plain.memory, dst, *rest)
             self.pending = True
             self.held.seqs[dst] = self.held.renumbered([part])[0]
         else:
             self.held.seqs[dst].update(part)
-        self.check("copy")
+        self.check("copy" if p0 < 0 and p1 < 0 else "copy of a part")
 
     def can_copy(self, src: int, dst: int, p0: int, p1: int) -> bool:
-        """Whether no position of the target would have two tokens."""
+        """Whether no position of the target would have other tokens than before."""
         mine = self.held.seqs[dst]
-        return all(mine.get(p, n) == n for p, n in self.held.part(src, p0, p1).items())
+        taken = set(mine.values())
+        return all(n in mine or p not in taken for n, p in self.held.part(src, p0, p1).items())
 
     def keep(self, seq: int) -> None:
-        """Keep a sequence alone, in its stream."""
+        """Keep a sequence alone; a plain cache leaves those of other streams, against what llama.h says."""
         for ctx in self.both:
             lib.llama_memory_seq_keep(ctx.memory, seq)
         if self._broke("keep"):
             return
-        gone = set(self.held.peers(seq))
-        if self.given.family == "hybrid":  # recurrent states of other streams are gone, and their tokens are not
-            gone = set(range(self.given.n_seq_max))
-            for other, ctx in itertools.product(gone - {seq}, self.both):
-                lib.llama_memory_seq_rm(ctx.memory, other, -1, -1)
-        for other in gone - {seq}:
+        for other in set(range(self.given.n_seq_max)) - {seq}:
+            lib.llama_memory_seq_rm(self.plain.memory, other, -1, -1)
             self.held.seqs[other].clear()
         self.check("keep")
 
@@ -269,13 +273,23 @@ class Pair:
         """Move positions, to places that are free."""
         for ctx in self.both:
             lib.llama_memory_seq_add(ctx.memory, seq, p0, p1, by)
-        if self._broke("shift"):
+        self._move("shift", seq, p0, p1, lambda p: p + by)
+
+    def divide(self, seq: int, p0: int, p1: int, d: int) -> None:
+        """Positions over d: llama.cpp's own turns K the wrong way, so that a plain cache is shifted token by token."""
+        lib.llama_memory_seq_div(self.xkv.memory, seq, p0, p1, d)
+        for p in range(p0, p1):
+            lib.llama_memory_seq_add(self.plain.memory, seq, p, p + 1, p // d - p)
+        self._move("divide", seq, p0, p1, lambda p: p // d)
+
+    def _move(self, what: str, seq: int, p0: int, p1: int, to: Callable[[int], int]) -> None:
+        """Of what both did, the model's part."""
+        if self._broke(what):
             return
         moved = self.held.part(seq, max(p0, 0), p1 if p1 >= 0 else END)
-        rest = {p: n for p, n in self.held.seqs[seq].items() if p not in moved}
-        self.held.seqs[seq] = rest | {p + by: n for p, n in moved.items()}
+        self.held.seqs[seq].update((n, to(p)) for n, p in moved.items())
         self.pending = True
-        self.check("shift")
+        self.check(what)
 
     # saved states
 
@@ -309,7 +323,7 @@ class Pair:
         """Of a state that a plain cache can load; an empty one leaves what is there."""
         if to is None:
             return True
-        rest = {n for s in self.held.peers(to) if s != to for n in self.held.seqs[s].values()}
+        rest = {n for s in self.held.peers(to) if s != to for n in self.held.seqs[s]}
         n_ctx_seq = self.given.n_ctx // self.given.n_stream
         return 0 < len(one.held[0]) <= n_ctx_seq - len(rest)
 
@@ -320,7 +334,9 @@ class Pair:
     # what is refused
 
     def _count(self, refusal: object, what: str) -> None:
-        kind = next((kind for kind, text in LIMITS.items() if re.search(text, str(refusal))), None)
+        kind = next(
+            (kind for kind, words in LIMITS.items() if re.search(".*".join(map(re.escape, words)), str(refusal))), None
+        )
         self._expect(kind is not None, f"{what}: {refusal}")
         self.tally.refusals[str(kind)] += 1
 
