@@ -16,12 +16,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xkv_gguf.plan.cache_plan import CachePlan, Wishes, plan_cache
+from xkv_gguf.plan.cache_plan import CachePlan, plan_cache
 from xkv_gguf.plan.coef_types import TYPES
 from xkv_gguf.plan.groups import group_layers
 from xkv_gguf.plan.segments import KINDS, Kind, Statistics, assumed_spectrum, stored_rank
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import ModelShape
+from xkv_gguf.plan.wishes import Wishes
 from xkv_gguf.plan.work import DEFAULT_ATTENTION, F16_BYTES, REFINED_BY_ANY
 
 LAYERS, HEADS, HEADS_KV, HEAD = 32, 32, 8, 128

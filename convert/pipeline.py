@@ -23,11 +23,11 @@ from xkv_gguf.convert.solve import Basis, Solver
 from xkv_gguf.convert.weigh import basis_arrays, weigh_groups, weigh_layers
 from xkv_gguf.errors import SidecarError
 from xkv_gguf.model.fingerprint import model_fingerprint, read_model_header
-from xkv_gguf.plan.cache_plan import Wishes
 from xkv_gguf.plan.group_choice import Candidate, choose, predicted_distortion, within_reach
 from xkv_gguf.plan.groups import LayerGroups, default_frame, group_layers
 from xkv_gguf.plan.segments import Kind
 from xkv_gguf.plan.sizes import ModelShape
+from xkv_gguf.plan.wishes import Wishes
 from xkv_gguf.runtime import loader
 from xkv_gguf.runtime.shape import held_layers, model_shape
 from xkv_gguf.sidecar.find import cached_sidecar, check_output, find_sidecar

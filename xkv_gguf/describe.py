@@ -11,11 +11,12 @@ import numpy as np
 from .errors import OptionError, SidecarError
 from .model.fingerprint import read_model_header
 from .model.gguf_read import GgufFormatError, read_header
-from .plan.cache_plan import CachePlan, Wishes, plan_cache
+from .plan.cache_plan import CachePlan, plan_cache
 from .plan.coef_types import TYPES
 from .plan.segments import KINDS, energy_kept
 from .plan.size_target import SizeTarget
 from .plan.sizes import CONTEXTS, ModelShape, coef_bytes_per_token, known_shape, padded_ctx, plain_bytes_per_token
+from .plan.wishes import Wishes
 from .plan.work import DEFAULT_ATTENTION, Attention, decode_work, plain_work, prefill_work
 from .runtime.shape import file_shape, find_shape
 from .sidecar.find import find_sidecar

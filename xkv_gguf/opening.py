@@ -10,12 +10,13 @@ from .convert.pipeline import ensure_sidecar
 from .errors import OptionError
 from .model.file import ModelFile
 from .options import PRESETS, XkvOptions
-from .plan.cache_plan import CachePlan, Rank, Wishes, plan_cache
+from .plan.cache_plan import CachePlan, plan_cache
 from .plan.groups import default_frame, default_group_size, group_layers
 from .plan.placement import HOST, Placement, at_group_borders, place_layers
 from .plan.segments import KINDS, Statistics, assumed_spectrum
 from .plan.size_target import DEFAULT_TARGET
 from .plan.sizes import ModelShape, known_shape, predict_devices
+from .plan.wishes import Rank, Wishes
 from .plan.work import DEFAULT_ATTENTION, Attention
 from .runtime.native import FUSED_CPU, FUSED_OTHER, FUSED_RPC, ScopeParams
 from .runtime.shape import file_shape, find_shape

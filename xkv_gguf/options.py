@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 from .base.text import closest
 from .errors import OptionError
-from .plan.cache_plan import Rank
 from .plan.coef_types import BASIS_TYPES, DEFAULT_TYPES, WINDOW_TYPES, sort_types
 from .plan.groups import FRAMES
 from .plan.segments import MAX_SEGMENTS
 from .plan.size_target import TARGETS, SizeTarget, one_target, parse_bytes
 from .plan.waterfill import STEP
+from .plan.wishes import Rank
 
 KV_MODES = ("xkv", "f16", "q8_0", "q4_0")
 MAX_TOKENS = 1 << 24

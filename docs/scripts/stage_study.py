@@ -24,11 +24,12 @@ import torch
 
 from xkv_gguf import Llama
 from xkv_gguf.model.gguf_read import read_header
-from xkv_gguf.plan.cache_plan import CachePlan, Wishes, plan_cache
+from xkv_gguf.plan.cache_plan import CachePlan, plan_cache
 from xkv_gguf.plan.coef_types import TYPES, basis_types
 from xkv_gguf.plan.segments import KINDS, MAX_SEGMENTS, Kind, Prices, Segment, Statistics, plan_segments
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import ModelShape, mean_bytes, window_bytes
+from xkv_gguf.plan.wishes import Wishes
 from xkv_gguf.runtime.shape import file_shape
 from xkv_gguf.sidecar.read import Sidecar, read_sidecar
 

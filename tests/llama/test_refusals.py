@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,14 @@ from xkv_gguf.errors import (
     OptionTypeError,
     OutOfMemoryError,
     SidecarError,
-    SidecarMismatchError,
-    SidecarVersionError,
     StateError,
     UnsupportedError,
     XkvError,
 )
-from xkv_gguf.sidecar.info import FORMAT_VERSION
-from xkv_gguf.sidecar.read import DIGEST_AT, file_digest, read_sidecar
 
 from .conftest import Open
+from .refused import refused
 from .tiny_models import write_adapter, write_alibi_model, write_unknown_model
-
-
-def refused(kind: type[XkvError], expected: str, act: Callable[[], Any]) -> None:
-    """`act` raises `kind` itself, with one line that holds `expected`."""
-    with pytest.raises(kind) as caught:
-        act()
-    assert type(caught.value) is kind
-    text = str(caught.value)
-    assert expected in text, text
-    assert "\n" not in text
-
 
 # ---- arguments: none of these gets as far as loading the model
 
@@ -194,65 +179,7 @@ def test_an_adapter_of_another_architecture(demo_model: Path, tmp_path: Path) ->
     refused(AdapterError, why, lambda: Llama(demo_model, kv_mode="f16", lora_path=str(path), verbose=False))
 
 
-# ---- sidecars
-
-
-def damaged(sidecar: Path, to: Path, change: Callable[[bytearray], None], sign: bool = False) -> dict[str, str]:
-    """Options with a changed copy of the sidecar; with `sign`, its digest fits again."""
-    data = bytearray(sidecar.read_bytes())
-    change(data)
-    to.write_bytes(data)
-    if sign:
-        data[DIGEST_AT : DIGEST_AT + 64] = file_digest(to).encode()
-        to.write_bytes(data)
-    return {"sidecar": str(to)}
-
-
-def test_a_truncated_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
-    for size in (3, 100, sidecar.stat().st_size - 1):
-        options = damaged(sidecar, tmp_path / "t.xkv.gguf", lambda data, size=size: data.__delitem__(slice(size, None)))
-        with pytest.raises(SidecarError, match=r"truncated|not a GGUF") as caught:
-            Llama(demo_model, xkv=options)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_flipped_bit(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
-    def flip(data: bytearray) -> None:
-        data[len(data) // 2] ^= 16
-
-    options = damaged(sidecar, tmp_path / "f.xkv.gguf", flip)
-    refused(SidecarError, "truncated or damaged", lambda: Llama(demo_model, xkv=options))
-
-
-def test_a_newer_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
-    key = b"xkv.format_version"
-
-    def renumber(data: bytearray) -> None:
-        data[data.index(key) + len(key) + 4] = 99
-
-    options = damaged(sidecar, tmp_path / "n.xkv.gguf", renumber, sign=True)
-    refused(SidecarVersionError, "format version 99", lambda: Llama(demo_model, xkv=options))
-
-
-def test_an_older_sidecar(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
-    key = b"xkv.format_version"
-
-    def renumber(data: bytearray) -> None:
-        data[data.index(key) + len(key) + 4] = 1
-
-    options = damaged(sidecar, tmp_path / "o.xkv.gguf", renumber, sign=True)
-    refused(SidecarVersionError, f"is older than {FORMAT_VERSION}", lambda: Llama(demo_model, xkv=options))
-
-
-def test_the_sidecar_of_another_model(demo_model: Path, sidecar: Path, tmp_path: Path) -> None:
-    fingerprint = read_sidecar(sidecar).info.fingerprint.encode()
-
-    def rename(data: bytearray) -> None:
-        at = data.index(fingerprint)
-        data[at : at + 8] = b"00000000"
-
-    options = damaged(sidecar, tmp_path / "o.xkv.gguf", rename, sign=True)
-    refused(SidecarMismatchError, "made for a model with fingerprint 00000000", lambda: Llama(demo_model, xkv=options))
+# ---- sizes
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def read(llm: Llama, tokens: list[int], n_keep: int) -> np.ndarray:
 
 
 @pytest.mark.model
+@pytest.mark.slow
 @pytest.mark.parametrize("n_keep", [0, 1, 100])
 def test_ten_contexts(n_keep: int, open_llama: Open) -> None:
     """As near to the plain cache after ten contexts as in the first one."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xkv_gguf.errors import OptionError
-from xkv_gguf.plan.cache_plan import WINDOW_SHARE, CachePlan, Wishes, plan_cache
+from xkv_gguf.plan.cache_plan import WINDOW_SHARE, CachePlan, plan_cache
 from xkv_gguf.plan.groups import default_frame, default_group_size, group_layers
 from xkv_gguf.plan.segments import KINDS, Kind, Segment, Statistics, assumed_spectrum
 from xkv_gguf.plan.size_target import DEFAULT_TARGET, QUALITIES, SizeTarget, one_target, parse_bytes
@@ -22,6 +22,7 @@ from xkv_gguf.plan.sizes import (
     transit_bytes,
     window_bytes,
 )
+from xkv_gguf.plan.wishes import Wishes
 
 from .test_segments import check_rules, random_statistics
 

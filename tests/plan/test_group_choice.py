@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from xkv_gguf.errors import OptionError
-from xkv_gguf.plan.cache_plan import Wishes
 from xkv_gguf.plan.group_choice import Candidate, choose, within_reach
 from xkv_gguf.plan.groups import LayerGroups, group_layers
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import (
     ModelShape,
 )
+from xkv_gguf.plan.wishes import Wishes
 
 
 def candidates(sizes: list[int], n_layer: int = 12) -> tuple[ModelShape, list[Candidate]]:

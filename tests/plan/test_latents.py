@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from xkv_gguf.plan.cache_plan import Wishes, plan_cache
+from xkv_gguf.plan.cache_plan import plan_cache
 from xkv_gguf.plan.groups import LayerGroups, group_layers
 from xkv_gguf.plan.segments import Statistics, assumed_spectrum, distortion, same_rank, sources
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import ModelShape, known_shape, mean_bytes
+from xkv_gguf.plan.wishes import Wishes
 from xkv_gguf.plan.work import Attention, decode_work, work_charges
 
 N_LAYER, LATENT, EMBD, N_HEAD = 8, 512, 576, 16

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from xkv_gguf.plan.cache_plan import Wishes, plan_cache
+from xkv_gguf.plan.cache_plan import plan_cache
 from xkv_gguf.plan.coef_types import TYPES
 from xkv_gguf.plan.segments import KINDS, stored_rank
 from xkv_gguf.plan.size_target import SizeTarget
 from xkv_gguf.plan.sizes import SLOT_PAD, predict_parts, store_bytes
 from xkv_gguf.plan.stages import GROWTH
+from xkv_gguf.plan.wishes import Wishes
 
 from .test_cache_plan import plan, shape, statistics
 

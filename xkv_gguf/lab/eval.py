@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..base.partial import Partial, file_identity
 from ..errors import OptionError, XkvError
-from ..plan.cache_plan import N_BATCH
+from ..plan.wishes import N_BATCH
 from .cache_spec import CacheSpec
 from .eval_rows import Row, make_row
 

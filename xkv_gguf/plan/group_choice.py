@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import OptionError
-from .cache_plan import Wishes, plan_cache
+from .cache_plan import plan_cache
 from .groups import LayerGroups, group_layers
 from .segments import KINDS, Kind, Layers, Statistics
 from .sizes import ModelShape
+from .wishes import Wishes
 
 NEAR_BEST = 1.25
 """Times the best candidate's distortion that a smaller group size may have: small groups are faster."""
