@@ -149,7 +149,8 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 
     // sequences that have streams of their own are copied whole, with the bases, and what was not asked for is removed from the copy
     const llama_pos max   = std::numeric_limits<llama_pos>::max();
-    const bool      whole = p0 <= seq_pos_min(seq_id_src) && p1 > seq_pos_max(seq_id_src);
+    const bool      none  = seq_pos_max(seq_id_src) < 0;
+    const bool      whole = none || (p0 <= seq_pos_min(seq_id_src) && p1 > seq_pos_max(seq_id_src));
     if (!whole && seq_pos_max(seq_id_dst) >= 0) {
         broken = true;
         refuse("seq_cp of positions %d to %d of sequence %d to %d, which has tokens: a part can be copied into an empty stream only; "
@@ -157,7 +158,7 @@ void llama_kv_cache_xkv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
                p0, p1, seq_id_src, seq_id_dst);
         return;
     }
-    if (seq_pos_max(seq_id_src) < 0) {
+    if (none) {
         guard("seq_cp", true, [&] {
             seq_rm_one(seq_id_dst, 0, max);
             window->drop_sinks();

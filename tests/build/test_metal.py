@@ -105,8 +105,8 @@ def test_the_one_text_compiles(metal: ModuleType, repo_root: Path, tmp_path: Pat
 def test_address_spaces_are_kept_apart(metal: ModuleType, repo_root: Path, tmp_path: Path) -> None:
     """By clang, which knows address spaces."""
     compiler = next(filter(None, map(shutil.which, CLANGS)), None)
-    if compiler is None:
-        pytest.skip("no clang++")
+    if compiler is None or syntax(compiler, "typedef _Float16 half;", repo_root, tmp_path):
+        pytest.skip("no clang++ that has _Float16 here, as version 15 does")
     text = metal.flatten(repo_root / "native" / "ops" / "xkv_attn" / "metal" / "xkv-attn.metal")
     assert syntax(compiler, text, repo_root, tmp_path, "-DXKV_SHIM_SPACES") == ""
     wrong = text.replace("threadgroup const float * y, int ldy", "device const float * y, int ldy", 1)

@@ -9,7 +9,9 @@ from types import ModuleType
 import pytest
 
 WritePin = Callable[[Path, str], None]
-NEW = "".join(f"# added {number}\n" for number in range(1, 10)) + "".join(f"# line {number}\n" for number in range(1, 21))
+NEW = "".join(f"# added {number}\n" for number in range(1, 10)) + "".join(
+    f"# line {number}\n" for number in range(1, 21)
+)
 
 
 def patches(project: Path) -> dict[str, str]:

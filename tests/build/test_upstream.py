@@ -53,7 +53,9 @@ def test_changed_patch_touches_only_its_files(upstream: ModuleType, project: Pat
 
 def test_file_of_a_removed_patch_goes(upstream: ModuleType, project: Path) -> None:
     extra = project / "native" / "patches" / "0003-extra.patch"
-    extra.write_text("diff --git a/src/new.h b/src/new.h\nnew file mode 100644\n--- /dev/null\n+++ b/src/new.h\n@@ -0,0 +1 @@\n+new\n")
+    extra.write_text(
+        "diff --git a/src/new.h b/src/new.h\nnew file mode 100644\n--- /dev/null\n+++ b/src/new.h\n@@ -0,0 +1 @@\n+new\n"
+    )
     assert (prepare(upstream, project) / "src" / "new.h").read_text() == "new\n"
     extra.unlink()
     assert not (prepare(upstream, project) / "src" / "new.h").exists()
@@ -62,7 +64,9 @@ def test_file_of_a_removed_patch_goes(upstream: ModuleType, project: Path) -> No
 def test_patch_that_does_not_apply_is_named(upstream: ModuleType, project: Path) -> None:
     patch = project / "native" / "patches" / "0002-fifteen.patch"
     patch.write_text(patch.read_text().replace("-# line 15", "-# line fifteen"))
-    with pytest.raises(upstream.UpstreamError, match=r"0002-fifteen\.patch does not apply .*llama-memory\.h:14") as info:
+    with pytest.raises(
+        upstream.UpstreamError, match=r"0002-fifteen\.patch does not apply .*llama-memory\.h:14"
+    ) as info:
         prepare(upstream, project)
     assert "\n" not in str(info.value)
     assert not (project / "build" / "upstream" / "key").exists()

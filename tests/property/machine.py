@@ -18,7 +18,7 @@ PLACE = st.integers(0, 255)
 
 MOST_SAVED = 3
 
-EMPTY_OVER_OTHERS = False
+EMPTY_OVER_OTHERS = True
 """Whether a stream without tokens is copied to one that has some."""
 PARTS_OF_WINDOWED = False
 """Whether parts of sequences are copied between streams of windowed layers."""
@@ -181,11 +181,15 @@ class Machine(RuleBasedStateMachine):
         if p0 < p1 and (not empty or self.pair.remove(dst, -1, -1)):
             self.pair.copy(src, dst, p0, p1)
 
+    def has_its_own_positions(self) -> bool:
+        """Whether a shift moves one sequence alone: copies share a cell of a recurrent state, and its position."""
+        return self.pair.can_shift() and not (self.hybrid and self.n_seq > 1)
+
     def in_one_cache(self) -> bool:
         """Without copies between streams of windowed layers."""
         return self.pair.given.unified or not self.pair.windowed
 
-    @precondition(lambda self: self.pair.can_shift())
+    @precondition(lambda self: self.has_its_own_positions())
     @rule(seq=SEQ, a=PLACE, b=PLACE)
     def slide(self, seq: int, a: int, b: int) -> None:
         """Remove a part and move what follows to its place."""
@@ -194,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         if p0 < p1 and not self.pair.held.is_shared(seq, p1) and self.pair.remove(seq, p0, p1):
             self.pair.shift(seq, p1, -1, p0 - p1)
 
-    @precondition(lambda self: self.pair.can_shift())
+    @precondition(lambda self: self.has_its_own_positions())
     @rule(seq=SEQ, at=PLACE, by=st.integers(1, 60))
     def make_a_gap(self, seq: int, at: int, by: int) -> None:
         seq %= self.n_seq
